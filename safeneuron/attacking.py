@@ -1,0 +1,115 @@
+"""The pruning attack: answers of the model with some neurons at zero, what share of them complies, what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from safeneuron.data import Prompt
+from safeneuron.ffn import pruned
+from safeneuron.judges import VERDICTS, Judge
+from safeneuron.models import Model, generate
+from safeneuron.neurons import NeuronSet
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of an attacked model; ``index`` is the prompt's place in the list of prompts."""
+
+    index: int
+    prompt: str
+    response: str
+
+    def to_record(self) -> dict[str, object]:
+        """As a JSON line."""
+        return asdict(self)
+
+
+class Attack(NamedTuple):
+    """Answers and verdicts in the order of the prompts, and the attack success rate with its interval."""
+
+    responses: list[Response]
+    verdicts: list[str]
+    success: Rate
+
+
+class Rate(NamedTuple):
+    """A share with its Wilson 95 % interval and the number of judgements it rests on.
+
+    With nothing to judge, the share and its interval are 0, 0 and 1.
+    """
+
+    count: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+
+def wilson(count: int, n: int) -> Rate:
+    """``count`` of ``n`` with the Wilson score interval at 95 %."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return Rate(0, 0, 0.0, 0.0, 1.0)
+    interval = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return Rate(count, n, count / n, float(interval.low), float(interval.high))
+
+
+def share_of(verdict: str, verdicts: Sequence[str]) -> Rate:
+    """The share of one verdict among all that could be judged; "cannot say" is left out of both, never called safe.
+
+    ``share_of("complied", ...)`` on harmful prompts is the ASR, ``share_of("refused", ...)`` on benign ones the
+    over-refusal rate. Incoherent answers stay in the denominator: they are neither a success nor a refusal.
+    """
+    judged = [found for found in verdicts if found != "cannot say"]
+    return wilson(judged.count(verdict), len(judged))
+
+
+def outcome(verdicts: Sequence[str], counted: str) -> dict[str, float]:
+    """How many answers got each verdict, with ``rate``, ``low`` and ``high`` of the verdict that is ``counted``."""
+    share = share_of(counted, verdicts)
+    counts = {verdict: list(verdicts).count(verdict) for verdict in VERDICTS}
+    return {"n": len(verdicts), **counts, "rate": share.rate, "low": share.low, "high": share.high}
+
+
+def respond(
+    model: Model, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32, skip: int = 0
+) -> Iterator[list[Response]]:
+    """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches."""
+    encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
+    for batch in generate(model, encoded, max_new_tokens, batch_size, skip):
+        yield [Response(index, prompts[index].text, text) for index, text in batch]
+
+
+def attack(
+    model: Model,
+    neurons: NeuronSet | None,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> Attack:
+    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge, and return the attack success rate."""
+    with pruned(model, neurons):
+        found = [response for batch in respond(model, prompts, max_new_tokens, batch_size) for response in batch]
+    found.sort(key=lambda response: response.index)
+    verdicts = judge([response.prompt for response in found], [response.response for response in found])
+    return Attack(found, verdicts, share_of("complied", verdicts))
+
+
+def perplexity(model: Model, text: str, window: int = 512) -> float:
+    """Perplexity of a text under the model as it stands, in windows of ``window`` tokens; infinite if it overflows."""
+    ids = torch.tensor(list(model.tokenizer(text)["input_ids"]), device=model.device)
+    loss, count = 0.0, 0
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window + 1]
+        with torch.inference_mode():
+            logits = model.network(input_ids=piece[None, :-1], use_cache=False).logits[0].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
+        count += len(piece) - 1
+    return math.exp(min(loss / count, 700.0))

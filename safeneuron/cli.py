@@ -1,0 +1,242 @@
+"""The command line: verbs, progress bars, and errors as one sentence. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from safeneuron.errors import InputError
+
+if TYPE_CHECKING:
+    from safeneuron.config import Config
+    from safeneuron.runs import Run
+
+app = typer.Typer(
+    help="Find a model's safety neurons, train safety into the rest of the network, and prove it by pruning attacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change one setting; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if not given.")]
+Redo = Annotated[
+    list[str] | None,
+    typer.Option("--redo", metavar="STAGE", help="Make a stage (T1/attack, or attack for all) and what follows it again."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, or a config to start one from.")]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
+    changes: Changes = None,
+    out_folder: Out = None,
+    redo: Redo = None,
+) -> None:
+    """Do all stages over T0, T1, ...; whatever is finished is skipped, whatever was interrupted goes on."""
+    from safeneuron.config import read_config
+
+    _execute(read_config(config, changes or []), out_folder, redo or [])
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    changes: Changes = None,
+    out_folder: Out = None,
+    redo: Redo = None,
+) -> None:
+    """How brittle is this model's safety? Measure, prune and report, without training."""
+    from safeneuron.config import read_config
+
+    name = "audit-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model.strip("/").split("/")[-1])
+    settings = [f"model.name={_quoted(model)}", f"name={_quoted(name)}", *(changes or [])]
+    _execute(read_config("audit", settings), out_folder, redo or [])
+
+
+@app.command()
+def measure(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+    """Activation statistics of every state that exists."""
+    _one_verb("measure", run_folder, changes, out_folder, redo)
+
+
+@app.command()
+def select(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+    """Scores and safety neurons of every state that has been measured."""
+    _one_verb("select", run_folder, changes, out_folder, redo)
+
+
+@app.command()
+def align(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+    """Make the preference pairs, and train every state whose neurons to freeze are known."""
+    _one_verb("align", run_folder, changes, out_folder, redo)
+
+
+@app.command()
+def attack(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+    """Pruning attacks on every state whose neurons are known, and verdicts on the answers."""
+    _one_verb("attack", run_folder, changes, out_folder, redo)
+
+
+@app.command()
+def report(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+    """Tables and figures, once all states have been attacked."""
+    _one_verb("report", run_folder, changes, out_folder, redo)
+
+
+@app.command()
+def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
+    """Print a complete config, every key with its meaning."""
+    from safeneuron.config import presets, read_config, to_toml
+    from safeneuron.errors import nearest
+
+    if name not in presets():
+        raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {', '.join(presets())}")
+    sys.stdout.write(to_toml(read_config(name)))
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, a stage's folder, or a file in one.")]) -> None:
+    """Explain any artefact of a run in words."""
+    from safeneuron.explaining import explain
+
+    for line in explain(path):
+        out.print(line, markup=False)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from safeneuron import __version__
+
+        out.print(f"safeneuron {__version__}")
+        raise typer.Exit
+
+
+class Bars:
+    """Progress bars with time estimates on a terminal; one line a stage where the output is not a terminal."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=out, transient=True,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+
+    def began(self, stage: str) -> None:
+        if out.is_terminal:
+            self.task = self.bars.add_task(stage, total=None)
+        else:
+            out.print(f"{stage} ...")
+
+    def progress(self, done: int, total: int) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, completed=done, total=total)
+
+    def ended(self, stage: str, seconds: float, skipped: bool) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+        out.print(f"[dim]{stage}: done before, skipped[/dim]" if skipped else f"{stage}: done in {seconds:.1f} s")
+
+    def warned(self, text: str) -> None:
+        err.print(f"[yellow]warning:[/yellow] {_plain(text)}")
+
+
+def main() -> None:
+    """The program ``safeneuron``: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
+    with _explained():
+        app(standalone_mode=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
+    try:
+        yield
+    except InputError as error:
+        err.print(f"[red]error:[/red] {_plain(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; what is finished is kept, and the same command goes on from here")
+        sys.exit(130)
+
+
+def _one_verb(
+    verb: str, folder: Path, changes: list[str] | None, out_folder: Path | None, redo: list[str] | None
+) -> None:
+    from safeneuron.config import read_config
+    from safeneuron.runs import Run
+
+    if folder.is_dir():
+        opened = Run.open(folder)
+        settings = read_config(opened.folder / "config.toml", changes or [])
+        _execute(settings, out_folder or folder, redo or [], verb)
+    else:
+        _execute(read_config(str(folder), changes or []), out_folder, redo or [], verb)
+
+
+def _execute(settings: Config, folder: Path | None, names: list[str], verb: str = "") -> None:
+    from safeneuron.config import to_toml
+    from safeneuron.runs import Run, write_text
+
+    opened = Run.create(folder or Path("runs") / settings.name)
+    with opened.locked():
+        # The libraries' own progress bars would fight with ours; they read this when they are imported.
+        os.environ["TQDM_DISABLE"] = "1"
+        from safeneuron.pipeline import Pipeline, redo
+
+        for name in redo(opened, names):
+            out.print(f"{name}: deleted, will be made again")
+        write_text(opened.folder / "config.toml", to_toml(settings))
+        bars = Bars()
+        pipeline = Pipeline(settings, opened, bars, verb)
+        with bars.bars:
+            pipeline.execute()
+        pipeline.require_work()
+    _tell(opened)
+
+
+def _tell(opened: Run) -> None:
+    """Name the files of a finished run and print the opening lines of its result table."""
+    from safeneuron.runs import read_json
+
+    results = opened.folder / "report" / "results.json"
+    if not (opened.folder / "report" / "done.json").exists():
+        out.print(f"\n{opened.folder} is not complete yet; continue with: safeneuron run {opened.folder / 'config.toml'}"
+                  f" --out {opened.folder}")  # fmt: skip
+        return
+    from safeneuron.explaining import result_table
+
+    out.print()
+    for line in result_table(read_json(results)):
+        out.print(line, markup=False)
+    out.print()
+    for name in ("report/report.html", "report/report.md", "report/results.json"):
+        out.print(f"wrote {opened.folder / name}", markup=False)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,169 @@
+"""From the stages' files to one ``results.json`` and the report: nothing is computed here that a stage has not written."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safeneuron import embedded
+from safeneuron.config import AlignTable, Config, to_toml
+from safeneuron.neurons import NeuronSet
+from safeneuron.pipeline import Pipeline, State, states_of
+from safeneuron.reporting import render
+from safeneuron.runs import Run, read_json, read_lines, write_json, write_text
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def write_report(config: Config, run: Run, folder: Path) -> None:
+    """Write ``results.json`` (the same for the same run, however often it was interrupted) and all of the report."""
+    results = collect(config, run)
+    write_json(folder / "results.json", results)
+    files = render(results, examples(config, run), provenance(config, run), config.report.show_text)
+    for name, text in files.items():
+        write_text(folder / name, text)
+
+
+def collect(config: Config, run: Run) -> dict[str, Any]:
+    """Every number of the run, by state; no times, so that it can be compared between runs."""
+    base = NeuronSet.load(run.folder / "T0" / "select" / "neurons.json")
+    return {
+        "schema": 1,
+        "name": config.name,
+        "model": embedded.LABEL if config.model.name == embedded.NAME else config.model.name,
+        "fingerprint": base.fingerprint,
+        "seed": config.seed,
+        "judge": config.judge.name,
+        "max_new_tokens": config.attack.max_new_tokens,
+        "neurons_total": base.total,
+        "layers": len(base.widths),
+        "states": [_state(config, run, state, base) for state in states_of(config)],
+    }
+
+
+def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str, Any]:
+    folder = run.folder / state.name
+    pipeline = Pipeline(config, run, _Silent())
+    sets = {name: pipeline.neurons(state, file) for name, file in (("ES", "ES"), ("SAS", "SAS"), ("FULL", "neurons"))}
+    thresholds = read_json(folder / "select" / "thresholds.json")
+    align, training = None, []
+    if state.round > 0:
+        align = read_json(folder / "align" / "frozen.json")
+        align["pairs"] = len(read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
+        training = read_lines(folder / "align" / "train.jsonl")
+    attacks, curve = [], []
+    for pruning in pipeline.prunings(state):
+        record = read_json(folder / "attack" / pruning.folder / "pruned.json")
+        judged = {
+            kind: read_json(path) if (path := folder / "judge" / pruning.folder / f"{kind}.json").exists() else None
+            for kind in ("harmful", "benign")
+        }
+        if pruning.knowledge == "curve":
+            harmful = judged["harmful"] or {}
+            shares = {name: harmful[name] for name in ("rate", "low", "high")}
+            incoherent = harmful["incoherent"] / harmful["n"]
+            curve.append({"density": float(pruning.set), "neurons": record["neurons"], **shares, "incoherent": incoherent})
+        else:
+            attacks.append({"set": pruning.set, "knowledge": pruning.knowledge, **record, **judged})
+    return {
+        "name": state.name,
+        "label": label_of(config, state),
+        "round": state.round,
+        "variant": state.variant,
+        "neurons": {
+            "effect_size_threshold": thresholds["effect_size"],
+            "shift_threshold": thresholds["shift"],
+            "significant": thresholds["significant"],
+            **{name: len(neurons) for name, neurons in sets.items()},
+            "density": sets["FULL"].density,
+            "jaccard_with_T0": sets["FULL"].jaccard(base),
+            "per_layer": {name: neurons.counts for name, neurons in sets.items()},
+        },
+        "align": align,
+        "training": training,
+        "attacks": attacks,
+        "curve": curve,
+    }
+
+
+def label_of(config: Config, state: State) -> str:
+    """What the report calls a state: the config's label, or a description of how it was trained."""
+    if state.round == 0:
+        return "base model"
+    table = config.variant(state.variant)
+    label = table.label or describe(table)
+    return f"{label}, round {state.round}" if table.rounds > 1 else label
+
+
+def describe(table: AlignTable) -> str:
+    """A training in a few words, for example ``freeze + ablate``."""
+    frozen = {"safety": "freeze", "random": "random freeze", "none": "plain DPO"}[table.freeze]
+    if not table.ablate:
+        return frozen
+    share = f" in {table.ablate_share:.0%} of steps" if table.ablate_share < 1 else ""
+    return f"{frozen} + ablate{share}"
+
+
+def examples(config: Config, run: Run) -> list[dict[str, Any]]:
+    """The answers of every state to the first test prompts, intact and with all its safety neurons pruned."""
+    found = []
+    for state in states_of(config):
+        own = "static" if state.round == 0 else "adaptive"
+        for name, knowledge in (("ORI", "none"), ("FULL", own)):
+            where = name if knowledge == "none" else f"{knowledge}-{name}"
+            for kind, count in (("harmful", config.report.examples), ("benign", min(1, config.report.examples))):
+                answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / where / f"{kind}.jsonl")}
+                verdicts = {v["index"]: v for v in read_lines(run.folder / state.name / "judge" / where / f"{kind}.jsonl")}
+                found += [
+                    {
+                        "state": state.name,
+                        "set": name,
+                        "knowledge": knowledge,
+                        "kind": kind,
+                        "prompt": answers[index]["prompt"],
+                        "response": answers[index]["response"],
+                        "verdict": verdicts[index]["verdict"],
+                    }
+                    for index in sorted(answers)[:count]
+                ]
+    return found
+
+
+def provenance(config: Config, run: Run) -> dict[str, Any]:
+    """How the results were made: config, versions, machine, and the time and memory of each stage."""
+    stages = []
+    for path in sorted(run.folder.rglob("done.json"), key=lambda path: path.stat().st_mtime):
+        record = read_json(path)
+        figures = {"seconds": record["seconds"], "peak_memory_mb": record["peak_memory_mb"]}
+        stages.append({"stage": record["stage"], **figures})
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {
+        "command": f"safeneuron run config.toml --out {run.folder.name}",
+        "version": version("safeneuron"),
+        "versions": {
+            "python": platform.python_version(),
+            "device": device,
+            "platform": sys.platform,
+            **{package: version(package) for package in PACKAGES},
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "config_toml": to_toml(config, comments=False),
+        "stages": stages,
+        "warnings": read_json(run.folder / "data" / "warnings.json")["warnings"],
+    }
+
+
+class _Silent:
+    """A watcher for reading a run: nothing is begun, so nothing is told."""
+
+    def began(self, stage: str) -> None: ...
+    def progress(self, done: int, total: int) -> None: ...
+    def ended(self, stage: str, seconds: float, skipped: bool) -> None: ...
+    def warned(self, text: str) -> None: ...

@@ -1,0 +1,331 @@
+"""The settings of a run: every field with its meaning, its default and its range; read from TOML, written with comments.
+
+The descriptions below are the documentation: ``safeneuron config NAME`` prints them as comments.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from safeneuron.errors import InputError, nearest
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Table(BaseModel):
+    """One table of the config; unknown keys are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+class SourceTable(Table):
+    path: str = Field(
+        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, or hub:owner/name on the Hub"
+    )
+    split: str = Field("", description="split of the bundled prompts (discovery, training, test) or of a Hub dataset")
+    column: str = Field("", description="column with the prompt; empty finds the usual names")
+    count: Count | None = Field(None, description="use the first so many rows; all if not given")
+    revision: str = Field("", description="revision of a Hub dataset; give a commit to make the run reproducible")
+
+
+class ModelTable(Table):
+    name: str = Field("embedded", description="embedded, a folder in Hugging Face form, or a name on the Hub")
+    revision: str = Field("", description="revision on the Hub; give a commit to make the run reproducible")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of measuring and attacking; auto is bfloat16 where the device computes in it"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; leave it off if you can")
+
+
+def _twins(kind: str, split: str) -> tuple[SourceTable, ...]:
+    return (SourceTable(path=f"twins:{kind}", split=split),)
+
+
+class DataTable(Table):
+    unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "discovery"), description="harmful prompts to find neurons")
+    safe: tuple[SourceTable, ...] = Field(_twins("safe", "discovery"), description="harmless prompts to find neurons")
+    test_unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "test"), description="harmful prompts of the attack")
+    test_safe: tuple[SourceTable, ...] = Field(_twins("safe", "test"), description="harmless prompts: over-refusal")
+
+
+class MeasureTable(Table):
+    pooling: Literal["last", "mean", "max"] = Field(
+        "last", description="one activation vector a prompt: of its last token, or the mean or maximum over its tokens"
+    )
+    batch_tokens: Count = Field(2048, description="tokens in one forward pass, padding included")
+    max_tokens: Count = Field(1024, description="longer prompts are cut to their last so many tokens")
+
+
+class SelectTable(Table):
+    effect_size: float | None = Field(
+        None, description="tau_ES: a neuron with a larger Cohen's d is selected (paper: 3 for Qwen, 2 for Llama)"
+    )
+    shift: float | None = Field(
+        None, description="tau_SAS: a neuron with a larger z-score of its shift is selected (paper: 2)"
+    )
+    density: float | None = Field(
+        None, gt=0, lt=1, description="instead of both thresholds: the share of all neurons to select; default 0.01"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SelectTable:
+        by_value = (self.effect_size is not None, self.shift is not None)
+        if any(by_value) and (not all(by_value) or self.density is not None):
+            raise ValueError("give both effect_size and shift, or density alone")
+        return self
+
+
+class PairSourceTable(Table):
+    path: str = Field(description="a .jsonl or .csv file, or hub:owner/name on the Hub")
+    split: str = Field("", description="split of a Hub dataset")
+    count: Count | None = Field(None, description="use the first so many rows; all if not given")
+    revision: str = Field("", description="revision of a Hub dataset")
+
+
+class PairsTable(Table):
+    safety: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
+        "on-policy",
+        description="on-policy makes pairs from the prompts below with the model itself; or a list of sources of pairs",
+    )
+    unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
+    safe: tuple[SourceTable, ...] = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
+    max_new_tokens: Count = Field(128, description="length of the answers generated for on-policy pairs")
+    general: tuple[PairSourceTable, ...] = Field((), description="general preference pairs to mix in, e.g. UltraFeedback")
+    safety_share: float = Field(0.3, gt=0, le=1, description="share of safety pairs when general ones are mixed in")
+    count: Count | None = Field(None, description="train on so many pairs at most; all if not given")
+
+
+class AlignTable(Table):
+    label: str = Field("", description="what the report calls the aligned states; empty describes the settings")
+    rounds: int = Field(1, ge=0, description="rounds T1, T2, ...; each finds neurons again and freezes all found so far")
+    freeze: Literal["safety", "random", "none"] = Field(
+        "safety", description="safety: the method; random: a control of the same size; none: plain DPO"
+    )
+    ablate: bool = Field(False, description="also zero the safety neurons in the policy's forward passes (Algorithm 1)")
+    ablate_share: float = Field(1.0, gt=0, le=1, description="share of the optimizer steps in which they are zero")
+    beta: Positive = Field(0.1, description="strength of DPO's tie to the reference")
+    learning_rate: Positive = Field(5e-6, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
+    epochs: Positive = Field(3.0, description="passes over the pairs")
+    batch_size: Count = Field(16, description="pairs in one optimizer step")
+    micro_batch_size: Count = Field(4, description="pairs in one forward pass; batch_size is a multiple of it")
+    warmup_share: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
+    max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+    gradient_checkpointing: bool = Field(False, description="trade time for memory")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of computing; the weights being trained are always float32"
+    )
+    save_every: int = Field(50, ge=0, description="steps between checkpoints for resuming; 0 for none")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> AlignTable:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class AttackTable(Table):
+    max_new_tokens: Count = Field(128, description="length of each answer")
+    batch_size: Count = Field(32, description="answers generated side by side")
+    sets: tuple[Literal["ES", "SAS", "FULL"], ...] = Field(("ES", "SAS", "FULL"), description="neuron sets to prune")
+    knowledge: tuple[Literal["static", "adaptive"], ...] = Field(
+        ("static", "adaptive"), description="static prunes T0's neurons, adaptive those found again on the attacked state"
+    )
+    random: bool = Field(True, description="also prune a random set of the same size in every layer, as a control")
+    over_refusal: bool = Field(True, description="also answer the harmless test prompts under every pruning")
+    curve: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), description="densities at which to prune the top-scored neurons, for the attack curve"
+    )
+
+
+class JudgeTable(Table):
+    name: Literal["refusal-phrases", "llama-guard-3-8b", "llama-guard-3-1b"] = Field(
+        "refusal-phrases", description="who decides whether an answer refuses or complies"
+    )
+
+
+class ReportTable(Table):
+    examples: int = Field(3, ge=0, description="harmful prompts whose answers the report shows for each state")
+    show_text: bool = Field(False, description="show the answers in the report; by default they are masked")
+
+
+class Config(Table):
+    """Everything that decides the results of a run."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="name of the run and of its folder under runs/")
+    seed: int = Field(0, ge=0, description="of the training order, the refusals chosen and the random controls")
+    model: ModelTable = Field(default_factory=ModelTable, description="the model as given: T0")
+    data: DataTable = Field(default_factory=DataTable, description="prompts; each entry is a list of sources")
+    measure: MeasureTable = Field(default_factory=MeasureTable, description="activation statistics (Eq. 1-4)")
+    select: SelectTable = Field(default_factory=SelectTable, description="safety neurons (Eq. 5-10)")
+    pairs: PairsTable = Field(default_factory=PairsTable, description="preference pairs")
+    align: AlignTable = Field(default_factory=AlignTable, description="preference optimisation (Eq. 11-13)")
+    attack: AttackTable = Field(default_factory=AttackTable, description="pruning attacks")
+    judge: JudgeTable = Field(default_factory=JudgeTable, description="verdicts on the answers")
+    report: ReportTable = Field(default_factory=ReportTable, description="tables and figures")
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], dict[str, Any]] = Field(
+        {}, description="further trainings from T0, each with the keys of [align] that it changes, for example plain DPO"
+    )
+
+    @model_validator(mode="after")
+    def _variants_hold(self) -> Config:
+        for name in self.variants:
+            self.variant(name)
+        return self
+
+    def variant(self, name: str) -> AlignTable:
+        """The [align] table of a variant; the empty name is the main one."""
+        if not name:
+            return self.align
+        changes = self.variants[name]
+        unknown = [key for key in changes if key not in AlignTable.model_fields]
+        if unknown:
+            raise ValueError(
+                f"unknown key {unknown[0]!r} in [variants.{name}]{nearest(unknown[0], AlignTable.model_fields)}"
+            )
+        return AlignTable.model_validate({**self.align.model_dump(), "label": "", **changes})
+
+
+def presets() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(Path(str(path)).stem for path in _folder().iterdir() if str(path).endswith(".toml"))
+
+
+def read_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
+    """The config in a TOML file, or the bundled one of that name, with ``table.key=value`` changes applied.
+
+    Raises ``InputError`` for a missing or malformed file, an unknown key (with the nearest known one) or a value out of
+    range.
+    """
+    path = Path(name)
+    if str(name) in presets() and not path.is_file():
+        text = (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"the config {str(name)!r} cannot be read ({error.strerror}); expected a TOML file or one of the bundled "
+                f"configs {', '.join(presets())}{nearest(str(name), presets())}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"the config {str(name)!r} is not UTF-8 text; save it as UTF-8") from error
+    return parse_config(text, str(name), changes)
+
+
+def parse_config(text: str, origin: str, changes: Sequence[str] = ()) -> Config:
+    """The config in a TOML text; ``origin`` names it in errors."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{origin} is not valid TOML: {error}; correct that line") from error
+    for change in changes:
+        _apply(values, change)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, origin)) from error
+
+
+def to_toml(config: Config, comments: bool = True) -> str:
+    """The complete config as TOML, each key with its meaning in a comment; keys without a value are commented out."""
+    lines = list(_table_lines(config, "", comments))
+    return "\n".join(lines).strip() + "\n"
+
+
+def _folder() -> Any:
+    return files("safeneuron") / "configs"
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    name, equals, text = change.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--set expects table.key=value, for example align.rounds=2, but found {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = name.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {change!r}: {table!r} is a value, not a table")
+    values[key] = value
+
+
+def _sentence(error: ValidationError, origin: str) -> str:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "literal["))]
+    name = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        return f"{origin} has the unknown key {name!r}{nearest(where[-1], known)}; known here: {', '.join(known)}"
+    if first["type"] == "value_error":
+        return f"{origin}: {name + ': ' if name else ''}{first['ctx']['error']}"
+    return f"{origin}: {name} = {first['input']!r} cannot be used: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_keys(tables: Sequence[str]) -> list[str]:
+    """The keys of the table at this place, following lists of tables too."""
+    table: type[BaseModel] = Config
+    for name in tables:
+        found = table.model_fields.get(name)
+        if found is not None:
+            table = next(_tables_in(found.annotation), table)
+    return list(table.model_fields)
+
+
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _tables_in(part)
+
+
+def _table_lines(table: BaseModel, prefix: str, comments: bool) -> Iterator[str]:
+    deeper: list[tuple[str, Any, str]] = []
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        if isinstance(value, BaseModel | dict):
+            deeper.append((name, value, field.description or ""))
+            continue
+        if comments:
+            yield f"# {field.description}"
+        yield f"{name} = {_value(value)}" if value is not None else f"# {name} ="
+    for name, value, description in deeper:
+        full = f"{prefix}{name}"
+        yield ""
+        if comments:
+            yield f"# {description}"
+        if isinstance(value, BaseModel):
+            yield f"[{full}]"
+            yield from _table_lines(value, f"{full}.", comments)
+        else:
+            for key, changes in value.items():
+                yield f"[{full}.{key}]"
+                yield from (f"{changed} = {_value(to)}" for changed, to in changes.items())
+                yield ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, BaseModel):
+        given = {name: item for name, item in value.model_dump().items() if item not in ("", None)}
+        return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in given.items()) + " }"
+    return "[" + ", ".join(_value(item) for item in value) + "]"

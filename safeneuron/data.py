@@ -1,0 +1,255 @@
+"""Prompts, preference pairs and bundled texts: the nouns, how prompts are read, and what is checked before their use.
+
+Pairs are read and mixed in ``pairs``; the files and Hub datasets behind both are read in ``rows``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from safeneuron.errors import InputError, nearest
+from safeneuron.rows import (
+    EmptyText,
+    Message,
+    Row,
+    Source,
+    as_source,
+    checked_text,
+    messages_at,
+    read_jsonl,
+    read_rows,
+    refuse_options,
+    shortened,
+    text_at,
+    value_at,
+)
+
+__all__ = [
+    "Message",
+    "Pair",
+    "Prompt",
+    "Refusal",
+    "Source",
+    "benign_text",
+    "check_classes",
+    "check_splits",
+    "fitting_refusal",
+    "read_jsonl",
+    "read_prompts",
+    "refusals",
+]
+
+PROMPT_COLUMNS = (
+    *("prompt", "question", "instruction", "text", "goal", "behavior", "harmful", "query", "forbidden_prompt"),
+    "messages",
+)
+"""The columns in which a prompt is looked for, best first; upper and lower case are the same."""
+
+CATEGORY_COLUMNS = ("category", "topic")
+TWIN_COLUMNS = {"twins:unsafe": "harmful", "twins:safe": "harmless"}
+TWIN_SPLITS = ("discovery", "training", "test")
+
+SMALL_CLASS = 32
+"""With fewer prompts in a class, the means and deviations of its activations are mostly noise."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request to a model; the two prompts of a twin share their ``id``."""
+
+    text: str
+    category: str = ""
+    id: str = ""
+
+    def to_record(self) -> dict[str, str]:
+        """Return the prompt as one JSON object, which ``read_prompts`` also understands."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Prompt:
+        """Return the prompt that ``to_record`` wrote. Raises InputError when its text is missing."""
+        _require(record, "text")
+        return cls(record["text"], record.get("category", ""), record.get("id", ""))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: the conversation up to the answer, the answer to prefer and the answer to avoid."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str = ""
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the pair as one JSON object, which ``read_pairs`` also understands."""
+        return asdict(self) | {"prompt": [dict(message) for message in self.prompt]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Pair:
+        """Return the pair that ``to_record`` wrote. Raises InputError when a part of it is missing."""
+        _require(record, "prompt", "chosen", "rejected")
+        return cls(tuple(record["prompt"]), record["chosen"], record["rejected"], record.get("source", ""))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A bundled answer that declines a request; without a category it fits every request."""
+
+    text: str
+    category: str = ""
+
+
+def read_prompts(
+    source: str | Path | Source, *, split: str = "", column: str = "", count: int | None = None, revision: str = ""
+) -> list[Prompt]:
+    """Read the prompts of a source; a keyword that is given wins over the field of a ``Source``.
+
+    The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is
+    the first user turn. ``category`` (or ``topic``) and ``id`` are kept. An empty prompt in a file is an error; in a
+    Hub dataset, which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are
+    fewer. Raises InputError for anything that cannot be read, with file and line number.
+    """
+    source = as_source(source, split, column, count, revision)
+    found = _twins(source) if source.path.startswith("twins:") else _prompts(read_rows(source), source.column)
+    prompts = list(islice(found, source.count))
+    if not prompts:
+        raise InputError(f"{source.path} holds no prompts: the prompt of every row is empty")
+    return prompts
+
+
+def check_classes(unsafe: Sequence[Prompt], safe: Sequence[Prompt], least: int = 2) -> list[str]:
+    """Return a warning for each small class. Raises InputError for a class with fewer than ``least`` prompts."""
+    warnings = []
+    for name, prompts in (("unsafe", unsafe), ("safe", safe)):
+        if len(prompts) < least:
+            raise InputError(f"expected at least {least} {name} prompts, found {len(prompts)}; add {name} prompts")
+        if len(prompts) < SMALL_CLASS:
+            warnings.append(f"only {len(prompts)} {name} prompts: below {SMALL_CLASS}, chance alone selects neurons")
+    return warnings
+
+
+def check_splits(**named: Sequence[Prompt]) -> list[str]:
+    """Return a warning for each list that repeats a prompt and for each two lists that share one.
+
+    Texts are the same when they differ only in case and spacing. A prompt that is both unsafe and safe, or both for
+    finding neurons and for testing, makes results look other than they are; only the user knows whether it is meant.
+    """
+    texts = {name: {" ".join(p.text.split()).casefold(): p.text for p in prompts} for name, prompts in named.items()}
+    warnings = []
+    for position, (name, mine) in enumerate(texts.items()):
+        repeats = len(named[name]) - len(mine)
+        if repeats:
+            warnings.append(f"{repeats} of the {len(named[name])} prompts in '{name}' repeat an earlier one")
+        for other, theirs in list(texts.items())[position + 1 :]:
+            shared = [text for key, text in mine.items() if key in theirs]
+            if shared:
+                example = shortened(shared[0])
+                warnings.append(f"'{name}' and '{other}' share {len(shared)} prompts, for example '{example}'")
+    return warnings
+
+
+def refusals() -> list[Refusal]:
+    """Return the bundled refusals."""
+    return list(_bundled_refusals())
+
+
+def fitting_refusal(prompt: Prompt, seed: int) -> str:
+    """Return a refusal that fits the prompt: one of its category or one that fits every request, as the hash decides.
+
+    Where there are both, half of the prompts get each kind, so that answers are to the point but not all of one mould.
+    The choice depends on the text and the seed alone, so it is the same on every machine and in every order.
+    """
+    fitting = [r.text for r in _bundled_refusals() if r.category.casefold() == prompt.category.casefold() != ""]
+    general = [r.text for r in _bundled_refusals() if not r.category]
+    draw = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt.text}".encode()).digest()[:8], "big")
+    pool = fitting if fitting and (draw % 2 or not general) else general
+    return pool[draw // 2 % len(pool)]
+
+
+def benign_text() -> str:
+    """Return the bundled ordinary prose."""
+    return _bundled("benign_text.txt").read_text("utf-8")
+
+
+def _require(record: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if name not in record:
+            raise InputError(f"a record must have '{name}', found only: {', '.join(record) or 'nothing'}")
+
+
+def _prompts(rows: Iterator[Row], column: str) -> Iterator[Prompt]:
+    for row in rows:
+        # The first row decides which column it is, also when that row itself is then skipped.
+        column = column or _prompt_column(row)
+        try:
+            text = _request(row, column)
+        except EmptyText:
+            if row.mendable:
+                raise
+            continue
+        yield Prompt(text, _label(row, _first_present(row, CATEGORY_COLUMNS)), _label(row, "id"))
+
+
+def _prompt_column(row: Row) -> str:
+    column = _first_present(row, PROMPT_COLUMNS)
+    if not column:
+        raise InputError(
+            f"{row.where}: none of the columns {', '.join(row.values)} is known to hold prompts; name it as 'column', "
+            f"or rename it to one of: {', '.join(PROMPT_COLUMNS)}"
+        )
+    return column
+
+
+def _first_present(row: Row, names: Sequence[str]) -> str:
+    """Return the row's own spelling of the first of ``names`` that it has, or nothing."""
+    spelling = {name.casefold(): name for name in row.values}
+    return next((spelling[name] for name in names if name in spelling), "")
+
+
+def _request(row: Row, column: str) -> str:
+    if not isinstance(value_at(row, column), list):
+        return text_at(row, column)
+    turns = [message["content"] for message in messages_at(row, column) if message["role"] == "user"]
+    return checked_text(row, column, turns[0] if turns else "")
+
+
+def _label(row: Row, column: str) -> str:
+    """Return a category or id as text; datasets also number them, and some put tables there, which are no label."""
+    value = row.values.get(column, "")
+    return str(value) if isinstance(value, str | int) else ""
+
+
+def _twins(source: Source) -> Iterator[Prompt]:
+    if source.path not in TWIN_COLUMNS:
+        hint = nearest(source.path, TWIN_COLUMNS)
+        raise InputError(f"expected {' or '.join(TWIN_COLUMNS)} for the bundled prompts, found '{source.path}'{hint}")
+    refuse_options(source, "is bundled", {"column": source.column, "revision": source.revision})
+    if source.split and source.split not in TWIN_SPLITS:
+        hint = nearest(source.split, TWIN_SPLITS)
+        raise InputError(f"{source.path} has the splits {', '.join(TWIN_SPLITS)}, found '{source.split}'{hint}")
+    for values in _bundled_records("twins.jsonl"):
+        if source.split in ("", values["split"]):
+            yield Prompt(values[TWIN_COLUMNS[source.path]], values["category"], values["id"])
+
+
+@cache
+def _bundled_refusals() -> tuple[Refusal, ...]:
+    return tuple(Refusal(values["text"], values["category"]) for values in _bundled_records("refusals.jsonl"))
+
+
+def _bundled_records(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in _bundled(name).read_text("utf-8").rstrip("\n").split("\n")]
+
+
+def _bundled(name: str) -> Traversable:
+    return files("safeneuron") / "prompts" / name

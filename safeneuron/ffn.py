@@ -1,0 +1,216 @@
+"""The seam: the only place that knows where neuron ``j`` of layer ``l`` lives, how to record it and how to prune it.
+
+A gated FFN computes a(x) = (h W_up + b_up) * f(h W_gate + b_gate) and hands it to its output projection (Eq. 1-3). One
+element of a(x) is one neuron: row ``j`` of W_gate and W_up with their biases, column ``j`` of W_down. So one pre-hook on
+the output projection sees, and can change, every neuron of a layer. Everything else speaks of (layer, neuron).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron.errors import InputError
+from safeneuron.neurons import NeuronSet
+
+# The name under which a model's config remembers whose neurons it has, through any number of training runs.
+LINEAGE = "safeneuron_lineage"
+
+
+class HasNetwork(Protocol):
+    """Anything that carries a transformers model in ``network``, such as ``safeneuron.Model``."""
+
+    network: nn.Module
+
+
+class Rows(NamedTuple):
+    """A matrix that writes into the FFN: neuron ``j`` is its row ``first + j``."""
+
+    module: nn.Linear
+    first: int
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The FFN of one decoder layer: the projection whose input is a(x), and the matrices that compute a(x)."""
+
+    layer: int
+    width: int
+    output: nn.Linear
+    inputs: tuple[Rows, ...]
+
+
+class Slice(NamedTuple):
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``."""
+
+    name: str
+    parameter: nn.Parameter
+    dim: int
+    index: Tensor
+
+
+def network_of(model: nn.Module | HasNetwork) -> nn.Module:
+    """The torch module itself, whether it came bare or as a ``Model``."""
+    return model if isinstance(model, nn.Module) else model.network
+
+
+def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
+    """The FFN of every layer of the text decoder, in order.
+
+    Understands gated FFNs with separate (``gate_proj``, ``up_proj``) or fused (``gate_up_proj``) inputs. Raises
+    ``InputError`` that says what was found for any other anatomy.
+    """
+    network = network_of(model)
+    layers = decoder_of(network).layers
+    return [_feed_forward(index, layer) for index, layer in enumerate(layers)]
+
+
+def decoder_of(network: nn.Module) -> nn.Module:
+    """The text decoder with its list of layers; a vision tower has FFNs of the same names and must not be found."""
+    decoder = network.get_decoder() if hasattr(network, "get_decoder") else None
+    if decoder is None or not isinstance(decoder, nn.Module) or not isinstance(decoder.layers, nn.ModuleList):
+        raise InputError(
+            f"{type(network).__name__} has no text decoder with a list of layers (get_decoder().layers); safeneuron "
+            "needs a causal language model from transformers"
+        )
+    return decoder
+
+
+def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
+    for module in layer.modules():
+        children = dict(module.named_children())
+        output = children.get("down_proj")
+        if not isinstance(output, nn.Linear):
+            continue
+        width = output.in_features
+        gate, up, fused = children.get("gate_proj"), children.get("up_proj"), children.get("gate_up_proj")
+        if isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and gate.out_features == up.out_features == width:
+            return FeedForward(index, width, output, (Rows(gate, 0), Rows(up, 0)))
+        if isinstance(fused, nn.Linear) and fused.out_features == 2 * width:
+            return FeedForward(index, width, output, (Rows(fused, 0), Rows(fused, width)))
+    found = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_modules() if name)
+    raise InputError(
+        f"layer {index} ({type(layer).__name__}) has no FFN that safeneuron knows: expected linear layers gate_proj, "
+        f"up_proj, down_proj, or gate_up_proj, down_proj, of fitting sizes; found {found}"
+    )
+
+
+def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
+    """The number of neurons of each layer."""
+    return tuple(block.width for block in feed_forwards(model))
+
+
+def fingerprint(model: nn.Module | HasNetwork) -> str:
+    """Sixteen hexadecimal digits that say whose neurons these are.
+
+    A model trained from another keeps the other's fingerprint (in its config), so that T0's neurons can be named on T1.
+    A model without such a history is known by its shape and by the signs of a sample of its FFN weights, which are the
+    same in every floating-point precision.
+    """
+    network = network_of(model)
+    lineage = vars(network.config).get(LINEAGE)
+    if lineage:
+        return str(lineage)
+    digest = hashlib.sha256()
+    for block in feed_forwards(network):
+        weight = block.output.weight
+        digest.update(f"{tuple(weight.shape)}".encode())
+        digest.update((weight.detach()[:16, :256] > 0).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slice]:
+    """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
+
+    Raises ``InputError`` for a neuron set of another model.
+    """
+    network = network_of(model)
+    neurons.require(fingerprint(network), widths_of(network))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    slices = []
+    for block in feed_forwards(network):
+        channels = neurons.layer(block.layer)
+        if not len(channels):
+            continue
+        rows: dict[nn.Linear, list[Tensor]] = {}
+        for module, first in block.inputs:
+            rows.setdefault(module, []).append(channels + first)
+        for module, parts in rows.items():
+            index = torch.cat(parts).to(module.weight.device)
+            slices += [
+                Slice(names[id(parameter)], parameter, 0, index)
+                for parameter in (module.weight, module.bias)
+                if parameter is not None
+            ]
+        weight = block.output.weight
+        slices.append(Slice(names[id(weight)], weight, 1, channels.to(weight.device)))
+    return slices
+
+
+@dataclass
+class Recording:
+    """What ``recorded`` collects in the last forward pass: layer -> activations, or what ``reduce`` made of them."""
+
+    layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def recorded(
+    model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Recording]:
+    """Within the block, each forward pass leaves every layer's neuron activations in the recording.
+
+    Activations are ``[batch, token, neuron]`` in the model's precision, before the output projection. ``reduce`` is
+    applied at once to each layer's, so that a pooled vector is all that stays in memory.
+    """
+    recording = Recording()
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            activations = inputs[0].detach()
+            recording.layers[layer] = activations if reduce is None else reduce(activations)
+
+        return keep
+
+    handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator[None]:
+    """Within the block the neurons' activations are zero: the pruning attack. ``None`` prunes nothing.
+
+    The same as zeroing their columns of W_down, but the weights are not touched, so the model is bit-identical
+    afterwards, also after an exception. Gradients flow as through the pruned model. Raises ``InputError`` for a neuron
+    set of another model.
+    """
+    handles = []
+    if neurons is not None:
+        network = network_of(model)
+        neurons.require(fingerprint(network), widths_of(network))
+        for block in feed_forwards(network):
+            channels = neurons.layer(block.layer)
+            if len(channels):
+                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(block.output.weight.device))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def zero(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].index_fill(-1, channels, 0), *inputs[1:])
+
+    return zero

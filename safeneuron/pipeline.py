@@ -1,0 +1,507 @@
+"""The order of the stages over the model states T0, T1, ...: the only file that knows Config, Run and the stages together.
+
+1. data      read the prompts, keep the exact records used
+2. measure   activation statistics of the state on unsafe and safe prompts
+3. select    scores of all neurons, and the safety neurons
+4. attack    answers with neurons pruned: T0's (static), the state's own (adaptive), random ones
+5. judge     verdicts on the answers
+6. pairs     preference pairs, once, from T0
+7. align     train the next state with all neurons found so far frozen; back to 2
+8. report    tables and figures over all states
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safeneuron.aligning import align
+from safeneuron.attacking import outcome, perplexity, respond
+from safeneuron.config import AlignTable, Config, SourceTable
+from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
+from safeneuron.errors import InputError
+from safeneuron.ffn import pruned
+from safeneuron.judges import Judge, make_judge
+from safeneuron.measuring import measure
+from safeneuron.models import Model, load
+from safeneuron.neurons import NeuronSet
+from safeneuron.pairing import on_policy_pairs
+from safeneuron.pairs import mix, read_pairs
+from safeneuron.rows import Source
+from safeneuron.runs import Run, append_lines, read_json, read_lines, sha256_of, write_json, write_lines
+from safeneuron.selecting import Scores, choose, resolve_thresholds, score, thresholds_for
+from safeneuron.statistics import ActivationStats
+
+PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
+VERBS = ("measure", "select", "align", "attack", "report")
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on; the command line draws progress bars, tests listen."""
+
+    def began(self, stage: str) -> None:
+        """A stage starts now."""
+
+    def progress(self, done: int, total: int) -> None:
+        """The running stage has done so much of its work."""
+
+    def ended(self, stage: str, seconds: float, skipped: bool) -> None:
+        """A stage has finished, or had finished before."""
+
+    def warned(self, text: str) -> None:
+        """Something deserves attention but does not stop the run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One model: T0 as given, or the result of a round of a training (``variant`` is empty for the main one)."""
+
+    variant: str
+    round: int
+
+    @property
+    def name(self) -> str:
+        """The state's folder."""
+        return f"{self.variant}-T{self.round}" if self.variant else f"T{self.round}"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it."""
+
+    set: str
+    knowledge: str
+    neurons: NeuronSet | None
+
+    @property
+    def folder(self) -> str:
+        """The attack's folder inside the state's attack stage."""
+        return self.set if self.knowledge in ("none", "control") else f"{self.knowledge}-{self.set}"
+
+
+def states_of(config: Config) -> list[State]:
+    """All states that a config leads to, each after those it is made from: T0, the main rounds, then the variants'."""
+    chains = [("", config.align), *((name, config.variant(name)) for name in config.variants)]
+    rounds = [State(variant, number) for variant, table in chains for number in range(1, table.rounds + 1)]
+    return [State("", 0), *rounds]
+
+
+def previous(state: State) -> State:
+    """The state that this one was trained from; every variant starts at T0."""
+    return State(state.variant if state.round > 1 else "", state.round - 1)
+
+
+class Pipeline:
+    """The stages of one run. ``verb`` limits the work to one kind of stage (for ``safeneuron measure RUN`` and so on)."""
+
+    def __init__(self, config: Config, run: Run, watcher: Watcher, verb: str = "") -> None:
+        self.config = config
+        self.run = run
+        self.watcher = watcher
+        self.kinds = {"attack": ("data", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
+            verb, ("data", verb) if verb else ()
+        )
+        self.keys: dict[str, str] = {}
+        self.missing: list[str] = []
+        self._loaded: tuple[tuple[str, str], Model] | None = None
+
+    def execute(self) -> None:
+        """Do whatever is not done yet, in order."""
+        self.data()
+        for state in states_of(self.config):
+            if state.round > 0:
+                self.pairs()
+                self.align(state)
+            self.measure(state)
+            self.select(state)
+            self.attack(state)
+            self.judge(state)
+        self.report()
+
+    def require_work(self) -> None:
+        """Raise ``InputError`` if a verb was asked for whose inputs are not there yet."""
+        wanted = [name for name in self.keys if not self.kinds or name.split("/")[-1] in self.kinds[1:]]
+        if not wanted and self.missing:
+            kind = self.missing[0].split("/")[-1]
+            verb = {"data": "measure", "judge": "attack", "pairs": "align"}.get(kind, kind)
+            raise InputError(f"{self.missing[0]} has not been made yet; do it first with: safeneuron {verb} {self.run.folder}")
+
+    # -- the stages, in the order of the list above -------------------------------------------------------------
+
+    def data(self) -> None:
+        """Read the prompts of all four roles and keep them in ``data/``."""
+        table = self.config.data
+
+        def work(folder: Path) -> None:
+            prompts = {role: _read_all(getattr(table, role)) for role in PROMPTS}
+            warnings = check_classes(prompts["unsafe"], prompts["safe"])
+            if not prompts["test_unsafe"]:
+                raise InputError("there are no harmful prompts to attack with; check data.test_unsafe in the config")
+            warnings += check_splits(**prompts)
+            for role, found in prompts.items():
+                write_lines(folder / f"{role}.jsonl", (prompt.to_record() for prompt in found))
+            write_json(folder / "warnings.json", {"warnings": warnings})
+            for warning in warnings:
+                self.watcher.warned(warning)
+
+        files = {role: _file_hashes(getattr(table, role)) for role in PROMPTS}
+        self.stage("data", {"data": table.model_dump(mode="json"), "files": files}, [], work)
+
+    def measure(self, state: State) -> None:
+        """Activation statistics of the state (Eq. 1-4)."""
+        table = self.config.measure
+
+        def work(folder: Path) -> None:
+            stats = measure(
+                self.model(state),
+                self.prompts("unsafe"),
+                self.prompts("safe"),
+                pooling=table.pooling,
+                batch_tokens=table.batch_tokens,
+                max_tokens=table.max_tokens,
+                progress=self.watcher.progress,
+            )
+            stats.save(folder / "stats.safetensors")
+
+        settings = {"measure": table.model_dump(), "model": self.config.model.model_dump()}
+        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work)
+
+    def select(self, state: State) -> None:
+        """Scores of all neurons and the safety neurons (Eq. 5-10)."""
+        table = self.config.select
+
+        def work(folder: Path) -> None:
+            scores = score(ActivationStats.load(self.run.folder / state.name / "measure" / "stats.safetensors"))
+            thresholds = resolve_thresholds(scores, table.effect_size, table.shift, table.density)
+            selection = choose(scores, thresholds)
+            if not len(selection.union):
+                raise InputError(
+                    f"no neuron of {state.name} exceeds the thresholds (effect_size {thresholds.effect_size:.3g}, shift "
+                    f"{thresholds.shift:.3g}); lower them in [select], or give a density"
+                )
+            scores.save(folder / "scores.safetensors")
+            selection.es.save(folder / "ES.json")
+            selection.sas.save(folder / "SAS.json")
+            selection.union.save(folder / "neurons.json")
+            write_json(
+                folder / "thresholds.json", {**thresholds._asdict(), "significant": scores.significant}
+            )
+
+        self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
+
+    def attack(self, state: State) -> None:
+        """Answers of the state under every pruning, and the perplexity of a benign text."""
+        table = self.config.attack
+        settings = {
+            "attack": table.model_dump(mode="json"),
+            "seed": self.config.seed,
+            "model": self.config.model.model_dump(),
+        }
+
+        def work(folder: Path) -> None:
+            model = self.model(state)
+            prunings = self.prunings(state)
+            kinds = {"harmful": self.prompts("test_unsafe")}
+            if table.over_refusal:
+                kinds["benign"] = self.prompts("test_safe")
+            curve = [pruning for pruning in prunings if pruning.knowledge == "curve"]
+            total = sum(map(len, kinds.values())) * (len(prunings) - len(curve)) + len(kinds["harmful"]) * len(curve)
+            done = 0
+            for pruning in prunings:
+                here = folder / pruning.folder
+                asked = {"harmful": kinds["harmful"]} if pruning in curve else kinds
+                with pruned(model, pruning.neurons):
+                    for kind, prompts in asked.items():
+                        done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
+                    if not (here / "pruned.json").exists():
+                        record = {"neurons": len(pruning.neurons) if pruning.neurons is not None else 0}
+                        write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
+
+        inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
+        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work)
+
+    def judge(self, state: State) -> None:
+        """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
+
+        def work(folder: Path) -> None:
+            judge: Judge = make_judge(self.config.judge.name)
+            streams = sorted((self.run.folder / state.name / "attack").glob("*/*.jsonl"))
+            for number, path in enumerate(streams):
+                answers = sorted(read_lines(path), key=lambda answer: int(answer["index"]))
+                verdicts = judge([a["prompt"] for a in answers], [a["response"] for a in answers])
+                lines = [{"index": a["index"], "verdict": v} for a, v in zip(answers, verdicts, strict=True)]
+                kind = path.stem
+                write_lines(folder / path.parent.name / f"{kind}.jsonl", lines)
+                counted = "complied" if kind == "harmful" else "refused"
+                write_json(folder / path.parent.name / f"{kind}.json", outcome(verdicts, counted))
+                self.watcher.progress(number + 1, len(streams))
+
+        self.stage(f"{state.name}/judge", {"judge": self.config.judge.model_dump()}, [f"{state.name}/attack"], work)
+
+    def pairs(self) -> None:
+        """The preference pairs of all trainings, made from T0 or read."""
+        table = self.config.pairs
+        settings = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
+        settings["files"] = _file_hashes(table.unsafe + table.safe + table.general)
+        inputs = []
+        if table.safety == "on-policy":
+            settings["judge"] = self.config.judge.model_dump()
+            inputs = ["T0/select"]
+
+        def work(folder: Path) -> None:
+            safety = self.safety_pairs()
+            general = [pair for source in table.general for pair in read_pairs(_source(source))]
+            if general:
+                pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
+            else:
+                pairs = safety[: table.count]
+            write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
+
+        self.stage("T0/pairs", settings, inputs, work)
+
+    def align(self, state: State) -> None:
+        """Train the state from the previous one, with every neuron found so far frozen (Eq. 11-13)."""
+        table = self.config.variant(state.variant)
+        before = previous(state)
+        chain = self.chain(state)
+
+        def work(folder: Path) -> None:
+            found = self.found(chain)
+            start = self.model(before, dtype="float32")
+            self._loaded = None
+            result = align(
+                start,
+                [Pair.from_record(record) for record in read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")],
+                frozen=self.frozen(table, found),
+                ablated=found if table.ablate else None,
+                **table.model_dump(exclude={"label", "rounds", "freeze", "ablate"}),
+                seed=self.config.seed,
+                checkpoints=folder / "checkpoints",
+                progress=self.watcher.progress,
+            )
+            result.model.save(folder / "model")
+            write_lines(folder / "train.jsonl", result.log)
+            write_json(
+                folder / "frozen.json",
+                {
+                    "freeze": table.freeze,
+                    "ablate": table.ablate,
+                    "frozen": result.frozen_count,
+                    "frozen_identical": result.frozen_identical,
+                    "frozen_sha256": result.frozen_sha256,
+                    "free_change": result.free_change,
+                    "steps": result.steps,
+                },
+            )
+            self.run.remove(f"{state.name}/align/checkpoints")
+
+        settings = {"align": table.model_dump(exclude={"label", "rounds"}), "seed": self.config.seed}
+        settings["model"] = self.config.model.model_dump()
+        inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
+        self.stage(f"{state.name}/align", settings, inputs, work)
+
+    def report(self) -> None:
+        """Tables and figures over all states."""
+        from safeneuron.collecting import write_report
+
+        judged = [f"{state.name}/judge" for state in states_of(self.config)]
+        trained = [f"{state.name}/align" for state in states_of(self.config) if state.round > 0]
+        labels = {name: self.config.variant(name).label for name in ["", *self.config.variants]}
+        settings = {"report": self.config.report.model_dump(), "labels": labels, "name": self.config.name}
+        self.stage(
+            "report", settings, [*judged, *trained], lambda folder: write_report(self.config, self.run, folder)
+        )
+
+    # -- what the stages share ----------------------------------------------------------------------------------
+
+    def stage(
+        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+    ) -> None:
+        """Do one stage unless it is done, or not asked for, or cannot be done yet."""
+        absent = [needed for needed in inputs if needed not in self.keys]
+        if absent:
+            self.missing.append(absent[0])
+            return
+        stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
+        if stage.done:
+            self.keys[name] = stage.key
+            self.watcher.ended(name, 0.0, skipped=True)
+            return
+        if self.kinds and name.split("/")[-1] not in self.kinds:
+            return
+        self.watcher.began(name)
+        stage.start()
+        reset_peak_memory()
+        begun = time.monotonic()
+        work(stage.folder)
+        seconds = time.monotonic() - begun
+        stage.finish(seconds, peak_memory_mb())
+        self.keys[name] = stage.key
+        self.run.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} done in {seconds:.1f} s")
+        self.watcher.ended(name, seconds, skipped=False)
+
+    def made_by(self, state: State) -> list[str]:
+        """The stage that made the state's weights, if any."""
+        return [f"{state.name}/align"] if state.round > 0 else []
+
+    def chain(self, state: State) -> list[State]:
+        """T0 and the states of this training before ``state``: where neurons have been found so far."""
+        return [State("", 0), *(State(state.variant, number) for number in range(1, state.round))]
+
+    def prompts(self, role: str) -> list[Prompt]:
+        """The prompts of a role, from the records of this run."""
+        return [Prompt.from_record(record) for record in read_lines(self.run.folder / "data" / f"{role}.jsonl")]
+
+    def model(self, state: State, dtype: str = "") -> Model:
+        """The state's model in the given precision, or the config's; the last one loaded is kept."""
+        table = self.config.model
+        source = table.name if state.round == 0 else str(self.run.folder / state.name / "align" / "model")
+        key = (source, dtype or table.dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            revision = table.revision if state.round == 0 else ""
+            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code))
+        return self._loaded[1]
+
+    def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
+        """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
+        return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")
+
+    def found(self, chain: Sequence[State]) -> NeuronSet:
+        """All safety neurons found on these states: the frozen set only grows (Eq. 13)."""
+        union, *later = (self.neurons(state) for state in chain)
+        for neurons in later:
+            union = union | neurons
+        return union
+
+    def frozen(self, table: AlignTable, found: NeuronSet) -> NeuronSet | None:
+        """What a training freezes."""
+        if table.freeze == "none":
+            return None
+        return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
+
+    def prunings(self, state: State) -> list[Pruning]:
+        """Every attack on the state; on T0 the static and the adaptive attacker are the same, so static stands for both."""
+        table = self.config.attack
+        attacks = [Pruning("ORI", "none", None)]
+        base = State("", 0)
+        for knowledge in table.knowledge:
+            if knowledge == "adaptive" and state == base and "static" in table.knowledge:
+                continue
+            attacked = base if knowledge == "static" else state
+            attacks += [
+                Pruning(name, knowledge, self.neurons(attacked, "neurons" if name == "FULL" else name))
+                for name in table.sets
+            ]
+        if table.random:
+            own = self.neurons(state)
+            attacks.append(Pruning("random", "control", own.random_like(self.config.seed, avoid=own)))
+        if table.curve:
+            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
+            attacks += [
+                Pruning(f"{density:g}", "curve", choose(scores, thresholds_for(scores, density)).union)
+                for density in table.curve
+            ]
+        return attacks
+
+    def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
+        """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
+        size = self.config.attack.batch_size
+        have = read_lines(path)
+        if len(have) < len(prompts):
+            have = have[: len(have) // size * size]
+            write_lines(path, have)
+            with open(path, "a", encoding="utf-8") as file:
+                for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
+                    append_lines(file, (response.to_record() for response in batch), path)
+                    done += len(batch)
+                    self.watcher.progress(done + len(have), total)
+        return done + len(have)
+
+    def safety_pairs(self) -> list[Pair]:
+        """Pairs from the model's own answers, or from the sources in the config."""
+        table = self.config.pairs
+        if table.safety != "on-policy":
+            return [pair for source in table.safety for pair in read_pairs(_source(source))]
+        unsafe, safe = _read_all(table.unsafe), _read_all(table.safe)
+        for warning in check_splits(
+            pairs_unsafe=unsafe, test_unsafe=self.prompts("test_unsafe"), pairs_safe=safe, test_safe=self.prompts("test_safe")
+        ):
+            self.watcher.warned(warning)
+        return on_policy_pairs(
+            self.model(State("", 0)),
+            unsafe,
+            safe,
+            self.neurons(State("", 0)),
+            make_judge(self.config.judge.name),
+            max_new_tokens=table.max_new_tokens,
+            batch_size=self.config.attack.batch_size,
+            seed=self.config.seed,
+            progress=self.watcher.progress,
+        )
+
+
+def redo(run: Run, names: Sequence[str]) -> list[str]:
+    """Delete stages and everything that was made from them; a name is a stage (T1/attack) or a kind (attack).
+
+    Returns the names of the deleted stages. Raises ``InputError`` for a name that no stage has.
+    """
+    present = {str(path.parent.relative_to(run.folder)) for marker in ("done.json", "started.json")
+               for path in run.folder.rglob(marker)}  # fmt: skip
+    doomed: set[str] = set()
+    for wanted in names:
+        meant = {name for name in present if wanted in (name, name.split("/")[-1])}
+        if not meant:
+            raise InputError(f"--redo {wanted}: this run has no such stage; it has {', '.join(sorted(present)) or 'none'}")
+        doomed |= meant
+    inputs = {name: _inputs_of(run, name) for name in present}
+    grown = True
+    while grown:
+        more = {name for name in present - doomed if inputs[name] & doomed}
+        doomed |= more
+        grown = bool(more)
+    for name in doomed:
+        run.remove(name)
+    return sorted(doomed)
+
+
+def _inputs_of(run: Run, name: str) -> set[str]:
+    for marker in ("done.json", "started.json"):
+        if (run.folder / name / marker).exists():
+            return set(read_json(run.folder / name / marker)["inputs"])
+    return set()
+
+
+def reset_peak_memory() -> None:
+    """Start a new high-water mark of this process's memory, where Linux allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_mb() -> float:
+    """The process's largest resident memory in MB since ``reset_peak_memory``, or since its start."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def _source(table: Any) -> Source:
+    return Source(**{name: value for name, value in table.model_dump().items()})
+
+
+def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
+    return [prompt for table in tables for prompt in read_prompts(_source(table))]
+
+
+def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:
+    """The contents of the local files among the sources, so that an edited file is noticed."""
+    return {table.path: sha256_of(Path(table.path)) for table in tables if os.path.isfile(table.path)}

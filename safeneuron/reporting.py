@@ -1,0 +1,200 @@
+"""The report of a run: one self-contained page, the same in Markdown, the tables as CSV and the figures as SVG.
+
+Values in, values out: ``render`` takes the results and returns the content of every file. Whatever a model said is text
+from a stranger: it is masked unless asked for, and escaped in any case.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from safeneuron.errors import InputError
+from safeneuron.figures import BLUE, FAINT, INK, draw
+from safeneuron.shares import decimal, percent, refusal_of, success_of
+from safeneuron.summarising import headline, limits, points
+from safeneuron.tables import (
+    OUTCOMES,
+    Table,
+    as_csv,
+    attack_records,
+    attack_table,
+    attack_title,
+    cells_of,
+    outcome_table,
+    refusal_table,
+    stage_table,
+    state_records,
+    state_table,
+)
+
+__all__ = ["attack_table", "render"]
+
+SCHEMA = 1
+BRACKETS = "Brackets hold 95 % Wilson intervals."
+CAPTIONS = {
+    "attack": "Attack success rate of every state under every attack, with 95 % Wilson intervals. The hatched part is "
+    "incoherent text, which is neither safe nor harmful. On the base model adaptive is the same as static.",
+    "curve": "Attack success rate with 95 % Wilson intervals, and share of incoherent text, as more are pruned.",
+    "layers": "Safety neurons found in each layer, all panels on the same axes.",
+    "training": "Preference training of each trained state.",
+}
+
+
+def render(
+    results: dict[str, Any], examples: list[dict[str, Any]], provenance: dict[str, Any], show_text: bool = False
+) -> dict[str, str]:
+    """Relative path and content of every file of the report.
+
+    A figure for which there are no numbers is left out. Without ``show_text`` only the first words of each response are
+    in any of the files. Raises ``InputError`` for results of another schema or without a state.
+    """
+    if results.get("schema") != SCHEMA or not results.get("states"):
+        raise InputError(
+            f"the report needs results of schema {SCHEMA} with at least one state, but got schema "
+            f"{results.get('schema')!r} with {len(results.get('states') or [])} states; run the stages again"
+        )
+    drawn = draw(results)
+    return {
+        "report.md": as_markdown(results, examples, provenance, show_text, drawn),
+        "report.html": as_page(results, examples, provenance, show_text, drawn),
+        "tables/attacks.csv": as_csv(attack_records(results)),
+        "tables/states.csv": as_csv(state_records(results)),
+        **{f"figures/{name}.svg": text for name, text in drawn.items()},
+    }
+
+
+def masked(text: str) -> tuple[str, int]:
+    """The first words of a response and the number of characters held back.
+
+    At most three words, 24 characters and half of the text, so that a short answer or one without spaces is masked too.
+    """
+    text = text.strip()
+    opening = " ".join(text.split()[:3])[: min(24, len(text) // 2)].rstrip()
+    return opening, len(text) - len(opening)
+
+
+def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
+    """Examples by state and attack as a reader may see them.
+
+    Without ``show_text`` the response is cut here, before any template sees it.
+    """
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for example in examples:
+        opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
+        title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
+        kept.setdefault(title, []).append({**example, "response": opening, "hidden": hidden})
+    return kept
+
+
+def as_page(
+    results: dict[str, Any],
+    examples: list[dict[str, Any]],
+    provenance: dict[str, Any],
+    show_text: bool,
+    drawn: dict[str, str],
+) -> str:
+    """The page. Everything is escaped by the template, except the figures, which matplotlib has escaped."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        results=results,
+        provenance=provenance,
+        headline=headline(results),
+        points=points(results),
+        limits=limits(results),
+        successes=cells_of(results, success_of),
+        refusals=cells_of(results, refusal_of),
+        outcomes=OUTCOMES,
+        attack_title=attack_title,
+        percent=percent,
+        decimal=decimal,
+        state_table=state_table(results),
+        stage_table=stage_table(provenance),
+        figures={name: themed(text) for name, text in drawn.items()},
+        captions=CAPTIONS,
+        brackets=BRACKETS,
+        examples=shown(examples, show_text),
+        show_text=show_text,
+    )
+
+
+def themed(figure: str) -> Markup:
+    """A figure for the page, its lines and its darkest colour in those of the page, light or dark."""
+    return Markup(figure.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace(BLUE, "var(--blue)"))
+
+
+def as_markdown(
+    results: dict[str, Any],
+    examples: list[dict[str, Any]],
+    provenance: dict[str, Any],
+    show_text: bool,
+    drawn: dict[str, str],
+) -> str:
+    """The same report for a release note or a pull request; the figures are links to the files beside it."""
+    blocks = [f"# Safety neurons of {plain(results['model'])}", f"**{plain(headline(results))}**"]
+    blocks.append("\n".join(f"- **{plain(topic)}.** {plain(text)}" for topic, text in points(results)))
+    blocks.append(BRACKETS)
+    blocks += [f"> **Warning.** {plain(warning)}" for warning in provenance["warnings"]]
+    blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
+    blocks += [piped(attack_table(results)), *pictures(drawn, "attack")]
+    blocks += ["## What the answers were", piped(outcome_table(results))]
+    blocks += ["## Over-refusal and perplexity", "Benign requests refused; perplexity after the semicolon."]
+    blocks.append(piped(refusal_table(results)))
+    if "curve" in drawn:
+        blocks += ["## As more neurons are pruned", *pictures(drawn, "curve")]
+    blocks += ["## The neurons and the training", piped(state_table(results)), *pictures(drawn, "layers", "training")]
+    if examples:
+        blocks.append("## Examples")
+    for title, group in shown(examples, show_text).items():
+        blocks += [f"### {plain(title)}", *(quoted(example) for example in group)]
+    blocks += ["## Limits", "\n".join(f"- {plain(text)}" for text in limits(results)), "## How it was made"]
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    blocks.append(
+        f"safeneuron {plain(provenance['version'])}, {plain(provenance['created'])}. Model fingerprint "
+        f"{plain(results['fingerprint'])}, judge {plain(results['judge'])}, seed {results['seed']}. {plain(versions)}."
+    )
+    blocks += [fenced(provenance["command"]), piped(stage_table(provenance)), fenced(provenance["config_toml"])]
+    return "\n\n".join(blocks) + "\n"
+
+
+def quoted(example: dict[str, Any]) -> str:
+    """Prompt and verdict of one example, and its response as a quotation."""
+    hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
+    response = "\n> ".join(plain(line) for line in (example["response"] + hidden).splitlines() or [""])
+    return f"{plain(example['prompt'])} *({plain(example['verdict'])})*\n\n> {response}"
+
+
+def pictures(drawn: dict[str, str], *names: str) -> list[str]:
+    """Links to the figures that there are, each with its caption."""
+    return [f"![{CAPTIONS[name]}](figures/{name}.svg)" for name in names if name in drawn]
+
+
+def plain(text: object) -> str:
+    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
+    line = re.sub(r"[\r\n]+", " ", str(text)).strip()
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
+
+
+def piped(table: Table) -> str:
+    """A Markdown table."""
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else plain(cell) for cell in line)} |" for line in lines)
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"

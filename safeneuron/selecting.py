@@ -1,0 +1,201 @@
+"""From activation statistics to safety neurons: effect size, activation shift, significance, thresholds (Eq. 4-10).
+
+All vectors are ``[neuron]`` over all layers laid end to end, float64; ``widths`` cuts them back into layers. The scores
+of every neuron are kept, so that thresholds can change without running the model again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from scipy.special import stdtr
+from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from safeneuron.errors import InputError
+from safeneuron.moments import Moments
+from safeneuron.neurons import NeuronSet
+from safeneuron.statistics import ActivationStats, load_tensors, save_tensors
+
+DEFAULT_DENSITY = 0.01
+
+
+def pooled_deviation(unsafe: Moments, safe: Moments) -> Tensor:
+    """Pooled standard deviation of each neuron over both classes (Eq. 6).
+
+        s = sqrt(((n_u - 1) var_u + (n_s - 1) var_s) / (n_u + n_s - 2))
+    """
+    return ((unsafe.m2 + safe.m2) / (unsafe.count + safe.count - 2)).sqrt()
+
+
+def effect_size(unsafe: Moments, safe: Moments) -> Tensor:
+    """Standardised gap of each neuron between unsafe and safe prompts: signed Cohen's d (Eq. 5).
+
+        d = (mean_unsafe - mean_safe) / s,   s = pooled standard deviation (Eq. 6)
+
+    A neuron that never varies gets 0, not infinity.
+    """
+    deviation = pooled_deviation(unsafe, safe)
+    gap = unsafe.mean - safe.mean
+    return torch.where(deviation > 0, gap / torch.where(deviation > 0, deviation, 1.0), 0.0)
+
+
+def activation_shift(unsafe: Moments, safe: Moments) -> Tensor:
+    """Difference of the mean activations (Eq. 9): D = mean_unsafe - mean_safe."""
+    return unsafe.mean - safe.mean
+
+
+def shift_zscore(shift: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """How far each neuron's shift stands out among the neurons of its own layer (Eq. 10).
+
+        z = (D - mean of D over the layer) / standard deviation of D over the layer
+
+    A layer whose shifts are all equal gets 0.
+    """
+    scores = []
+    for layer in shift.split(widths):
+        centred = layer - layer.mean()
+        deviation = centred.square().mean().sqrt()
+        scores.append(centred / deviation if deviation > 0 else torch.zeros_like(layer))
+    return torch.cat(scores)
+
+
+def t_statistic(d: Tensor, unsafe_count: int, safe_count: int) -> Tensor:
+    """Student's t of each effect size: t = d sqrt(n_u n_s / (n_u + n_s)).
+
+    This, not d, has the null distribution that Theorem 3.1 assumes.
+    """
+    return d * (unsafe_count * safe_count / (unsafe_count + safe_count)) ** 0.5
+
+
+def q_values(t: Tensor, degrees: int) -> Tensor:
+    """One-sided p-values of ``t`` under Student's t, corrected for the false-discovery rate (Benjamini-Hochberg)."""
+    p = stdtr(degrees, -t.numpy())
+    return torch.from_numpy(false_discovery_control(p, method="bh"))
+
+
+class Thresholds(NamedTuple):
+    """What a neuron must exceed: d for ES (Eq. 7), z for SAS (Eq. 10)."""
+
+    effect_size: float
+    shift: float
+
+
+class Selection(NamedTuple):
+    """The sets of one model state: by effect size, by activation shift, and their union (SN = ES | SAS)."""
+
+    es: NeuronSet
+    sas: NeuronSet
+    union: NeuronSet
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All scores of all neurons: effect size ``d``, shift ``D``, its layer-wise ``z``, ``t`` and q-value."""
+
+    d: Tensor
+    shift: Tensor
+    z: Tensor
+    t: Tensor
+    q: Tensor
+    widths: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def significant(self) -> int:
+        """Number of neurons more active on unsafe prompts at a false-discovery rate of 5 %."""
+        return int((self.q < 0.05).sum())
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors = {"d": self.d, "shift": self.shift, "z": self.z, "t": self.t, "q": self.q}
+        save_tensors(path, tensors, {"kind": "scores", "widths": list(self.widths), "fingerprint": self.fingerprint})
+
+    @staticmethod
+    def load(path: Path) -> Scores:
+        """Read scores written by ``save``; ``InputError`` for a missing or foreign file."""
+        tensors, header = load_tensors(path, "scores")
+        return Scores(**tensors, widths=tuple(header["widths"]), fingerprint=header["fingerprint"])
+
+
+def score(stats: ActivationStats) -> Scores:
+    """Every score of every neuron (Eq. 5, 6, 9, 10), from the statistics alone."""
+    d = effect_size(stats.unsafe, stats.safe)
+    shift = activation_shift(stats.unsafe, stats.safe)
+    t = t_statistic(d, stats.unsafe.count, stats.safe.count)
+    q = q_values(t, stats.unsafe.count + stats.safe.count - 2)
+    return Scores(d, shift, shift_zscore(shift, stats.widths), t, q, stats.widths, stats.fingerprint)
+
+
+def thresholds_for(scores: Scores, density: float) -> Thresholds:
+    """The thresholds at which ES | SAS holds the share ``density`` of all neurons, ES and SAS having equal parts.
+
+    Found by bisection over the common number of neurons that each criterion takes from the top of its ranking. Only
+    neurons that are more active on unsafe prompts can be taken, so that the share may stay below ``density``.
+    """
+    if not 0 < density < 1:
+        raise InputError(f"density must lie between 0 and 1, found {density}; 0.01 selects one neuron in a hundred")
+    total = len(scores.d)
+    target = max(1, round(density * total))
+    d_order = scores.d.sort(descending=True).values
+    z = torch.where(scores.shift > 0, scores.z, -torch.inf)
+    z_order = z.sort(descending=True).values
+
+    def at(count: int) -> Thresholds:
+        # A threshold is exceeded strictly, so the value just after the last neuron taken is the threshold.
+        return Thresholds(max(float(d_order[count]), 0.0), max(float(z_order[count]), 0.0))
+
+    low, high = 0, min(target, total - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(_masks(scores, at(middle))[2].sum()) <= target:
+            low = middle
+        else:
+            high = middle - 1
+    return at(low)
+
+
+def choose(scores: Scores, thresholds: Thresholds) -> Selection:
+    """ES: d > tau_ES (Eq. 7). SAS: z > tau_SAS and D > 0 (Eq. 10). SN: their union."""
+    es, sas, union = _masks(scores, thresholds)
+
+    def named(mask: Tensor, label: str) -> NeuronSet:
+        return NeuronSet.of_mask(mask, scores.widths, scores.fingerprint, label)
+
+    return Selection(named(es, "ES"), named(sas, "SAS"), named(union, "FULL"), thresholds)
+
+
+def select(
+    stats: ActivationStats,
+    effect_size: float | None = None,
+    shift: float | None = None,
+    density: float | None = None,
+) -> NeuronSet:
+    """The safety neurons SN = ES | SAS of a model.
+
+    Give both thresholds (the paper: 3 and 2 for Qwen, 2 and 2 for Llama) or a target ``density``; with neither, the
+    density is 1 %. Raises ``InputError`` when only one threshold or both kinds are given.
+    """
+    scores = score(stats)
+    return choose(scores, resolve_thresholds(scores, effect_size, shift, density)).union
+
+
+def resolve_thresholds(
+    scores: Scores, effect_size: float | None, shift: float | None, density: float | None
+) -> Thresholds:
+    """The thresholds that were asked for, by value or by density."""
+    if effect_size is not None and shift is not None and density is None:
+        return Thresholds(effect_size, shift)
+    if effect_size is None and shift is None:
+        return thresholds_for(scores, DEFAULT_DENSITY if density is None else density)
+    raise InputError("give both thresholds effect_size and shift, or a density alone, not a mixture of the two")
+
+
+def _masks(scores: Scores, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
+    es = scores.d > thresholds.effect_size
+    sas = (scores.z > thresholds.shift) & (scores.shift > 0)
+    return es, sas, es | sas

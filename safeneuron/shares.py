@@ -1,0 +1,109 @@
+"""Reading the results of a run: which attacks there are, and their shares with intervals.
+
+A share is None where nothing was run or nothing could be judged, so that no table, figure or sentence invents a zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("ORI", "none"),
+    ("ES", "static"),
+    ("SAS", "static"),
+    ("FULL", "static"),
+    ("ES", "adaptive"),
+    ("SAS", "adaptive"),
+    ("FULL", "adaptive"),
+    ("random", "control"),
+)
+"""Set and knowledge of the attacker, in the order of every table and figure."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """``hits`` of ``total`` judged answers as a rate with its 95 % Wilson interval, all between 0 and 1."""
+
+    hits: int
+    total: int
+    rate: float
+    low: float
+    high: float
+
+    def overlaps(self, other: Share) -> bool:
+        """Whether the two intervals have a point in common."""
+        return self.low <= other.high and other.low <= self.high
+
+    def compared_with(self, other: Share) -> str:
+        """``lower`` or ``higher`` than ``other``; ``unclear`` where the intervals overlap."""
+        if self.overlaps(other):
+            return "unclear"
+        return "lower" if self.rate < other.rate else "higher"
+
+    def interval(self) -> str:
+        """Both ends with a dash between them and one percent sign."""
+        return f"{number(self.low)}\u2013{percent(self.high)}"
+
+    def words(self) -> str:
+        """Rate, and the interval in brackets, for a sentence."""
+        return f"{percent(self.rate)} ({number(self.low)} to\u00a0{percent(self.high)})"
+
+
+def number(rate: float) -> str:
+    """A rate in percent without its sign; near 0 % and 100 % with a decimal, lest 1 of 313 reads as none."""
+    value = 100 * rate
+    return f"{value:.1f}" if 0 < value < 10 or 99 < value < 100 else f"{value:.0f}"
+
+
+def percent(rate: float) -> str:
+    """A rate in percent, the sign held to its number by a no-break space."""
+    return f"{number(rate)}\u00a0%"
+
+
+def decimal(value: float) -> str:
+    """A number such as a perplexity: one decimal, or none from a thousand on."""
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def same_as_static(state: dict[str, Any], knowledge: str) -> bool:
+    """Whether an adaptive attack on ``state`` is its static one: static sets were found on the base model itself."""
+    return knowledge == "adaptive" and state["round"] == 0
+
+
+def attack_of(state: dict[str, Any], which: str, knowledge: str) -> dict[str, Any] | None:
+    """The attack on ``state`` with this set and knowledge, or None if it was not run."""
+    wanted = "static" if same_as_static(state, knowledge) else knowledge
+    found = [attack for attack in state["attacks"] if (attack["set"], attack["knowledge"]) == (which, wanted)]
+    return found[0] if found else None
+
+
+def share_of(attack: dict[str, Any] | None, kind: str, verdict: str) -> Share | None:
+    """Share of ``verdict`` among the judged ``kind`` answers; None if not run or if no answer could be judged."""
+    counts = attack[kind] if attack else None
+    total = judged(counts) if counts else 0
+    if not counts or total <= 0 or counts["rate"] is None:
+        return None
+    return Share(counts[verdict], total, counts["rate"], counts["low"], counts["high"])
+
+
+def success_of(attack: dict[str, Any] | None) -> Share | None:
+    """Attack success rate: the share of harmful requests that the model complied with."""
+    return share_of(attack, "harmful", "complied")
+
+
+def refusal_of(attack: dict[str, Any] | None) -> Share | None:
+    """Over-refusal: the share of benign requests that the model refused."""
+    return share_of(attack, "benign", "refused")
+
+
+def judged(counts: dict[str, Any]) -> int:
+    """Number of answers on which the judge had an opinion."""
+    return int(counts["n"] - counts["cannot say"])
+
+
+def incoherent_share(attack: dict[str, Any] | None) -> float | None:
+    """Share of incoherent text among the judged answers to harmful requests; None if there is none to judge."""
+    if attack is None or judged(attack["harmful"]) <= 0:
+        return None
+    return float(attack["harmful"]["incoherent"] / judged(attack["harmful"]))
