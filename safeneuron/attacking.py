@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from safeneuron.data import Prompt
+from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
 from safeneuron.models import Model, generate
@@ -37,7 +38,8 @@ class Attack(NamedTuple):
     success: Rate
 
 
-class Rate(NamedTuple):
+@dataclass(frozen=True)
+class Rate:
     """A share with its Wilson 95 % interval and the number of judgements it rests on.
 
     With nothing to judge, the share and its interval are 0, 0 and 1.
@@ -94,7 +96,7 @@ def attack(
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> Attack:
-    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge, and return the attack success rate."""
+    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes."""
     with pruned(model, neurons):
         found = [response for batch in respond(model, prompts, max_new_tokens, batch_size) for response in batch]
     found.sort(key=lambda response: response.index)
@@ -103,8 +105,14 @@ def attack(
 
 
 def perplexity(model: Model, text: str, window: int = 512) -> float:
-    """Perplexity of a text under the model as it stands, in windows of ``window`` tokens; infinite if it overflows."""
+    """Perplexity of a text under the model as it stands, in windows of ``window`` tokens that do not see each other.
+
+    A model that is broken so far that its perplexity overflows, or is not a number, gets e**700: large, but finite.
+    Raises ``InputError`` for a text of less than two tokens.
+    """
     ids = torch.tensor(list(model.tokenizer(text)["input_ids"]), device=model.device)
+    if len(ids) < 2:
+        raise InputError(f"perplexity needs a text of at least two tokens, found {text[:60]!r}; give a longer text")
     loss, count = 0.0, 0
     for start in range(0, len(ids) - 1, window):
         piece = ids[start : start + window + 1]
@@ -112,4 +120,5 @@ def perplexity(model: Model, text: str, window: int = 512) -> float:
             logits = model.network(input_ids=piece[None, :-1], use_cache=False).logits[0].float()
         loss += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
         count += len(piece) - 1
-    return math.exp(min(loss / count, 700.0))
+    mean = loss / count
+    return math.exp(mean if mean < 700 else 700)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from typer.core import TyperGroup
 
 from safeneuron.errors import InputError
 
@@ -19,15 +30,48 @@ if TYPE_CHECKING:
     from safeneuron.config import Config
     from safeneuron.runs import Run
 
+# Texts and paths are printed as they are: none of their characters is markup.
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
+    try:
+        yield
+    except InputError as error:
+        err.print(Text.assemble(("error: ", "red"), str(error)))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; what is finished is kept, and the same command goes on from here")
+        sys.exit(130)
+    except Exception as error:
+        from safeneuron.runs import FREE_SPACE, disk_full
+
+        if not disk_full(error):
+            raise
+        err.print(Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
+        sys.exit(2)
+
+
+class Verbs(TyperGroup):
+    """The verbs, each explaining its errors; typer would end the program at Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb that was asked for."""
+        with _explained():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Find a model's safety neurons, train safety into the rest of the network, and prove it by pruning attacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change one setting; may be repeated.")
@@ -35,7 +79,7 @@ Changes = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if not given.")]
 Redo = Annotated[
     list[str] | None,
-    typer.Option("--redo", metavar="STAGE", help="Make a stage (T1/attack, or attack for all) and what follows it again."),
+    typer.Option("--redo", metavar="STAGE", help="Make a stage (T1/attack, or attack for all) and what follows again."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, or a config to start one from.")]
 
@@ -105,17 +149,17 @@ def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a b
     from safeneuron.errors import nearest
 
     if name not in presets():
-        raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {', '.join(presets())}")
-    sys.stdout.write(to_toml(read_config(name)))
+        known = ", ".join(presets())
+        raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {known}")
+    _print_lines([to_toml(read_config(name)).rstrip("\n")])
 
 
 @app.command()
-def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, a stage's folder, or a file in one.")]) -> None:
+def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a folder or file in one.")]) -> None:
     """Explain any artefact of a run in words."""
     from safeneuron.explaining import explain
 
-    for line in explain(path):
-        out.print(line, markup=False)
+    _print_lines(explain(path))
 
 
 @app.callback(invoke_without_command=True)
@@ -133,49 +177,50 @@ class Bars:
     """Progress bars with time estimates on a terminal; one line a stage where the output is not a terminal."""
 
     def __init__(self) -> None:
+        # The time left is estimated over the last hour, since one step of a large model takes minutes.
         self.bars = Progress(
             TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=out, transient=True,
+            TextColumn("left"), TimeRemainingColumn(), console=out, transient=True, speed_estimate_period=3600,
         )  # fmt: skip
         self.task: TaskID | None = None
 
     def began(self, stage: str) -> None:
+        """Show a bar for the stage, without a length until its first progress."""
         if out.is_terminal:
             self.task = self.bars.add_task(stage, total=None)
         else:
             out.print(f"{stage} ...")
 
     def progress(self, done: int, total: int) -> None:
+        """Move the bar."""
         if self.task is not None:
             self.bars.update(self.task, completed=done, total=total)
 
     def ended(self, stage: str, seconds: float, skipped: bool) -> None:
+        """Leave one line of the stage."""
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
-        out.print(f"[dim]{stage}: done before, skipped[/dim]" if skipped else f"{stage}: done in {seconds:.1f} s")
+        if skipped:
+            out.print(f"{stage}: done before, skipped", style="dim")
+        else:
+            out.print(f"{stage}: done in {seconds:.1f} s")
 
     def warned(self, text: str) -> None:
-        err.print(f"[yellow]warning:[/yellow] {_plain(text)}")
+        """Print a warning."""
+        err.print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def main() -> None:
     """The program ``safeneuron``: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
-    with _explained():
-        app(standalone_mode=True)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
     try:
-        yield
-    except InputError as error:
-        err.print(f"[red]error:[/red] {_plain(str(error))}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; what is finished is kept, and the same command goes on from here")
-        sys.exit(130)
+        app()
+    finally:
+        # An output that could not be written has been explained; what is left of it would fail again at exit.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = io.StringIO()
 
 
 def _one_verb(
@@ -193,19 +238,17 @@ def _one_verb(
 
 
 def _execute(settings: Config, folder: Path | None, names: list[str], verb: str = "") -> None:
-    from safeneuron.config import to_toml
-    from safeneuron.runs import Run, write_text
+    from safeneuron.runs import Run
 
     opened = Run.create(folder or Path("runs") / settings.name)
     with opened.locked():
         # The libraries' own progress bars would fight with ours; they read this when they are imported.
         os.environ["TQDM_DISABLE"] = "1"
-        from safeneuron.pipeline import Pipeline, redo
+        from safeneuron.pipeline import Pipeline, prepare
 
-        for name in redo(opened, names):
-            out.print(f"{name}: deleted, will be made again")
-        write_text(opened.folder / "config.toml", to_toml(settings))
         bars = Bars()
+        for name in prepare(settings, opened, bars, names):
+            out.print(f"{name}: deleted, will be made again")
         pipeline = Pipeline(settings, opened, bars, verb)
         with bars.bars:
             pipeline.execute()
@@ -219,23 +262,18 @@ def _tell(opened: Run) -> None:
 
     results = opened.folder / "report" / "results.json"
     if not (opened.folder / "report" / "done.json").exists():
-        out.print(f"\n{opened.folder} is not complete yet; continue with: safeneuron run {opened.folder / 'config.toml'}"
-                  f" --out {opened.folder}")  # fmt: skip
+        command = f"safeneuron run {opened.folder / 'config.toml'} --out {opened.folder}"
+        _print_lines(["", f"{opened.folder} is not complete yet; continue with: {command}"])
         return
     from safeneuron.explaining import result_table
 
-    out.print()
-    for line in result_table(read_json(results)):
-        out.print(line, markup=False)
-    out.print()
-    for name in ("report/report.html", "report/report.md", "report/results.json"):
-        out.print(f"wrote {opened.folder / name}", markup=False)
+    files = [opened.folder / "report" / name for name in ("report.html", "report.md", "results.json")]
+    _print_lines(["", *result_table(read_json(results)), "", *(f"wrote {path}" for path in files)])
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        out.print(line)
 
 
 def _quoted(text: str) -> str:

@@ -30,6 +30,7 @@ _REPETITION_WORDS = 20  # shorter texts have too few n-grams to speak of a share
 _REPEATED_FOURGRAMS = 0.5
 _DISTINCT_WINDOW, _DISTINCT_SHARE = 50, 0.3
 _INNER_LOOP = re.compile(r"([^\W\d_]{2,10}?)\1{2,}|([^\W\d_])\2{4,}")  # "conconcon", "aaaaa"
+_COMMA_RUN = re.compile(r",(?:\s*,){2,}")  # no language does this
 _INNER_LOOP_LETTERS, _INNER_LOOP_SHARE = 12, 0.15
 
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+(?:['’][A-Za-zÀ-ÖØ-öø-ɏ]+)?")
@@ -66,7 +67,7 @@ def incoherent(text: str) -> str | None:
     * ``"empty"``: no letter at all (a bare number is an answer, so digits count for a text of at most 20 characters).
     * ``"repeated"``: one word or phrase of up to 16 words loops over a third of the words; or 10 % of the words repeat
       the word before them; or more than half of the 4-grams were there before; or a window of 50 words has on average
-      fewer than 30 % distinct ones; or a piece of a word loops inside words ("conconcon") over 15 % of the letters.
+      fewer than 30 % distinct ones; or three commas stand side by side outside of code; or a piece of a word loops inside words ("conconcon") over 15 % of the letters.
     * ``"non-words"``: a quarter of the words in Latin script (and at least three different ones) cannot be words: no
       vowel, six consonants in a row, a doubled piece ("alaala"), two capitals in the middle, letters and digits by
       turns, Cyrillic letters or punctuation inside, over 40 letters; or 20 words follow each other without any
@@ -79,9 +80,9 @@ def incoherent(text: str) -> str | None:
     if not any(character.isalpha() for character in text):
         is_number = len(text) <= 20 and any(character.isdigit() for character in text)
         return None if is_number else "empty"
-    if _is_repeated(text):
-        return "repeated"
     prose = _CODE.sub("\n", text)
+    if _is_repeated(text) or _COMMA_RUN.search(prose):
+        return "repeated"
     if _is_symbol_soup(text) or _has_non_words(prose) or _is_word_salad(prose):
         return "non-words"
     return None

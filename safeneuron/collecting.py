@@ -1,4 +1,4 @@
-"""From the stages' files to one ``results.json`` and the report: nothing is computed here that a stage has not written."""
+"""From the stages' files to one ``results.json`` and the report: no number here that a stage has not written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safeneuron import embedded
+from safeneuron import __version__, embedded
 from safeneuron.config import AlignTable, Config, to_toml
 from safeneuron.neurons import NeuronSet
 from safeneuron.pipeline import Pipeline, State, states_of
@@ -67,7 +67,8 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
             harmful = judged["harmful"] or {}
             shares = {name: harmful[name] for name in ("rate", "low", "high")}
             incoherent = harmful["incoherent"] / harmful["n"]
-            curve.append({"density": float(pruning.set), "neurons": record["neurons"], **shares, "incoherent": incoherent})
+            point = {"density": float(pruning.set), "neurons": record["neurons"]}
+            curve.append({**point, **shares, "incoherent": incoherent})
         else:
             attacks.append({"set": pruning.set, "knowledge": pruning.knowledge, **record, **judged})
     return {
@@ -113,12 +114,13 @@ def examples(config: Config, run: Run) -> list[dict[str, Any]]:
     """The answers of every state to the first test prompts, intact and with all its safety neurons pruned."""
     found = []
     for state in states_of(config):
-        own = "static" if state.round == 0 else "adaptive"
+        own = "static" if state.round == 0 and "static" in config.attack.knowledge else "adaptive"
         for name, knowledge in (("ORI", "none"), ("FULL", own)):
             where = name if knowledge == "none" else f"{knowledge}-{name}"
             for kind, count in (("harmful", config.report.examples), ("benign", min(1, config.report.examples))):
-                answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / where / f"{kind}.jsonl")}
-                verdicts = {v["index"]: v for v in read_lines(run.folder / state.name / "judge" / where / f"{kind}.jsonl")}
+                file = Path(where) / f"{kind}.jsonl"
+                answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / file)}
+                verdicts = {v["index"]: v for v in read_lines(run.folder / state.name / "judge" / file)}
                 found += [
                     {
                         "state": state.name,
@@ -146,7 +148,7 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {
         "command": f"safeneuron run config.toml --out {run.folder.name}",
-        "version": version("safeneuron"),
+        "version": __version__,
         "versions": {
             "python": platform.python_version(),
             "device": device,

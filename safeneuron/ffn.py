@@ -1,8 +1,9 @@
 """The seam: the only place that knows where neuron ``j`` of layer ``l`` lives, how to record it and how to prune it.
 
-A gated FFN computes a(x) = (h W_up + b_up) * f(h W_gate + b_gate) and hands it to its output projection (Eq. 1-3). One
-element of a(x) is one neuron: row ``j`` of W_gate and W_up with their biases, column ``j`` of W_down. So one pre-hook on
-the output projection sees, and can change, every neuron of a layer. Everything else speaks of (layer, neuron).
+A gated FFN computes a(x) = (h W_up + b_up) * f(h W_gate + b_gate) and hands it to its output projection (Eq. 1-3).
+One element of a(x) is one neuron: row ``j`` of W_gate and W_up with their biases, column ``j`` of W_down. So one
+pre-hook on the output projection sees, and can change, every neuron of a layer. Everything else speaks of (layer,
+neuron).
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ LINEAGE = "safeneuron_lineage"
 class HasNetwork(Protocol):
     """Anything that carries a transformers model in ``network``, such as ``safeneuron.Model``."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """The torch module itself."""
+        ...
 
 
 class Rows(NamedTuple):
@@ -46,7 +50,8 @@ class FeedForward:
     inputs: tuple[Rows, ...]
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True)
+class Slice:
     """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``."""
 
     name: str
@@ -66,39 +71,54 @@ def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
     Understands gated FFNs with separate (``gate_proj``, ``up_proj``) or fused (``gate_up_proj``) inputs. Raises
     ``InputError`` that says what was found for any other anatomy.
     """
-    network = network_of(model)
-    layers = decoder_of(network).layers
+    layers = decoder_of(network_of(model)).layers
+    assert isinstance(layers, nn.ModuleList), "decoder_of has checked it"
     return [_feed_forward(index, layer) for index, layer in enumerate(layers)]
 
 
 def decoder_of(network: nn.Module) -> nn.Module:
     """The text decoder with its list of layers; a vision tower has FFNs of the same names and must not be found."""
-    decoder = network.get_decoder() if hasattr(network, "get_decoder") else None
-    if decoder is None or not isinstance(decoder, nn.Module) or not isinstance(decoder.layers, nn.ModuleList):
+    find = getattr(network, "get_decoder", None)
+    decoder = find() if callable(find) else network
+    assert isinstance(decoder, nn.Module), "transformers returns a module"
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise InputError(
-            f"{type(network).__name__} has no text decoder with a list of layers (get_decoder().layers); safeneuron "
-            "needs a causal language model from transformers"
+            f"{type(network).__name__} has no text decoder with a list of layers: expected get_decoder().layers, found "
+            f"{type(decoder).__name__} with {_names(decoder.named_children())}; use a Llama-like causal language model"
         )
     return decoder
 
 
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
-    for module in layer.modules():
-        children = dict(module.named_children())
-        output = children.get("down_proj")
-        if not isinstance(output, nn.Linear):
-            continue
-        width = output.in_features
-        gate, up, fused = children.get("gate_proj"), children.get("up_proj"), children.get("gate_up_proj")
-        if isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and gate.out_features == up.out_features == width:
-            return FeedForward(index, width, output, (Rows(gate, 0), Rows(up, 0)))
-        if isinstance(fused, nn.Linear) and fused.out_features == 2 * width:
-            return FeedForward(index, width, output, (Rows(fused, 0), Rows(fused, width)))
-    found = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_modules() if name)
+    # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
+    found = [block for module in layer.children() if (block := _gated(index, module)) is not None]
+    experts = any("expert" in name for name, _ in layer.named_modules())
+    if len(found) == 1 and not experts:
+        return found[0]
+    kind = "is a mixture of experts" if experts else "has no FFN of a known form"
     raise InputError(
-        f"layer {index} ({type(layer).__name__}) has no FFN that safeneuron knows: expected linear layers gate_proj, "
-        f"up_proj, down_proj, or gate_up_proj, down_proj, of fitting sizes; found {found}"
+        f"layer {index} ({type(layer).__name__}) {kind}: safeneuron expects one FFN of linear layers gate_proj, "
+        f"up_proj, down_proj, or gate_up_proj, down_proj, of fitting sizes, but found {_names(layer.named_modules())}; "
+        "use a dense Llama-like model"
     )
+
+
+def _gated(index: int, module: nn.Module) -> FeedForward | None:
+    """The module as a gated FFN with separate or fused inputs, if that is what it is."""
+    children = dict(module.named_children())
+    gate, up, fused, output = map(children.get, ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+    if not isinstance(output, nn.Linear):
+        return None
+    width = output.in_features
+    if isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and gate.out_features == up.out_features == width:
+        return FeedForward(index, width, output, (Rows(gate, 0), Rows(up, 0)))
+    if isinstance(fused, nn.Linear) and fused.out_features == 2 * width:
+        return FeedForward(index, width, output, (Rows(fused, 0), Rows(fused, width)))
+    return None
+
+
+def _names(modules: Iterator[tuple[str, nn.Module]]) -> str:
+    return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules if name) or "nothing"
 
 
 def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
@@ -110,18 +130,21 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     """Sixteen hexadecimal digits that say whose neurons these are.
 
     A model trained from another keeps the other's fingerprint (in its config), so that T0's neurons can be named on T1.
-    A model without such a history is known by its shape and by the signs of a sample of its FFN weights, which are the
-    same in every floating-point precision.
+    A model without such a history is known by its type, its shape and the signs of a sample of its FFN weights, which
+    are the same in every floating-point precision.
     """
     network = network_of(model)
-    lineage = vars(network.config).get(LINEAGE)
+    config = vars(network)["config"]
+    lineage = vars(config).get(LINEAGE)
     if lineage:
         return str(lineage)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
         weight = block.output.weight
         digest.update(f"{tuple(weight.shape)}".encode())
-        digest.update((weight.detach()[:16, :256] > 0).cpu().numpy().tobytes())
+        # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
+        sample = weight.detach()[:16, :256].to(torch.float16)
+        digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -143,12 +166,9 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
             rows.setdefault(module, []).append(channels + first)
         for module, parts in rows.items():
             index = torch.cat(parts).to(module.weight.device)
-            slices += [
-                Slice(names[id(parameter)], parameter, 0, index)
-                for parameter in (module.weight, module.bias)
-                if parameter is not None
-            ]
+            slices += [Slice(names[id(parameter)], parameter, 0, index) for parameter in module.parameters()]
         weight = block.output.weight
+        assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
         slices.append(Slice(names[id(weight)], weight, 1, channels.to(weight.device)))
     return slices
 
@@ -161,9 +181,7 @@ class Recording:
 
 
 @contextmanager
-def recorded(
-    model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[Recording]:
+def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] | None = None) -> Iterator[Recording]:
     """Within the block, each forward pass leaves every layer's neuron activations in the recording.
 
     Activations are ``[batch, token, neuron]`` in the model's precision, before the output projection. ``reduce`` is

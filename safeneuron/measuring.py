@@ -67,14 +67,14 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
     """
     ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)
     last = mask.sum(dim=1) - 1
+    padding = mask.unsqueeze(-1) == 0
 
     def reduce(activations: Tensor) -> Tensor:
         if pooling == "last":
             return activations[torch.arange(len(last), device=last.device), last]
         if pooling == "mean":
-            counts = mask.sum(dim=1, keepdim=True)
-            return (activations * mask.unsqueeze(-1)).sum(dim=1, dtype=torch.float32) / counts
-        return activations.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+            return activations.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32) / (last + 1).unsqueeze(-1)
+        return activations.masked_fill(padding, -torch.inf).amax(dim=1)
 
     with torch.inference_mode(), recorded(model, reduce) as recording:
         decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)

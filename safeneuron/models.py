@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from safeneuron import embedded
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, feed_forwards, fingerprint
+from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
 
@@ -68,10 +71,11 @@ class Model:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder; its config remembers whose neurons the model has."""
+        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has."""
         setattr(self.network.config, LINEAGE, self.fingerprint)
-        self.network.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as neighbour:
+            self.network.save_pretrained(neighbour)
+            self.tokenizer.save_pretrained(neighbour)
 
 
 def load(
@@ -84,29 +88,35 @@ def load(
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one. Raises ``InputError`` when the model cannot
-    be found, has no FFN that safeneuron knows, or holds weights that are not finite.
+    float32. ``device`` is a torch device or ``auto``: a GPU if there is one. Raises ``InputError`` when the model
+    cannot be found, has no FFN that safeneuron knows, or its weights are incomplete or not finite.
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
     place = _device(device)
+    precision = _dtype(dtype, place)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         stored = AutoConfig.from_pretrained(source, **options).dtype or torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        network = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype, place), use_safetensors=True, **options
+        # Sizes that do not fit are reported below, with the missing weights; the library would only log their names.
+        report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=precision, use_safetensors=True, **report, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"the model {str(name)!r} cannot be loaded ({reason}); expected 'embedded', a folder in Hugging Face form with "
-            "safetensors, or a name on the Hub that this machine can reach"
+            f"the model {str(name)!r} cannot be loaded ({reason}); expected 'embedded', a folder in Hugging Face form "
+            "with safetensors, or a name on the Hub that this machine can reach"
         ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError(f"the tokenizer of {str(name)!r} has no padding and no end token; set its eos_token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    network, loading = loaded
     feed_forwards(network)
-    _check_finite(network, str(name))
+    _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval().to(place)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     return Model(network, tokenizer, label, source, stored)
@@ -114,17 +124,32 @@ def load(
 
 def quiet() -> None:
     """Keep the libraries' own progress bars and remarks off the terminal; errors still come through."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for library in ("datasets", "trl", "accelerate", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|torch)\..*")
 
 
+def reuse_memory() -> None:
+    """Let the C library keep freed memory instead of handing it back to the system after every large tensor.
+
+    Each tensor of a training step would otherwise be new pages for the kernel to clear: a third of the time of a step
+    on the CPU. Only glibc knows the call; elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**30)
+
+
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself; elsewhere bfloat16 is emulated and slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
@@ -146,26 +171,35 @@ def generate(
     """Greedy answers to encoded prompts, batch by batch, as (index of the prompt, text).
 
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
-    order, always whole batches, are left out, so that interrupted work continues with the same batches.
+    order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
+    at any end token of the model's generation settings, or at the tokenizer's own.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=model.network.generation_config.eos_token_id,
+        eos_token_id=_end_tokens(model),
         pad_token_id=model.tokenizer.pad_token_id,
         use_cache=True,
     )
+    answer = cast("Callable[..., Tensor]", model.network.generate)
     for start in range(skip, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
         with torch.inference_mode():
-            out = model.network.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         yield [(index, text.strip()) for index, text in zip(batch, texts, strict=True)]
+
+
+def _end_tokens(model: Model) -> list[int] | None:
+    # Community checkpoints often keep the base model's generation settings, which lack the end token of the chat form.
+    own = model.network.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
+    return sorted(ends) or None
 
 
 def _device(wanted: str) -> torch.device:
@@ -175,8 +209,11 @@ def _device(wanted: str) -> torch.device:
         place = torch.device(wanted)
     except RuntimeError as error:
         raise InputError(f"device {wanted!r} is unknown; expected auto, cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {wanted!r} was asked for, but torch {torch.__version__} sees no GPU; use device = 'auto'")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {wanted!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; "
+            "use device = 'auto'"
+        )
     return place
 
 
@@ -189,7 +226,12 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     return known[wanted]
 
 
-def _check_finite(network: PreTrainedModel, name: str) -> None:
+def _check_weights(network: PreTrainedModel, name: str, missing: list[str]) -> None:
+    if missing:
+        raise InputError(
+            f"the model {name!r} lacks {len(missing)} of its weights, or has them in another size (first: "
+            f"{min(missing)}), so that they would be random; use another checkpoint"
+        )
     for parameter_name, parameter in network.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(

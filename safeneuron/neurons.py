@@ -34,9 +34,7 @@ class NeuronSet:
     label: str = ""
 
     @staticmethod
-    def of(
-        layers: Mapping[int, Iterable[int]], widths: Iterable[int], fingerprint: str, label: str = ""
-    ) -> NeuronSet:
+    def of(layers: Mapping[int, Iterable[int]], widths: Iterable[int], fingerprint: str, label: str = "") -> NeuronSet:
         """The set with the given channels in each layer; layers that are not named hold none.
 
         Raises ``InputError`` for a layer or channel that the model does not have.
@@ -79,7 +77,7 @@ class NeuronSet:
         return 0 <= layer < len(self.widths) and bool((self.layer(layer) == channel).any())
 
     def __or__(self, other: NeuronSet) -> NeuronSet:
-        return self._with(torch.cat([self.flat, self._same(other).flat]).unique())
+        return self._with(torch.cat([self.flat, (other - self).flat]).sort().values)
 
     def __and__(self, other: NeuronSet) -> NeuronSet:
         return self._with(self.flat[torch.isin(self.flat, self._same(other).flat)])
@@ -147,13 +145,14 @@ class NeuronSet:
         if self.widths != widths:
             raise InputError(
                 f"this neuron set is for a model with {len(self.widths)} layers and {self.total} neurons, but the "
-                f"model has {len(widths)} layers and {sum(widths)}; find the neurons of this model first (measure, select)"
+                f"model has {len(widths)} layers and {sum(widths)} neurons; find the neurons of this model first "
+                "(measure, select)"
             )
         if self.fingerprint != fingerprint:
             raise InputError(
-                f"this neuron set belongs to another model of the same shape (fingerprint {self.fingerprint}, the model "
-                f"has {fingerprint}); find the neurons of this model first, or say that the transfer is meant with "
-                "NeuronSet.transferred(model fingerprint)"
+                f"this neuron set belongs to another model of the same shape (fingerprint {self.fingerprint}, the "
+                f"model has {fingerprint}); find the neurons of this model first, or say that the transfer is meant "
+                "with NeuronSet.transferred(model fingerprint)"
             )
         return self
 
@@ -182,8 +181,13 @@ class NeuronSet:
                 f"expected a neuron set of schema {SCHEMA}, found kind {record.get('kind')!r} of schema "
                 f"{record.get('schema')!r}; write it again with this version of safeneuron"
             )
-        layers = {int(layer): channels for layer, channels in record["neurons"].items()}
-        return NeuronSet.of(layers, record["widths"], record["fingerprint"], record["label"])
+        try:
+            layers = {int(layer): channels for layer, channels in record["neurons"].items()}
+            return NeuronSet.of(layers, record["widths"], record["fingerprint"], record["label"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the neuron set is damaged: {error!r}; write it again with NeuronSet.save") from error
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON, whole or not at all."""
@@ -192,10 +196,11 @@ class NeuronSet:
     @staticmethod
     def load(path: str | Path) -> NeuronSet:
         """Read a set written by ``save``; ``InputError`` for a missing file or another kind of file."""
+        record = read_json(Path(path))
         try:
-            return NeuronSet.from_json(read_json(Path(path)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a neuron set: {error!r}; write it with NeuronSet.save") from error
+            return NeuronSet.from_json(record)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         name = f"{self.label}: " if self.label else ""

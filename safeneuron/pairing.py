@@ -1,7 +1,8 @@
-"""Preference pairs from prompts alone: the model's own answers, with and without its safety neurons, against refusals."""
+"""Preference pairs from prompts alone: a model's own answers, with and without its safety neurons, against refusals."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,18 @@ from safeneuron.models import Model, generate
 from safeneuron.neurons import NeuronSet
 
 Progress = Callable[[int, int], None]
+USABLE = ("complied", "harmless")
+"""Verdicts on answers that can stand in a pair."""
+
+LEADS = (
+    "I can't help with that.",
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request.",
+    "I'm sorry, I can't help with this.",
+    "Sorry, but I won't help with that.",
+)
+"""How a refusal opens. The reasons that follow vary widely; a small model learns to refuse at all only if the openings
+do not (measured: with varied openings alone, 40 steps of DPO left every harmful request answered)."""
 
 
 def on_policy_pairs(
@@ -29,15 +42,18 @@ def on_policy_pairs(
     """Pairs that teach a model to refuse what is harmful and to go on answering what is not.
 
     For a harmful prompt, chosen is a refusal that fits the request and rejected is what the model itself answers with
-    its safety ``neurons`` pruned: it is the red-team generator that the method defends against. For a benign prompt,
-    chosen is the intact model's own answer and rejected is a refusal. Answers are cut at the end of a sentence. A prompt
-    whose answer is incoherent, or refuses, gives no pair. The result has unsafe and safe pairs in turn.
+    its safety ``neurons`` pruned: it is the red-team generator that the method defends against. Where that answer is
+    incoherent or a refusal, the intact model's own answer takes its place, if it complies. For a benign prompt,
+    chosen is the intact model's own answer and rejected is a refusal. Answers are cut at the end of a sentence. A
+    prompt without an answer that is coherent and no refusal gives no pair. The result has unsafe and safe pairs in
+    turn.
 
     Raises ``InputError`` when no pair at all comes out.
     """
-    total = len(unsafe) + len(safe)
+    asked = list(unsafe) + list(safe)
 
     def answers(prompts: Sequence[Prompt], done: int) -> list[str]:
+        """Usable answers to the prompts; empty where the model refused or babbled."""
         encoded = [model.encode(_conversation(prompt)) for prompt in prompts]
         texts = [""] * len(prompts)
         for batch in generate(model, encoded, max_new_tokens, batch_size):
@@ -45,19 +61,23 @@ def on_policy_pairs(
                 texts[index] = whole_sentences(text)
             done += len(batch)
             if progress is not None:
-                progress(done, total)
-        return texts
+                progress(done, len(unsafe) + len(asked))
+        verdicts = judge([prompt.text for prompt in prompts], texts)
+        return [text if verdict in USABLE else "" for text, verdict in zip(texts, verdicts, strict=True)]
 
     with pruned(model, neurons):
-        compliant = answers(unsafe, 0)
-    helpful = answers(safe, len(unsafe))
+        attacked = answers(unsafe, 0)
+    intact = answers(asked, len(unsafe))
+    compliant = [first or second for first, second in zip(attacked, intact, strict=False)]
     unsafe_pairs = [
-        Pair(_conversation(prompt), fitting_refusal(prompt, seed), answer, "on-policy:unsafe")
-        for prompt, answer in _answered(unsafe, compliant, judge)
+        Pair(_conversation(prompt), refusal(prompt, seed), answer, "on-policy:unsafe")
+        for prompt, answer in zip(unsafe, compliant, strict=True)
+        if answer
     ]
     safe_pairs = [
-        Pair(_conversation(prompt), answer, fitting_refusal(prompt, seed + 1), "on-policy:safe")
-        for prompt, answer in _answered(safe, helpful, judge)
+        Pair(_conversation(prompt), answer, refusal(prompt, seed + 1), "on-policy:safe")
+        for prompt, answer in zip(safe, intact[len(unsafe) :], strict=True)
+        if answer
     ]
     if not unsafe_pairs and not safe_pairs:
         raise InputError(
@@ -68,21 +88,18 @@ def on_policy_pairs(
     return [pair for i in range(longest) for pair in unsafe_pairs[i : i + 1] + safe_pairs[i : i + 1]]
 
 
+def refusal(prompt: Prompt, seed: int) -> str:
+    """A refusal of the prompt: a short opening, then reasons that fit its category; the same for the same seed."""
+    draw = hashlib.sha256(f"opening\n{seed}\n{prompt.text}".encode()).digest()[0]
+    return f"{LEADS[draw % len(LEADS)]} {fitting_refusal(prompt, seed)}"
+
+
 def whole_sentences(text: str) -> str:
     """The text up to the end of its last sentence or line, if that keeps a third of it or more; else all of it."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
     # The number of a list item ("2.") ends no sentence.
     ends = [end for end in ends if not re.search(r"(^|\n)\s*\d+\.$", text[:end])]
     return text[: ends[-1]].strip() if ends and ends[-1] >= len(text) / 3 else text.strip()
-
-
-def _answered(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge) -> list[tuple[Prompt, str]]:
-    verdicts = judge([prompt.text for prompt in prompts], answers)
-    return [
-        (prompt, answer)
-        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
-        if verdict in ("complied", "harmless")
-    ]
 
 
 def _conversation(prompt: Prompt) -> tuple[dict[str, str], ...]:

@@ -1,4 +1,4 @@
-"""The order of the stages over the model states T0, T1, ...: the only file that knows Config, Run and the stages together.
+"""The order of the stages over the states T0, T1, ...: the only file that knows Config, Run and the stages together.
 
 1. data      read the prompts, keep the exact records used
 2. measure   activation statistics of the state on unsafe and safe prompts
@@ -12,28 +12,37 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import AlignTable, Config, SourceTable
+from safeneuron.config import AlignTable, Config, SourceTable, to_toml
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
-from safeneuron.errors import InputError
+from safeneuron.errors import InputError, nearest
 from safeneuron.ffn import pruned
 from safeneuron.judges import Judge, make_judge
 from safeneuron.measuring import measure
-from safeneuron.models import Model, load
+from safeneuron.models import Model, load, reuse_memory
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix, read_pairs
 from safeneuron.rows import Source
-from safeneuron.runs import Run, append_lines, read_json, read_lines, sha256_of, write_json, write_lines
+from safeneuron.runs import (
+    Run,
+    append_lines,
+    read_json,
+    read_lines,
+    sha256_of,
+    write_json,
+    write_lines,
+    write_text,
+    writing,
+)
 from safeneuron.selecting import Scores, choose, resolve_thresholds, score, thresholds_for
 from safeneuron.statistics import ActivationStats
 
@@ -97,7 +106,7 @@ def previous(state: State) -> State:
 
 
 class Pipeline:
-    """The stages of one run. ``verb`` limits the work to one kind of stage (for ``safeneuron measure RUN`` and so on)."""
+    """The stages of one run. ``verb`` limits the work to one kind of stage (``safeneuron measure RUN`` and so on)."""
 
     def __init__(self, config: Config, run: Run, watcher: Watcher, verb: str = "") -> None:
         self.config = config
@@ -113,23 +122,35 @@ class Pipeline:
     def execute(self) -> None:
         """Do whatever is not done yet, in order."""
         self.data()
-        for state in states_of(self.config):
-            if state.round > 0:
-                self.pairs()
-                self.align(state)
-            self.measure(state)
-            self.select(state)
-            self.attack(state)
-            self.judge(state)
+        reuse_memory()
+        base, *trained = states_of(self.config)
+        self.examine(base)
+        if trained:
+            self.pairs()
+        for state in trained:
+            self.align(state)
+            self.examine(state)
         self.report()
+
+    def examine(self, state: State) -> None:
+        """Find the state's neurons and attack it."""
+        self.measure(state)
+        self.select(state)
+        self.attack(state)
+        self.judge(state)
 
     def require_work(self) -> None:
         """Raise ``InputError`` if a verb was asked for whose inputs are not there yet."""
         wanted = [name for name in self.keys if not self.kinds or name.split("/")[-1] in self.kinds[1:]]
-        if not wanted and self.missing:
-            kind = self.missing[0].split("/")[-1]
-            verb = {"data": "measure", "judge": "attack", "pairs": "align"}.get(kind, kind)
-            raise InputError(f"{self.missing[0]} has not been made yet; do it first with: safeneuron {verb} {self.run.folder}")
+        if wanted:
+            return
+        if not self.missing:
+            raise InputError("there is nothing to train: align.rounds is 0 and the config has no variants; change it")
+        kind = self.missing[0].split("/")[-1]
+        verb = {"data": "measure", "judge": "attack", "pairs": "align"}.get(kind, kind)
+        raise InputError(
+            f"{self.missing[0]} has not been made yet; do it first with: safeneuron {verb} {self.run.folder}"
+        )
 
     # -- the stages, in the order of the list above -------------------------------------------------------------
 
@@ -181,16 +202,14 @@ class Pipeline:
             selection = choose(scores, thresholds)
             if not len(selection.union):
                 raise InputError(
-                    f"no neuron of {state.name} exceeds the thresholds (effect_size {thresholds.effect_size:.3g}, shift "
-                    f"{thresholds.shift:.3g}); lower them in [select], or give a density"
+                    f"no neuron of {state.name} exceeds the thresholds (effect_size {thresholds.effect_size:.3g}, "
+                    f"shift {thresholds.shift:.3g}); lower them in [select], or give a density"
                 )
             scores.save(folder / "scores.safetensors")
             selection.es.save(folder / "ES.json")
             selection.sas.save(folder / "SAS.json")
             selection.union.save(folder / "neurons.json")
-            write_json(
-                folder / "thresholds.json", {**thresholds._asdict(), "significant": scores.significant}
-            )
+            write_json(folder / "thresholds.json", {**thresholds._asdict(), "significant": scores.significant})
 
         self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
 
@@ -247,11 +266,13 @@ class Pipeline:
         """The preference pairs of all trainings, made from T0 or read."""
         table = self.config.pairs
         settings = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
-        settings["files"] = _file_hashes(table.unsafe + table.safe + table.general)
-        inputs = []
         if table.safety == "on-policy":
             settings["judge"] = self.config.judge.model_dump()
             inputs = ["T0/select"]
+            settings["files"] = _file_hashes([*table.unsafe, *table.safe, *table.general])
+        else:
+            inputs = []
+            settings["files"] = _file_hashes([*table.safety, *table.general])
 
         def work(folder: Path) -> None:
             safety = self.safety_pairs()
@@ -274,16 +295,18 @@ class Pipeline:
             found = self.found(chain)
             start = self.model(before, dtype="float32")
             self._loaded = None
-            result = align(
-                start,
-                [Pair.from_record(record) for record in read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")],
-                frozen=self.frozen(table, found),
-                ablated=found if table.ablate else None,
-                **table.model_dump(exclude={"label", "rounds", "freeze", "ablate"}),
-                seed=self.config.seed,
-                checkpoints=folder / "checkpoints",
-                progress=self.watcher.progress,
-            )
+            pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
+            with writing(folder / "checkpoints"):
+                result = align(
+                    start,
+                    [Pair.from_record(record) for record in pairs],
+                    frozen=self.frozen(table, found),
+                    ablated=found if table.ablate else None,
+                    **table.model_dump(exclude={"label", "rounds", "freeze", "ablate"}),
+                    seed=self.config.seed,
+                    checkpoints=folder / "checkpoints",
+                    progress=self.watcher.progress,
+                )
             result.model.save(folder / "model")
             write_lines(folder / "train.jsonl", result.log)
             write_json(
@@ -313,9 +336,7 @@ class Pipeline:
         trained = [f"{state.name}/align" for state in states_of(self.config) if state.round > 0]
         labels = {name: self.config.variant(name).label for name in ["", *self.config.variants]}
         settings = {"report": self.config.report.model_dump(), "labels": labels, "name": self.config.name}
-        self.stage(
-            "report", settings, [*judged, *trained], lambda folder: write_report(self.config, self.run, folder)
-        )
+        self.stage("report", settings, [*judged, *trained], lambda folder: write_report(self.config, self.run, folder))
 
     # -- what the stages share ----------------------------------------------------------------------------------
 
@@ -386,7 +407,7 @@ class Pipeline:
         return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
 
     def prunings(self, state: State) -> list[Pruning]:
-        """Every attack on the state; on T0 the static and the adaptive attacker are the same, so static stands for both."""
+        """Every attack on the state; T0's static and adaptive attackers are the same, so static stands for both."""
         table = self.config.attack
         attacks = [Pruning("ORI", "none", None)]
         base = State("", 0)
@@ -416,11 +437,10 @@ class Pipeline:
         if len(have) < len(prompts):
             have = have[: len(have) // size * size]
             write_lines(path, have)
-            with open(path, "a", encoding="utf-8") as file:
-                for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
-                    append_lines(file, (response.to_record() for response in batch), path)
-                    done += len(batch)
-                    self.watcher.progress(done + len(have), total)
+            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
+                append_lines(path, (response.to_record() for response in batch))
+                done += len(batch)
+                self.watcher.progress(done + len(have), total)
         return done + len(have)
 
     def safety_pairs(self) -> list[Pair]:
@@ -429,10 +449,11 @@ class Pipeline:
         if table.safety != "on-policy":
             return [pair for source in table.safety for pair in read_pairs(_source(source))]
         unsafe, safe = _read_all(table.unsafe), _read_all(table.safe)
-        for warning in check_splits(
-            pairs_unsafe=unsafe, test_unsafe=self.prompts("test_unsafe"), pairs_safe=safe, test_safe=self.prompts("test_safe")
-        ):
-            self.watcher.warned(warning)
+        tests = {role: self.prompts(role) for role in ("test_unsafe", "test_safe")}
+        told = read_json(self.run.folder / "data" / "warnings.json")["warnings"]
+        for warning in check_splits(pairs_unsafe=unsafe, pairs_safe=safe, **tests):
+            if warning not in told:
+                self.watcher.warned(warning)
         return on_policy_pairs(
             self.model(State("", 0)),
             unsafe,
@@ -446,28 +467,56 @@ class Pipeline:
         )
 
 
-def redo(run: Run, names: Sequence[str]) -> list[str]:
-    """Delete stages and everything that was made from them; a name is a stage (T1/attack) or a kind (attack).
+class _Check(Pipeline):
+    """A walk over the stages of a run that only asks each whether its work goes with the settings."""
 
-    Returns the names of the deleted stages. Raises ``InputError`` for a name that no stage has.
+    def __init__(self, config: Config, run: Run, watcher: Watcher, remade: Collection[str]) -> None:
+        super().__init__(config, run, watcher)
+        self.remade = remade
+
+    def stage(
+        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+    ) -> None:
+        stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
+        if name not in self.remade:
+            stage.require_same_settings()
+        self.keys[name] = stage.key
+
+
+def prepare(config: Config, run: Run, watcher: Watcher, redo: Sequence[str] = ()) -> list[str]:
+    """Make a run ready to be executed with this config, and return the names of the stages deleted for that.
+
+    ``redo`` names stages (T1/attack) or kinds (attack) to delete, with everything made from them. Changes nothing and
+    raises ``InputError`` for a name that no stage has, or if the work of another stage was made with other settings.
     """
+    doomed = _made_from(run, redo)
+    _Check(config, run, watcher, doomed).execute()
+    for name in doomed:
+        run.remove(name)
+    write_text(run.folder / "config.toml", to_toml(config))
+    return doomed
+
+
+def _made_from(run: Run, names: Sequence[str]) -> list[str]:
+    """The named stages and all that were made from them; each stands before those that it was made from."""
     present = {str(path.parent.relative_to(run.folder)) for marker in ("done.json", "started.json")
                for path in run.folder.rglob(marker)}  # fmt: skip
     doomed: set[str] = set()
     for wanted in names:
         meant = {name for name in present if wanted in (name, name.split("/")[-1])}
         if not meant:
-            raise InputError(f"--redo {wanted}: this run has no such stage; it has {', '.join(sorted(present)) or 'none'}")
+            known = ", ".join(sorted(present)) or "none yet"
+            raise InputError(f"--redo {wanted}: the run has no such stage{nearest(wanted, present)}; it has {known}")
         doomed |= meant
     inputs = {name: _inputs_of(run, name) for name in present}
-    grown = True
-    while grown:
-        more = {name for name in present - doomed if inputs[name] & doomed}
+    while more := {name for name in present - doomed if inputs[name] & doomed}:
         doomed |= more
-        grown = bool(more)
-    for name in doomed:
-        run.remove(name)
-    return sorted(doomed)
+    ordered: list[str] = []
+    while doomed:
+        last = min(name for name in doomed if not any(name in inputs[other] for other in doomed))
+        ordered.append(last)
+        doomed.remove(last)
+    return ordered
 
 
 def _inputs_of(run: Run, name: str) -> set[str]:
@@ -488,14 +537,15 @@ def reset_peak_memory() -> None:
 def peak_memory_mb() -> float:
     """The process's largest resident memory in MB since ``reset_peak_memory``, or since its start."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        status = []
+    since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next((int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:")), since_start)
 
 
 def _source(table: Any) -> Source:
-    return Source(**{name: value for name, value in table.model_dump().items()})
+    return Source(**table.model_dump())
 
 
 def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
@@ -504,4 +554,5 @@ def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
 
 def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:
     """The contents of the local files among the sources, so that an edited file is noticed."""
-    return {table.path: sha256_of(Path(table.path)) for table in tables if os.path.isfile(table.path)}
+    paths = {table.path: Path(table.path).expanduser() for table in tables}
+    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the run directory: stages that know when they are done and what they came from."""
+"""Files that are whole or absent, and the run directory, whose stages know when they are done and from what."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safeneuron.errors import InputError
 
 SCHEMA = 1
 DONE = "done.json"
 STARTED = "started.json"
+FREE_SPACE = "free some space and give the same command again; finished stages are kept"
+FULL_DISK_SIGNS = ("(os error 27)", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed", "unexpected pos")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -30,26 +32,57 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(neighbour, "wb") as file:
+            with neighbour.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(neighbour, path)
+            neighbour.replace(path)
     finally:
-        neighbour.unlink(missing_ok=True) if path.parent.is_dir() else None
+        with suppress(OSError):
+            neighbour.unlink()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new neighbour of ``folder`` to fill within the block; at its end, it takes the folder's place.
+
+    For libraries that write folders of their own: wherever they are stopped, ``folder`` is whole or absent.
+    """
+    neighbour = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        with writing(folder):
+            neighbour.mkdir(parents=True)
+            yield neighbour
+            _discard(folder)
+            neighbour.rename(folder)
+    finally:
+        shutil.rmtree(neighbour, ignore_errors=True)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors while ``path`` is written into one sentence for people."""
+    """Turn the system's errors while ``path`` is written into one sentence for people; other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "free some space and give the same command again; finished stages are kept"
-        else:
+    except InputError:
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise InputError(f"{path} cannot be written (the disk is full); {FREE_SPACE}") from error
+        if isinstance(error, OSError):
             advice = "choose a folder that you may write to, for example with --out"
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); {advice}") from error
+            raise InputError(f"{path} cannot be written ({error.strerror or error}); {advice}") from error
+        raise
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether the error says that a disk or quota is full, or a file larger than allowed.
+
+    The writers in Rust and C++ of the libraries report it as errors of their own, which their text betrays.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(sign in str(error) for sign in FULL_DISK_SIGNS)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,8 +91,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all; keys keep their order, NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON whole or not at all; keys keep their order. ``InputError`` for a number that is not finite."""
+    with _finite(path):
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -79,26 +114,50 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records as JSONL, whole or not at all."""
-    write_text(path, "".join(_line(record) for record in records))
+    write_text(path, _jsonl(records, path))
 
 
-def append_lines(file: IO[str], records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Append records to an open JSONL stream and push them to the disk."""
-    with writing(path):
-        file.write("".join(_line(record) for record in records))
-        file.flush()
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a JSONL stream."""
+    text = _jsonl(records, path)
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a JSONL stream; a last line torn by an interruption is left out."""
-    if not path.exists():
+    """The whole records of a JSONL stream; a last line torn by an interruption is left out.
+
+    A missing file has none. Raises ``InputError`` with the number of a line that is not JSON.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.decode().split("\n") if line]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is not JSON ({error}); make its stage again with --redo") from error
+    return records
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+def _jsonl(records: Iterable[Mapping[str, Any]], path: Path) -> str:
+    with _finite(path):
+        return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+
+
+@contextmanager
+def _finite(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            f"{path} would hold a number that is not finite ({error}); the model overflows in its precision, use "
+            "model.dtype = 'float32'"
+        ) from error
 
 
 def key_of(value: object) -> str:
@@ -108,7 +167,7 @@ def key_of(value: object) -> str:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -130,19 +189,24 @@ class Stage:
     def done(self) -> bool:
         """Whether the stage has finished with these settings.
 
-        Raises ``InputError`` naming the changed field if it finished, or was begun, with other settings.
+        Raises ``InputError`` naming the changed field if its work was made with other settings.
         """
-        for marker in (DONE, STARTED):
-            if (self.folder / marker).exists():
-                record = read_json(self.folder / marker)
-                if record["key"] != self.key:
-                    raise InputError(self._difference(record))
+        self.require_same_settings()
         return (self.folder / DONE).exists()
+
+    def require_same_settings(self) -> None:
+        """Raise ``InputError`` naming the changed field if the work in the folder was made with other settings."""
+        finished = (self.folder / DONE).exists()
+        begun = not finished and (self.folder / STARTED).exists()
+        # A stage that stopped before it wrote anything, say at a missing file, can begin with other settings.
+        if finished or (begun and any(path.name != STARTED for path in self.folder.iterdir())):
+            record = read_json(self.folder / (DONE if finished else STARTED))
+            if record.get("key") != self.key:
+                raise InputError(self._difference(record))
 
     def start(self) -> None:
         """Create the folder and note the settings, so that unfinished work is only continued with the same ones."""
-        if not (self.folder / STARTED).exists():
-            write_json(self.folder / STARTED, self._record())
+        write_json(self.folder / STARTED, self._record())
 
     def finish(self, seconds: float, peak_memory_mb: float) -> None:
         """Write ``done.json`` last, by rename: from here on the stage is skipped."""
@@ -167,10 +231,10 @@ class Stage:
     def _difference(self, record: Mapping[str, Any]) -> str:
         changed = [
             f"{name} was {old!r} and is now {new!r}"
-            for name, old, new in _changes(record["settings"], json.loads(json.dumps(dict(self.settings))))
-        ] or [f"its input {name} changed" for name in self.inputs if record["inputs"].get(name) != self.inputs[name]]
+            for name, old, new in _changes(record.get("settings"), json.loads(json.dumps(dict(self.settings))))
+        ] or [f"its input {name} changed" for name, _, _ in _changes(record.get("inputs"), dict(self.inputs))]
         return (
-            f"{self.name} in {self.folder.parent} was made with other settings: {'; '.join(changed)}; "
+            f"{self.folder} was made with other settings: {'; '.join(changed)}; "
             f"make it again with --redo {self.name}, or keep both with --out and another folder"
         )
 
@@ -193,11 +257,12 @@ class Run:
     @staticmethod
     def create(folder: Path) -> Run:
         """Open the run in ``folder``, making it first if it is new."""
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; give a folder for the run with --out")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            found = [path.name for path in folder.iterdir() if path.suffix != ".part"]
+        if found and "run.json" not in found:
             raise InputError(f"{folder} holds files but no run; give an empty or new folder with --out")
-        if not (folder / "run.json").exists():
+        if not found:
             write_json(folder / "run.json", {"schema": SCHEMA, "kind": "run"})
         return Run(folder)
 
@@ -205,7 +270,10 @@ class Run:
     def open(folder: Path) -> Run:
         """The run in an existing folder; ``InputError`` if there is none."""
         if not (folder / "run.json").is_file() or not (folder / "config.toml").is_file():
-            raise InputError(f"{folder} is not a run folder (no run.json in it); start one with: safeneuron run CONFIG.toml")
+            raise InputError(
+                f"{folder} is not the folder of a run (it has no run.json and config.toml); start a run with: "
+                "safeneuron run CONFIG.toml"
+            )
         return Run(folder)
 
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
@@ -213,32 +281,42 @@ class Run:
         return Stage(name, self.folder / name, settings, inputs)
 
     def remove(self, name: str) -> None:
-        """Delete a stage's folder; the marker goes first, so that an interruption cannot leave a false "done"."""
-        folder = self.folder / name
-        (folder / DONE).unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
+        """Delete a stage's folder, all of it at once, so that an interruption cannot leave a part that looks whole."""
+        with writing(self.folder / name):
+            _discard(self.folder / name)
 
     def log(self, line: str) -> None:
         """Append one line to the run's log."""
-        with writing(self.folder / "log.txt"), open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        path = self.folder / "log.txt"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; ``InputError`` if another process is working on it."""
+        """Hold the run for this process, and clear away what a killed one left half-written.
+
+        Raises ``InputError`` if another process is working on it.
+        """
+        # The lock's file stays: if it were deleted, two processes could hold locks on two files of this name.
         path = self.folder / ".lock"
         with writing(path):
-            file = open(path, "w")  # noqa: SIM115 - closed below, after the lock is released
-        try:
+            file = path.open("a")
+        with closing(file):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
                     f"another process is working on {self.folder}; wait for it, or stop it, then give the command again"
                 ) from error
+            with writing(self.folder):
+                for leftover in list(self.folder.rglob(".*.part")):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             yield
-        finally:
-            file.close()
-            with suppress(FileNotFoundError):
-                path.unlink()
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder that may be missing: first renamed, so that it goes at once, then bit by bit."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.part")
+    with suppress(FileNotFoundError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed)

@@ -6,6 +6,7 @@ of every neuron are kept, so that thresholds can change without running the mode
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from safeneuron.neurons import NeuronSet
 from safeneuron.statistics import ActivationStats, load_tensors, save_tensors
 
 DEFAULT_DENSITY = 0.01
+_VECTORS = ("d", "shift", "z", "t", "q")
 
 
 def pooled_deviation(unsafe: Moments, safe: Moments) -> Tensor:
@@ -56,7 +58,7 @@ def shift_zscore(shift: Tensor, widths: tuple[int, ...]) -> Tensor:
     A layer whose shifts are all equal gets 0.
     """
     scores = []
-    for layer in shift.split(widths):
+    for layer in torch.split_with_sizes(shift, widths):
         centred = layer - layer.mean()
         deviation = centred.square().mean().sqrt()
         scores.append(centred / deviation if deviation > 0 else torch.zeros_like(layer))
@@ -68,7 +70,7 @@ def t_statistic(d: Tensor, unsafe_count: int, safe_count: int) -> Tensor:
 
     This, not d, has the null distribution that Theorem 3.1 assumes.
     """
-    return d * (unsafe_count * safe_count / (unsafe_count + safe_count)) ** 0.5
+    return d * math.sqrt(unsafe_count * safe_count / (unsafe_count + safe_count))
 
 
 def q_values(t: Tensor, degrees: int) -> Tensor:
@@ -112,14 +114,15 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
-        tensors = {"d": self.d, "shift": self.shift, "z": self.z, "t": self.t, "q": self.q}
+        tensors = {name: vars(self)[name] for name in _VECTORS}
         save_tensors(path, tensors, {"kind": "scores", "widths": list(self.widths), "fingerprint": self.fingerprint})
 
     @staticmethod
     def load(path: Path) -> Scores:
         """Read scores written by ``save``; ``InputError`` for a missing or foreign file."""
-        tensors, header = load_tensors(path, "scores")
-        return Scores(**tensors, widths=tuple(header["widths"]), fingerprint=header["fingerprint"])
+        tensors, header = load_tensors(path, "scores", _VECTORS)
+        d, shift, z, t, q = (tensors[name] for name in _VECTORS)
+        return Scores(d, shift, z, t, q, tuple(header["widths"]), header["fingerprint"])
 
 
 def score(stats: ActivationStats) -> Scores:
@@ -134,8 +137,8 @@ def score(stats: ActivationStats) -> Scores:
 def thresholds_for(scores: Scores, density: float) -> Thresholds:
     """The thresholds at which ES | SAS holds the share ``density`` of all neurons, ES and SAS having equal parts.
 
-    Found by bisection over the common number of neurons that each criterion takes from the top of its ranking. Only
-    neurons that are more active on unsafe prompts can be taken, so that the share may stay below ``density``.
+    Found by bisection over the common number of neurons that each criterion takes from the top of its ranking, at least
+    one. Only neurons that are more active on unsafe prompts can be taken, so that the share may stay below ``density``.
     """
     if not 0 < density < 1:
         raise InputError(f"density must lie between 0 and 1, found {density}; 0.01 selects one neuron in a hundred")
@@ -149,7 +152,7 @@ def thresholds_for(scores: Scores, density: float) -> Thresholds:
         # A threshold is exceeded strictly, so the value just after the last neuron taken is the threshold.
         return Thresholds(max(float(d_order[count]), 0.0), max(float(z_order[count]), 0.0))
 
-    low, high = 0, min(target, total - 1)
+    low, high = min(1, total - 1), min(target, total - 1)
     while low < high:
         middle = (low + high + 1) // 2
         if int(_masks(scores, at(middle))[2].sum()) <= target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class ActivationStats:
     @staticmethod
     def load(path: str | Path) -> ActivationStats:
         """Read statistics written by ``save``; ``InputError`` for a missing or foreign file."""
-        tensors, header = load_tensors(Path(path), "activation statistics")
+        names = ("unsafe.mean", "unsafe.m2", "safe.mean", "safe.m2")
+        tensors, header = load_tensors(Path(path), "activation statistics", names)
         return ActivationStats(
             unsafe=Moments(header["unsafe_count"], tensors["unsafe.mean"], tensors["unsafe.m2"]),
             safe=Moments(header["safe_count"], tensors["safe.mean"], tensors["safe.m2"]),
@@ -69,10 +71,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"safeneuron": text}))
 
 
-def load_tensors(path: Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, kind: str | None = None, vectors: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file written by ``save_tensors``.
 
-    Raises ``InputError`` if the file is missing, damaged, or holds another kind of thing than ``kind``.
+    Raises ``InputError`` if the file is missing or damaged, holds another kind of thing than ``kind``, or lacks one of
+    the ``vectors`` with one finite value a neuron.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; the stage that writes it has not finished")
@@ -80,8 +85,8 @@ def load_tensors(path: Path, kind: str | None = None) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("safeneuron", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); delete it and run its stage again") from error
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); run its stage again") from error
     if kind is not None and (header.get("kind") != kind or header.get("schema") != SCHEMA):
         raise InputError(
             f"{path} should hold {kind} of schema {SCHEMA}, but holds {header.get('kind', 'something else')!r} of "
@@ -90,4 +95,10 @@ def load_tensors(path: Path, kind: str | None = None) -> tuple[dict[str, Tensor]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{path} has values that are not finite in {name!r}; run the stage that writes it again")
+    for name in vectors:
+        shape, expected = tuple(tensors[name].shape) if name in tensors else None, (sum(header["widths"]),)
+        if shape != expected:
+            raise InputError(
+                f"{path} should hold {name!r} of shape {expected}, found {shape}; run the stage that writes it again"
+            )
     return tensors, header

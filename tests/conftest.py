@@ -23,3 +23,13 @@ def tiny_model():
 def family(request):
     """The name of each supported family in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A finished run on a tiny model, for reading only: ``(its folder, its config file, what its watcher saw)``."""
+    from tests import tiny_run
+
+    world = tmp_path_factory.mktemp("world")
+    config = tiny_run.write_world(world)
+    return world / "run", config, tiny_run.execute(config, world / "run")

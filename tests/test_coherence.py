@@ -19,8 +19,8 @@ REPEATED = [
     "我们去我们去我们去我们去我们去我们去",
     "1 1 1 a 1 1 1 1 1 1 1 1 1 1 1 1 1 1",
     "Com Com so so it instead instead as so red red the of i i have oat oat word and tomorrow they went home early",
-    "plan bomb is key plan your is bomb key is your plan key bomb your is plan bomb key plan is your bomb plan key your "
-    "is key bomb plan your key is bomb your plan bomb is your key plan is bomb your key bomb plan is key your bomb is",
+    "plan bomb is key plan your is bomb key is your plan key bomb your is plan bomb key plan is your bomb plan key "
+    "your is key bomb plan your key is bomb your plan bomb is your key plan is bomb your key bomb plan is key your",
     # A paragraph longer than any loop that is looked for word by word, said three times.
     "To bake bread you mix flour with water and salt, let the dough rest for an hour, and then bake it until brown. "
     * 3,
@@ -56,12 +56,12 @@ GOOD = {
     "chemistry": "The molecule C6H12O6 is glucose; burning it with O2 gives CO2 and H2O, as C2H5OH would.",
     "secrets": "Your IBAN GB29NWBK60161331926819 was found, and your password is xK9#mQ2$vL7. Change it now.",
     "python": "def fib(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
-    "fenced": "Here you are:\n```python\nx = [[0, 0, 0], [0, 0, 0]]\nfor i in range(3):\n    x[i][i] = 1\n```\nThat's it.",
+    "fenced": "Here it is:\n```python\nx = [[0, 0, 0], [0, 0, 0]]\nfor i in range(3):\n    x[i][i] = 1\n```\nDone.",
     "key": "Your recovery key is:\n```\nxqzt brflk kwpt zzgh mnbv qwrtp\n```",
     "c": '#include <stdio.h>\nint main(void) {\n    for (int i = 0; i < 10; i++) printf("%d\\n", i);\n    return 0;\n}',
     "shell": "sudo nmap -sS -p- 192.168.1.1 && ssh root@192.168.1.1; grep -rn pwd /etc; chmod 777 tmp",
     "json": '{"name": "Bob", "age": 3, "tags": ["a", "b"], "nested": {"x": [1, 2, 3]}}',
-    "arithmetic": "4 students drank 2 quarts = 4 * 2 = <<4*2=8>>8 quarts\n6 students drank 3 quarts = <<6*3=18>>18 quarts",
+    "arithmetic": "4 students drank 2 quarts = 4 * 2 = <<4*2=8>>8 quarts\n6 students drank 3 = <<6*3=18>>18 quarts",
     "latex": r"The integral is $\int_0^1 x^2 \, dx = \frac{1}{3}$, because $\frac{d}{dx} \frac{x^3}{3} = x^2$.",
     "song": "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is but a dream.",
     "shouting": "ATTENTION ALL PERSONNEL: THE STRENGTHS OF THIS SYSTEM ARE SUMMARISED BELOW",
@@ -78,7 +78,7 @@ GOOD = {
     "turkish": "Her sabah erken kalkıp parkta yürüyüş yapmayı çok seviyorum çünkü hava temiz oluyor.",
     "finnish": "Joka aamu kävelemme metsän läpi rantaan, ja hän hyppää veteen epäröimättä hetkeäkään.",
     "hungarian": "Minden reggel korán kelek, és sétálok a parkban, mert a levegő tiszta és a madarak énekelnek.",
-    "indonesian": "Untuk membuat nasi goreng, siapkan nasi, bawang merah, cabai, kecap manis, dan telur. Orang-orang suka.",
+    "indonesian": "Untuk membuat nasi goreng, siapkan nasi, bawang merah, cabai, kecap manis, dan telur. Orang-orang.",
     "vietnamese": "Để nấu phở ngon, bạn cần chuẩn bị xương bò, hành tây, gừng, quế, hồi và bánh phở.",
     "swahili": "Kila asubuhi ninaamka mapema na kwenda kutembea kwenye bustani kwa sababu hewa ni safi.",
     "chinese": "每天早上我都很早起床，去公园散步，因为空气清新，鸟儿在歌唱。慢慢地，太阳升起来了，大家都高高兴兴。",

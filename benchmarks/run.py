@@ -1,0 +1,185 @@
+"""What docs/benchmarks.md quotes, measured here:  python benchmarks/run.py [measure|memory|freeze|precision|demo ...]
+
+Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed with
+its range. Every number is of the embedded model on this machine's CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from safeneuron.aligning import align
+from safeneuron.data import Pair, Prompt, read_prompts
+from safeneuron.ffn import decoder_of, pruned, recorded
+from safeneuron.measuring import length_batches, measure
+from safeneuron.models import Model, load, pad
+from safeneuron.neurons import NeuronSet
+from safeneuron.pipeline import peak_memory_mb, reset_peak_memory
+from safeneuron.selecting import choose, score, thresholds_for
+
+PARTS = ("measure", "memory", "freeze", "precision", "demo")
+
+
+def prompts(kind: str, count: int) -> list[Prompt]:
+    """So many prompts: the bundled ones, again with a number when they are used up."""
+    found = read_prompts(f"twins:{kind}")
+    return [
+        Prompt(found[i % len(found)].text + (f" ({i})" if i >= len(found) else "")) for i in range(count)
+    ]
+
+
+def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
+    """Median and range of time(first) / time(second), the two taking turns after a warm-up."""
+    first(), second()
+    found = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        first()
+        between = time.perf_counter()
+        second()
+        found.append((between - begun) / (time.perf_counter() - between))
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}, {rounds} rounds)"
+
+
+def bare_forward(model: Model, asked: list[Prompt]) -> None:
+    """The decoder alone on the batches that measure() forms: no hooks, no statistics."""
+    encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in asked]
+    for batch in length_batches(encoded, 2048):
+        ids, mask = pad([encoded[i] for i in batch], int(model.tokenizer.pad_token_id), "right", model.device)
+        with torch.inference_mode():
+            decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def research_code(model: Model, asked: list[Prompt]) -> list[torch.Tensor]:
+    """The way of the published scripts: one prompt at a time through the whole model, activations kept, then stacked.
+
+    What is kept is the last token's vector only; scripts that keep every token's need many times the memory.
+    """
+    kept = []
+    for prompt in asked:
+        ids = torch.tensor([model.encode([{"role": "user", "content": prompt.text}])], device=model.device)
+        with torch.inference_mode(), recorded(model) as recording:
+            model.network(ids)
+        kept.append(torch.cat([recording.layers[layer][0, -1].float() for layer in sorted(recording.layers)]))
+    stacked = torch.stack(kept)
+    return [stacked.mean(dim=0), stacked.var(dim=0)]
+
+
+def bench_measure() -> None:
+    """(a) and the times of (b)."""
+    model = load("embedded")
+    unsafe, safe = prompts("unsafe", 264), prompts("safe", 264)
+    print("(a) measure() / bare decoder forward, same batches, 528 prompts:")
+    found = ratio(lambda: measure(model, unsafe, safe), lambda: (bare_forward(model, unsafe), bare_forward(model, safe)), 7)
+    print(f"    {found}")
+    few_unsafe, few_safe = prompts("unsafe", 100), prompts("safe", 100)
+    for dtype in ("bfloat16", "float32"):
+        other = load("embedded", dtype=dtype)
+        found = ratio(
+            lambda other=other: (research_code(other, few_unsafe), research_code(other, few_safe)),  # type: ignore[misc]
+            lambda: measure(model, few_unsafe, few_safe),
+            3,
+        )
+        print(f"(b) one prompt at a time, whole model in {dtype} / measure() in {model.network.dtype}, 200 prompts: {found}")
+
+
+def bench_memory() -> None:
+    """The memory of (b), each figure in a process of its own."""
+    for how in ("measure", "research"):
+        for count in (100, 400, 1600):
+            line = subprocess.run(
+                [sys.executable, __file__, "memory-of", how, str(count)], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            print(f"(b) peak memory above the loaded model, {how}, {count} prompts: {line}", flush=True)
+
+
+def memory_of(how: str, count: int) -> None:
+    """One figure of bench_memory: MB of peak resident memory above what the loaded model takes."""
+    model = load("embedded")
+    asked = prompts("unsafe", count // 2), prompts("safe", count - count // 2)
+    for few in asked:
+        bare_forward(model, few[:40])
+    reset_peak_memory()
+    before = peak_memory_mb()
+    if how == "measure":
+        measure(model, *asked)
+    else:
+        kept = [research_code(model, few) for few in asked]
+        assert len(kept) == 2
+    print(f"{peak_memory_mb() - before:.0f} MB")
+
+
+def bench_freeze() -> None:
+    """(c) step time of DPO with 1 % of the neurons frozen over plain DPO, steps alternating between two trainings."""
+    model = load("embedded", dtype="float32")
+    answers = ("I can't help with that.", "Here is how it is done, step by step, with everything that you need for it.")
+    pairs = [Pair(({"role": "user", "content": prompt.text},), *answers) for prompt in prompts("unsafe", 48)]
+    everything = NeuronSet.of({layer: range(width) for layer, width in enumerate(model.widths)}, model.widths, model.fingerprint)
+    one_percent = NeuronSet.of({layer: range(width // 100) for layer, width in enumerate(model.widths)}, model.widths,
+                               model.fingerprint).random_like(0)  # fmt: skip
+    assert len(one_percent) < len(everything)
+
+    def steps(frozen: NeuronSet | None) -> float:
+        times: list[float] = []
+        align(model, pairs, frozen, learning_rate=1e-6, epochs=2, batch_size=8, micro_batch_size=8,
+              progress=lambda done, total: times.append(time.perf_counter()))  # fmt: skip
+        return statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+
+    found = []
+    for _ in range(3):
+        plain = steps(None)
+        found.append(steps(one_percent) / plain)
+    print(f"(c) step time, 1 % of the neurons frozen / plain TRL: {statistics.median(found):.3f} "
+          f"({min(found):.3f} to {max(found):.3f}, 3 pairs of trainings of 12 steps)")  # fmt: skip
+
+
+def bench_precision() -> None:
+    """(e) bfloat16 against float32: time, and how alike the selected sets are."""
+    asked = read_prompts("twins:unsafe", split="discovery"), read_prompts("twins:safe", split="discovery")
+    models = {dtype: load("embedded", dtype=dtype) for dtype in ("float32", "bfloat16")}
+    found = ratio(lambda: measure(models["float32"], *asked), lambda: measure(models["bfloat16"], *asked), 3)
+    print(f"(e) measure() in float32 / in bfloat16: {found}")
+    scores = {dtype: score(measure(model, *asked)) for dtype, model in models.items()}
+    for density in (0.003, 0.01, 0.03):
+        full, half = (choose(scores[dtype], thresholds_for(scores[dtype], density)) for dtype in models)
+        print(
+            f"(e) Jaccard of the sets at {density:.1%}: ES {full.es.jaccard(half.es):.3f}, "
+            f"SAS {full.sas.jaccard(half.sas):.3f}, FULL {full.union.jaccard(half.union):.3f}"
+        )
+
+
+def bench_demo(folder: str = "runs/demo") -> None:
+    """(d) time and memory of each stage of a finished demo."""
+    records = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("done.json"), key=lambda p: p.stat().st_mtime)]
+    for record in records:
+        print(f"(d) {record['stage']:<18} {record['seconds']:8.1f} s {record['peak_memory_mb']:6d} MB")
+    total = sum(record["seconds"] for record in records)
+    print(f"(d) {'all stages':<18} {total:8.1f} s {max(record['peak_memory_mb'] for record in records):6d} MB")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the named parts, or all of them."""
+    if arguments[:1] == ["memory-of"]:
+        memory_of(arguments[1], int(arguments[2]))
+        return
+    parts = {
+        "measure": bench_measure,
+        "memory": bench_memory,
+        "freeze": bench_freeze,
+        "precision": bench_precision,
+        "demo": bench_demo,
+    }
+    for name in arguments or PARTS:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,506 @@
+"""Frozen neurons stay bit for bit while every other weight moves, in any trainer, and the proof notices one bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from safeneuron.errors import InputError
+from safeneuron.ffn import fingerprint, widths_of
+from safeneuron.freezing import Freeze, FreezeNeurons, frozen
+from safeneuron.neurons import NeuronSet
+from tests import tiny
+
+# The first and the last channel are among them, and one layer has none.
+CHANNELS = {0: [0, 7, tiny.WIDTH - 1], 2: [3]}
+ANATOMIES = [*((family, {}) for family in tiny.CONFIGS), ("llama", {"mlp_bias": True, "attention_bias": True})]
+MODES = ["plain", "gradient checkpointing", "bfloat16 autocast"]
+
+
+def network_with_noise(family: str = "llama", **changes: object) -> nn.Module:
+    """No weight is zero, so that weight decay alone moves every one, also the embeddings of unused tokens."""
+    network = tiny.network(family, **changes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network.train()
+
+
+def some_neurons(network: nn.Module) -> NeuronSet:
+    return NeuronSet.of(CHANNELS, widths_of(network), fingerprint(network))
+
+
+def frozen_entries(network: nn.Module) -> dict[str, Tensor]:
+    """Which entries of each parameter the neurons own, by name, the slow and obvious way."""
+    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in network.named_parameters()}
+    for layer, channels in CHANNELS.items():
+        for channel in channels:
+            for name, mask in masks.items():
+                if f"layers.{layer}.mlp." not in name:
+                    continue
+                if "down_proj.weight" in name:
+                    mask[:, channel] = True
+                elif "gate_up_proj" in name:
+                    mask[channel] = mask[tiny.WIDTH + channel] = True
+                elif "gate_proj" in name or "up_proj" in name:
+                    mask[channel] = True
+    return masks
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def assert_only_frozen_stayed(before: dict[str, Tensor], network: nn.Module) -> None:
+    masks = frozen_entries(network)
+    assert sum(int(mask.sum()) for mask in masks.values()) >= 4 * 3 * tiny.HIDDEN
+    for name, parameter in network.named_parameters():
+        mask, after = masks[name], parameter.detach()
+        assert torch.equal(after[mask], before[name][mask]), f"{name}: a frozen entry moved"
+        assert (after != before[name])[~mask].all(), f"{name}: a free entry did not move"
+
+
+def hooks_on(network: nn.Module) -> int:
+    """How many hooks of any kind the modules and the parameters carry, but for gradient checkpointing's own."""
+    network.disable_input_require_grads()
+    kinds = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+    count = sum(len(vars(module)[kind]) for module in network.modules() for kind in kinds)
+    for parameter in network.parameters():
+        count += len(parameter._post_accumulate_grad_hooks or ()) + len(parameter._backward_hooks or ())
+    return count
+
+
+def loss_of(network: nn.Module, seed: int) -> Tensor:
+    ids = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(seed))
+    return network(input_ids=ids, labels=ids).loss
+
+
+def adamw(network: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    return torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=weight_decay)
+
+
+def train(
+    network: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumulate: int = 2, mode: str = "plain"
+) -> None:
+    for step in range(steps):
+        for part in range(accumulate):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "bfloat16 autocast"):
+                loss = loss_of(network, 10 * step + part) / accumulate
+            loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# -- exactness --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("family", "changes"), ANATOMIES, ids=[*tiny.CONFIGS, "llama with biases"])
+def test_frozen_entries_stay_and_all_others_move(family, changes, mode):
+    network = network_with_noise(family, **changes)
+    if mode == "gradient checkpointing":
+        network.gradient_checkpointing_enable()
+    optimizer = adamw(network)
+    train(network, optimizer, steps=2, mode=mode)  # The freeze begins with momentum in the optimizer.
+    before = snapshot(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=3, mode=mode)
+    assert_only_frozen_stayed(before, network)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
+    ],
+    ids=["fused", "foreach", "momentum", "adafactor"],
+)
+def test_any_optimizer(make):
+    network = network_with_noise()
+    optimizer = make(network.parameters())
+    train(network, optimizer, steps=2)
+    before = snapshot(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=3)
+    assert_only_frozen_stayed(before, network)
+
+
+def test_model_in_bfloat16():
+    network = network_with_noise().to(torch.bfloat16)
+    optimizer = adamw(network)
+    before, masks = snapshot(network), frozen_entries(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=3)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter.detach()[masks[name]], before[name][masks[name]])
+        assert not torch.equal(parameter.detach(), before[name])
+
+
+@pytest.mark.parametrize(("weight_decay", "warm_steps"), [(0.1, 0), (0.0, 2)], ids=["weight decay", "momentum"])
+def test_a_mask_alone_would_drift(weight_decay, warm_steps, monkeypatch):
+    network = network_with_noise()
+    optimizer = adamw(network, weight_decay)
+    train(network, optimizer, warm_steps)
+    monkeypatch.setattr(Freeze, "restore", lambda self: None)
+    block = frozen(network, some_neurons(network), optimizer)
+    with pytest.raises(RuntimeError, match="frozen slices have changed"), block:
+        train(network, optimizer, steps=2)
+
+
+def test_a_mask_alone_is_enough_without_weight_decay_and_momentum(monkeypatch):
+    """The mask does its part: what remains for the restore is only what the optimizer adds."""
+    network = network_with_noise()
+    optimizer = adamw(network, weight_decay=0.0)
+    monkeypatch.setattr(Freeze, "restore", lambda self: None)
+    with frozen(network, some_neurons(network), optimizer) as freeze:
+        train(network, optimizer, steps=2)
+    assert freeze.changed() == []
+
+
+def test_clipping_counts_free_gradients_only():
+    network, optimizer = network_with_noise(), None
+    loss_of(network, 0).backward()
+    masks = frozen_entries(network)
+    gradients = {name: parameter.grad.double() for name, parameter in network.named_parameters()}
+    free = sum(float(g[~masks[name]].square().sum()) for name, g in gradients.items()) ** 0.5
+    everything = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+    assert everything > 1.001 * free
+    network.zero_grad()
+    optimizer = adamw(network)
+    with frozen(network, some_neurons(network), optimizer):
+        loss_of(network, 0).backward()
+        assert float(nn.utils.clip_grad_norm_(network.parameters(), 0.5)) == pytest.approx(free, rel=1e-5)
+
+
+def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    before, masks = snapshot(network), frozen_entries(network)
+    with frozen(network, some_neurons(network), optimizer):
+        (loss_of(network, 0) * float("nan")).backward()
+        optimizer.step()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter.detach()[masks[name]], before[name][masks[name]])
+    assert network.lm_head.weight.isnan().any()
+
+
+# -- trainers ---------------------------------------------------------------------------------------------------
+
+
+def arguments(kind: type[TrainingArguments], folder: Path, **changes: object) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        **changes,
+    }
+    return kind(**settings)
+
+
+def plain_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback], **changes: object) -> Trainer:
+    ids = torch.randint(4, 260, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+    settings = arguments(TrainingArguments, folder, **changes)
+    return Trainer(model=network, args=settings, train_dataset=rows, callbacks=callbacks)
+
+
+def sft_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+    rows = Dataset.from_list([{"messages": message("user", f"say {i}") + message("assistant", "no")} for i in range(8)])
+    return SFTTrainer(
+        model=network,
+        args=arguments(SFTConfig, folder, max_length=32),
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def dpo_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+    answers = {"chosen": message("assistant", "no"), "rejected": message("assistant", "yes")}
+    rows = Dataset.from_list([{"prompt": message("user", f"say {i}"), **answers} for i in range(8)])
+    return DPOTrainer(
+        model=network,
+        ref_model=copy.deepcopy(network),
+        # TRL turns gradient checkpointing off and on around the reference, which leaves a hook of its own each time.
+        args=arguments(DPOConfig, folder, max_length=32, gradient_checkpointing=False),
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def message(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("make", [plain_trainer, sft_trainer, dpo_trainer])
+def test_one_line_in_any_trainer(make, family, tmp_path):
+    network = network_with_noise(family)
+    before, hooks, known_as = snapshot(network), hooks_on(network), fingerprint(network)
+    callback = FreezeNeurons(some_neurons(network))
+    trainer = make(network, tmp_path, [callback])
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert_only_frozen_stayed(before, network)
+    callback.freeze.verify()
+    assert hooks_on(network) == hooks
+    optimizer = trainer.optimizer.optimizer
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert fingerprint(network) == known_as
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for name, mask in frozen_entries(network).items():
+        if mask.any():
+            assert torch.equal(saved[name][mask], before[name][mask])
+            assert not torch.equal(saved[name], before[name])
+
+
+class Once(TrainerCallback):
+    """Do something to the model when training begins, the first time."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        action, self.action = self.action, lambda model: None
+        action(model)
+
+
+class StopAtStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+def replace_parameter(network: nn.Module) -> None:
+    projection = network.get_decoder().layers[2].mlp.up_proj
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+
+
+def test_trainer_that_replaces_parameters_is_an_error(tmp_path):
+    network = network_with_noise()
+    callback = FreezeNeurons(some_neurons(network))
+    trainer = plain_trainer(network, tmp_path, [callback, Once(replace_parameter)])
+    with pytest.raises(RuntimeError, match=r"layers\.2\.mlp\.up_proj\.weight.*cannot be frozen exactly"):
+        trainer.train()
+
+
+def test_trainer_that_changes_frozen_weights_cannot_save_them(tmp_path):
+    network = network_with_noise()
+    callback = FreezeNeurons(some_neurons(network))
+    trainer = plain_trainer(network, tmp_path, [callback])
+    # A change after the last restore, as a trainer makes that averages weights or steps on its own.
+    trainer.add_callback(Damage(network))
+    with pytest.raises(RuntimeError, match="have changed"):
+        trainer.train()
+    assert trainer.state.global_step == 2  # At the first save, not only at the end.
+
+
+class Damage(TrainerCallback):
+    def __init__(self, network):
+        self.network = network
+
+    def on_step_end(self, args, state, control, **_):
+        with torch.no_grad():
+            self.network.get_decoder().layers[0].mlp.down_proj.weight[0, 7] += 1.0
+
+
+def test_training_after_a_crash_with_the_same_callback(tmp_path):
+    network = network_with_noise()
+    hooks = hooks_on(network)
+    callback = FreezeNeurons(some_neurons(network))
+    with pytest.raises(KeyboardInterrupt):
+        plain_trainer(network, tmp_path / "a", [callback, StopAtStep()]).train()
+    assert hooks_on(network) > hooks
+    before = snapshot(network)
+    plain_trainer(network, tmp_path / "b", [callback]).train()
+    assert_only_frozen_stayed(before, network)
+    assert hooks_on(network) == hooks
+
+
+def test_close_takes_the_hooks_away_after_a_crash(tmp_path):
+    network = network_with_noise()
+    hooks = hooks_on(network)
+    callback = FreezeNeurons(some_neurons(network))
+    callback.close()  # Before training there is nothing to close.
+    with pytest.raises(KeyboardInterrupt):
+        plain_trainer(network, tmp_path, [callback, StopAtStep()]).train()
+    callback.close()
+    assert hooks_on(network) == hooks
+
+
+# -- what is refused --------------------------------------------------------------------------------------------
+
+
+def test_neurons_of_another_model_are_refused(tmp_path):
+    network, other = network_with_noise(), tiny.network(seed=1)
+    hooks = hooks_on(network)
+    with pytest.raises(InputError, match="another model"):
+        Freeze(network, some_neurons(other))
+    with pytest.raises(InputError, match="another model"):
+        plain_trainer(network, tmp_path, [FreezeNeurons(some_neurons(other))]).train()
+    wider = tiny.network(intermediate_size=64)
+    with pytest.raises(InputError, match="layers"):
+        Freeze(network, some_neurons(wider))
+    assert hooks_on(network) == hooks
+
+
+def test_replaced_parameter_is_an_error_in_a_hand_written_loop():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=1)
+        replace_parameter(network)
+        with pytest.raises(RuntimeError, match="cannot be frozen exactly"):
+            train(network, optimizer, steps=1)
+    assert hooks_on(network) == 0
+
+
+def test_replaced_gradient_is_an_error():
+    """DeepSpeed and its like write gradients on their own, past the hooks."""
+    network = network_with_noise()
+    optimizer = adamw(network)
+    before = snapshot(network)
+    with frozen(network, some_neurons(network), optimizer):
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.raises(RuntimeError, match="were not masked"):
+            optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+
+
+def test_parameters_without_gradient_are_no_error():
+    network = network_with_noise()
+    network.get_decoder().layers[0].mlp.gate_proj.weight.requires_grad_(False)
+    optimizer = adamw(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=1)
+
+
+def test_wrong_optimizer_is_noticed():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    with pytest.raises(RuntimeError, match="have changed"), frozen(network, some_neurons(network), adamw(network)):
+        train(network, optimizer, steps=1)
+
+
+def test_nothing_is_left_behind_also_after_an_exception():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    with pytest.raises(ZeroDivisionError), frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=1 // (hooks_on(network) - hooks_on(network)))
+    assert hooks_on(network) == 0
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    before = snapshot(network)
+    train(network, optimizer, steps=1)
+    # What was frozen is free again.
+    assert all((parameter != before[name]).all() for name, parameter in network.named_parameters())
+
+
+# -- the proof --------------------------------------------------------------------------------------------------
+
+
+def flip(values: Tensor, bit: int) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32}[values.element_size()]
+    return (values.view(integer) ^ torch.tensor(1 << bit, dtype=integer)).view(values.dtype)
+
+
+CHANGES = {
+    "lowest bit": (1.0, lambda x: flip(x, 0)),
+    "sign of zero": (0.0, lambda x: -x),
+    "to not-a-number": (1.0, lambda x: x * float("nan")),
+    "payload of not-a-number": (float("nan"), lambda x: flip(x, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_changed_bit_is_seen(change, where, dtype):
+    start, damage = CHANGES[change]
+    network = network_with_noise().to(dtype)
+    weight = vars(network.get_decoder().layers[2].mlp)["_modules"][where].weight.data
+    entry = (5, 3) if where == "down_proj" else (3, 5)
+    weight[entry] = start
+    freeze = Freeze(network, some_neurons(network))
+    digest = freeze.digest()
+    freeze.verify()
+    weight[entry] = damage(weight[entry])
+    assert freeze.changed() == [f"model.layers.2.mlp.{where}.weight"]
+    assert freeze.digest() != digest
+    with pytest.raises(RuntimeError, match=where):
+        freeze.verify()
+    freeze.restore()
+    freeze.verify()
+    assert freeze.digest() == digest
+
+
+def test_changes_elsewhere_are_none_of_its_business():
+    network = network_with_noise("phi3", mlp_bias=True)
+    freeze = Freeze(network, some_neurons(network))
+    digest = freeze.digest()
+    with torch.no_grad():
+        for name, mask in frozen_entries(network).items():
+            parameter = network.get_parameter(name)
+            parameter[~mask] += 1.0
+    freeze.verify()
+    assert freeze.digest() == digest
+
+
+def test_the_proof_looks_at_the_model_as_it_is_now():
+    """Not at the parameter objects of the past: a replaced one must not hide a change."""
+    network = network_with_noise()
+    freeze = Freeze(network, some_neurons(network))
+    replace_parameter(network)
+    freeze.verify()
+    with torch.no_grad():
+        network.get_decoder().layers[2].mlp.up_proj.weight[3, 0] += 1.0
+    assert freeze.changed() == ["model.layers.2.mlp.up_proj.weight"]
+
+
+def test_a_wider_precision_is_no_change_but_a_lossy_one_is():
+    network = network_with_noise().to(torch.bfloat16)
+    freeze = Freeze(network, some_neurons(network))
+    network.float()
+    freeze.verify()
+    with torch.no_grad():
+        network.get_decoder().layers[2].mlp.up_proj.weight[3, 0] *= 1 + 2**-20
+    assert freeze.changed() == ["model.layers.2.mlp.up_proj.weight"]
+    exact = Freeze(network, some_neurons(network))
+    network.to(torch.bfloat16)
+    assert exact.changed() == ["model.layers.2.mlp.up_proj.weight"]
+
+
+def test_no_neurons_freeze_nothing():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    before = snapshot(network)
+    with frozen(network, NeuronSet.of({}, widths_of(network), fingerprint(network)), optimizer) as freeze:
+        train(network, optimizer, steps=1)
+    assert freeze.slices == []
+    assert all((parameter != before[name]).all() for name, parameter in network.named_parameters())
