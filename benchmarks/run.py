@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md quotes, measured here:  python benchmarks/run.py [measure|memory|freeze|precision|demo ...]
+"""What docs/benchmarks.md quotes, measured here:  python benchmarks/run.py [measure|memory|freeze|precision|pooling|demo ...]
 
 Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed with
 its range. Every number is of the embedded model on this machine's CPU.
@@ -18,14 +18,14 @@ import torch
 
 from safeneuron.aligning import align
 from safeneuron.data import Pair, Prompt, read_prompts
-from safeneuron.ffn import decoder_of, pruned, recorded
-from safeneuron.measuring import length_batches, measure
+from safeneuron.ffn import decoder_of, recorded
+from safeneuron.measuring import POOLINGS, length_batches, measure
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
 from safeneuron.pipeline import peak_memory_mb, reset_peak_memory
 from safeneuron.selecting import choose, score, thresholds_for
 
-PARTS = ("measure", "memory", "freeze", "precision", "demo")
+PARTS = ("measure", "memory", "freeze", "precision", "pooling", "demo")
 
 
 def prompts(kind: str, count: int) -> list[Prompt]:
@@ -156,6 +156,20 @@ def bench_precision() -> None:
         )
 
 
+def bench_pooling() -> None:
+    """Which pooling finds the same neurons again: sets from the two halves of the prompts, at the same density."""
+    model = load("embedded")
+    unsafe, safe = (read_prompts(f"twins:{kind}", split="discovery") for kind in ("unsafe", "safe"))
+    for pooling in POOLINGS:
+        whole = score(measure(model, unsafe, safe, pooling))
+        halves = [score(measure(model, unsafe[start::2], safe[start::2], pooling)) for start in (0, 1)]
+        first, second = (choose(scores, thresholds_for(scores, 0.03)) for scores in halves)
+        print(
+            f"pooling {pooling}: largest d {float(whole.d.max()):.2f}, {whole.significant} neurons with q < .05; Jaccard of "
+            f"the halves' sets at 3 %: ES {first.es.jaccard(second.es):.2f}, SAS {first.sas.jaccard(second.sas):.2f}"
+        )
+
+
 def bench_demo(folder: str = "runs/demo") -> None:
     """(d) time and memory of each stage of a finished demo."""
     records = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("done.json"), key=lambda p: p.stat().st_mtime)]
@@ -175,6 +189,7 @@ def main(arguments: list[str]) -> None:
         "memory": bench_memory,
         "freeze": bench_freeze,
         "precision": bench_precision,
+        "pooling": bench_pooling,
         "demo": bench_demo,
     }
     for name in arguments or PARTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -262,7 +263,7 @@ def _tell(opened: Run) -> None:
 
     results = opened.folder / "report" / "results.json"
     if not (opened.folder / "report" / "done.json").exists():
-        command = f"safeneuron run {opened.folder / 'config.toml'} --out {opened.folder}"
+        command = shlex.join(["safeneuron", "run", str(opened.folder / "config.toml"), "--out", str(opened.folder)])
         _print_lines(["", f"{opened.folder} is not complete yet; continue with: {command}"])
         return
     from safeneuron.explaining import result_table

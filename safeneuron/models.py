@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,15 @@ def reuse_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_threshold, 2**30)
+
+
+def hand_back_memory() -> None:
+    """Give the system what ``reuse_memory`` has kept, once a stage is over."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def bfloat16_pays(device: torch.device) -> bool:

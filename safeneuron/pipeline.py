@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from safeneuron.errors import InputError, nearest
 from safeneuron.ffn import pruned
 from safeneuron.judges import Judge, make_judge
 from safeneuron.measuring import measure
-from safeneuron.models import Model, load, reuse_memory
+from safeneuron.models import Model, hand_back_memory, load, reuse_memory
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix, read_pairs
@@ -148,9 +149,8 @@ class Pipeline:
             raise InputError("there is nothing to train: align.rounds is 0 and the config has no variants; change it")
         kind = self.missing[0].split("/")[-1]
         verb = {"data": "measure", "judge": "attack", "pairs": "align"}.get(kind, kind)
-        raise InputError(
-            f"{self.missing[0]} has not been made yet; do it first with: safeneuron {verb} {self.run.folder}"
-        )
+        command = shlex.join(["safeneuron", verb, str(self.run.folder)])
+        raise InputError(f"{self.missing[0]} has not been made yet; do it first with: {command}")
 
     # -- the stages, in the order of the list above -------------------------------------------------------------
 
@@ -357,6 +357,7 @@ class Pipeline:
             return
         self.watcher.began(name)
         stage.start()
+        hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
         work(stage.folder)
