@@ -1,11 +1,12 @@
-"""What docs/benchmarks.md quotes, measured here:  python benchmarks/run.py [measure|memory|freeze|precision|pooling|demo ...]
+"""What docs/benchmarks.md quotes: python benchmarks/run.py [measure|memory|freeze|precision|pooling|demo ...]
 
-Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed with
-its range. Every number is of the embedded model on this machine's CPU.
+Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed
+with its range. Every number is of the embedded model on this machine's CPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -31,9 +32,7 @@ PARTS = ("measure", "memory", "freeze", "precision", "pooling", "demo")
 def prompts(kind: str, count: int) -> list[Prompt]:
     """So many prompts: the bundled ones, again with a number when they are used up."""
     found = read_prompts(f"twins:{kind}")
-    return [
-        Prompt(found[i % len(found)].text + (f" ({i})" if i >= len(found) else "")) for i in range(count)
-    ]
+    return [Prompt(found[i % len(found)].text + (f" ({i})" if i >= len(found) else "")) for i in range(count)]
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
@@ -75,12 +74,14 @@ def research_code(model: Model, asked: list[Prompt]) -> list[torch.Tensor]:
 
 def bench_measure() -> None:
     """(a) and the times of (b)."""
-    model = load("embedded")
-    unsafe, safe = prompts("unsafe", 264), prompts("safe", 264)
-    print("(a) measure() / bare decoder forward, same batches, 528 prompts:")
-    found = ratio(lambda: measure(model, unsafe, safe), lambda: (bare_forward(model, unsafe), bare_forward(model, safe)), 7)
+    model = load("embedded", dtype="bfloat16")
+    unsafe, safe = prompts("unsafe", 100), prompts("safe", 100)
+    print("(a) measure() / bare decoder forward, same batches, 200 prompts:")
+    found = ratio(
+        lambda: measure(model, unsafe, safe), lambda: (bare_forward(model, unsafe), bare_forward(model, safe)), 5
+    )
     print(f"    {found}")
-    few_unsafe, few_safe = prompts("unsafe", 100), prompts("safe", 100)
+    few_unsafe, few_safe = prompts("unsafe", 50), prompts("safe", 50)
     for dtype in ("bfloat16", "float32"):
         other = load("embedded", dtype=dtype)
         found = ratio(
@@ -88,7 +89,7 @@ def bench_measure() -> None:
             lambda: measure(model, few_unsafe, few_safe),
             3,
         )
-        print(f"(b) one prompt at a time, whole model in {dtype} / measure() in {model.network.dtype}, 200 prompts: {found}")
+        print(f"(b) one prompt at a time, whole model in {dtype} / measure() in bfloat16, 100 prompts: {found}")
 
 
 def bench_memory() -> None:
@@ -122,16 +123,14 @@ def bench_freeze() -> None:
     model = load("embedded", dtype="float32")
     answers = ("I can't help with that.", "Here is how it is done, step by step, with everything that you need for it.")
     pairs = [Pair(({"role": "user", "content": prompt.text},), *answers) for prompt in prompts("unsafe", 48)]
-    everything = NeuronSet.of({layer: range(width) for layer, width in enumerate(model.widths)}, model.widths, model.fingerprint)
-    one_percent = NeuronSet.of({layer: range(width // 100) for layer, width in enumerate(model.widths)}, model.widths,
-                               model.fingerprint).random_like(0)  # fmt: skip
-    assert len(one_percent) < len(everything)
+    first_ones = {layer: range(width // 100) for layer, width in enumerate(model.widths)}
+    one_percent = NeuronSet.of(first_ones, model.widths, model.fingerprint).random_like(0)
 
     def steps(frozen: NeuronSet | None) -> float:
         times: list[float] = []
         align(model, pairs, frozen, learning_rate=1e-6, epochs=2, batch_size=8, micro_batch_size=8,
               progress=lambda done, total: times.append(time.perf_counter()))  # fmt: skip
-        return statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
     found = []
     for _ in range(3):
@@ -165,14 +164,17 @@ def bench_pooling() -> None:
         halves = [score(measure(model, unsafe[start::2], safe[start::2], pooling)) for start in (0, 1)]
         first, second = (choose(scores, thresholds_for(scores, 0.03)) for scores in halves)
         print(
-            f"pooling {pooling}: largest d {float(whole.d.max()):.2f}, {whole.significant} neurons with q < .05; Jaccard of "
-            f"the halves' sets at 3 %: ES {first.es.jaccard(second.es):.2f}, SAS {first.sas.jaccard(second.sas):.2f}"
+            f"pooling {pooling}: largest d {float(whole.d.max()):.2f}, {whole.significant} neurons with q < .05; "
+            f"Jaccard of the halves' sets: ES {first.es.jaccard(second.es):.2f}, SAS {first.sas.jaccard(second.sas):.2f}"
         )
 
 
 def bench_demo(folder: str = "runs/demo") -> None:
     """(d) time and memory of each stage of a finished demo."""
-    records = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("done.json"), key=lambda p: p.stat().st_mtime)]
+    records = [
+        json.loads(path.read_text())
+        for path in sorted(Path(folder).rglob("done.json"), key=lambda p: p.stat().st_mtime)
+    ]
     for record in records:
         print(f"(d) {record['stage']:<18} {record['seconds']:8.1f} s {record['peak_memory_mb']:6d} MB")
     total = sum(record["seconds"] for record in records)

@@ -212,6 +212,9 @@ class _Watch(TrainerCallback):
         self.progress = progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # From a checkpoint of the last step, the trainer would go on with one step more than was asked for.
+        if state.global_step >= state.max_steps:
+            control.should_save = False
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)
 

@@ -67,7 +67,8 @@ def incoherent(text: str) -> str | None:
     * ``"empty"``: no letter at all (a bare number is an answer, so digits count for a text of at most 20 characters).
     * ``"repeated"``: one word or phrase of up to 16 words loops over a third of the words; or 10 % of the words repeat
       the word before them; or more than half of the 4-grams were there before; or a window of 50 words has on average
-      fewer than 30 % distinct ones; or three commas stand side by side outside of code; or a piece of a word loops inside words ("conconcon") over 15 % of the letters.
+      fewer than 30 % distinct ones; or three commas stand side by side outside of code; or a piece of a word loops
+      inside words ("conconcon") over 15 % of the letters.
     * ``"non-words"``: a quarter of the words in Latin script (and at least three different ones) cannot be words: no
       vowel, six consonants in a row, a doubled piece ("alaala"), two capitals in the middle, letters and digits by
       turns, Cyrillic letters or punctuation inside, over 40 letters; or 20 words follow each other without any

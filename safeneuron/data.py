@@ -18,7 +18,7 @@ from typing import Any
 
 from safeneuron.errors import InputError, nearest
 from safeneuron.rows import (
-    EmptyText,
+    EmptyTextError,
     Message,
     Row,
     Source,
@@ -193,7 +193,7 @@ def _prompts(rows: Iterator[Row], column: str) -> Iterator[Prompt]:
         column = column or _prompt_column(row)
         try:
             text = _request(row, column)
-        except EmptyText:
+        except EmptyTextError:
             if row.mendable:
                 raise
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.rows import (
-    EmptyText,
+    EmptyTextError,
     Message,
     Row,
     Source,
@@ -104,7 +104,7 @@ def _pairs(rows: Iterator[Row], source: str) -> Iterator[Pair]:
     for row in chain([first], rows):
         try:
             pair = convert(row, source)
-        except EmptyText:
+        except EmptyTextError:
             if row.mendable:
                 raise
             continue

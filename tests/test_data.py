@@ -193,7 +193,8 @@ def test_mistakes_in_jsonl(tmp_path: Path, content: bytes, place: str, reason: s
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     message = message_of(read_prompts, path)
-    assert message.startswith(str(tmp_path / place)) and reason in message
+    assert message.startswith(str(tmp_path / place))
+    assert reason in message
 
 
 @pytest.mark.parametrize(
@@ -213,14 +214,16 @@ def test_mistakes_in_csv(tmp_path: Path, content: bytes, place: str, reason: str
     path = tmp_path / "p.csv"
     path.write_bytes(content)
     message = message_of(read_prompts, path)
-    assert message.startswith(str(tmp_path / place)) and reason in message
+    assert message.startswith(str(tmp_path / place))
+    assert reason in message
 
 
 def test_paths_that_are_no_source(tmp_path: Path) -> None:
     path = write(tmp_path / "unsafe.jsonl", {"prompt": "Why?"})
     (tmp_path / "p.txt").write_text("Why?", "utf-8")
     missing = message_of(read_prompts, tmp_path / "unsave.jsonl")
-    assert "unsave.jsonl does not exist (did you mean 'unsafe.jsonl'?)" in missing and "hub:owner/name" in missing
+    assert "unsave.jsonl does not exist (did you mean 'unsafe.jsonl'?)" in missing
+    assert "hub:owner/name" in missing
     assert "does not exist; a source is" in message_of(read_prompts, tmp_path / "nowhere" / "p.jsonl")
     assert "does not exist" in message_of(read_prompts, "owner/name")
     assert "is a directory" in message_of(read_prompts, tmp_path)
@@ -358,8 +361,13 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": "Why?", "chosen": [assistant("So.")], "rejected": [assistant("No.")]}, [user("Why?")]),
         (
             {
-                **{"prompt": "Why?", "prompt_id": "1", "score_chosen": 8.0, "score_rejected": 7.0, "messages": []},
-                **{"chosen": [user("Why?"), assistant("So.")], "rejected": [user("Why?"), assistant("No.")]},
+                "prompt": "Why?",
+                "prompt_id": "1",
+                "score_chosen": 8.0,
+                "score_rejected": 7.0,
+                "messages": [],
+                "chosen": [user("Why?"), assistant("So.")],
+                "rejected": [user("Why?"), assistant("No.")],
             },
             [user("Why?")],
         ),
@@ -455,13 +463,15 @@ def test_safe_rlhf_as_csv(tmp_path: Path) -> None:
 def test_mistakes_in_pairs(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "Why?", "chosen": "So.", "rejected": "No."}, row)
     message = message_of(read_pairs, path)
-    assert message.startswith(f"{path} line 2: ") and reason in message
+    assert message.startswith(f"{path} line 2: ")
+    assert reason in message
 
 
 def test_mistakes_in_safe_rlhf_labels(tmp_path: Path) -> None:
     for row in (safe_rlhf(2, False, True), safe_rlhf(0, True, "perhaps")):
         message = message_of(read_pairs, write(tmp_path / "p.jsonl", safe_rlhf(0, True, False), row))
-        assert "p.jsonl line 2" in message and "must be true, false, 0 or 1" in message
+        assert "p.jsonl line 2" in message
+        assert "must be true, false, 0 or 1" in message
 
 
 def test_unknown_form_of_pairs(tmp_path: Path) -> None:
@@ -517,7 +527,8 @@ def test_mix_leaves_out_repeated_pairs() -> None:
     safety = some_pairs("x", 3)
     general = [Pair(pair.prompt, pair.chosen, pair.rejected, "elsewhere") for pair in some_pairs("x", 6)]
     mixed = mix(safety + safety, general, 0.5, None, seed=0)
-    assert len(mixed) == 6 and len({pair.prompt[0]["content"] for pair in mixed}) == 6
+    assert len(mixed) == 6
+    assert len({pair.prompt[0]["content"] for pair in mixed}) == 6
 
 
 def test_mix_refuses_what_cannot_be_mixed() -> None:

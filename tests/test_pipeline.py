@@ -306,9 +306,8 @@ def test_training_killed_after_its_last_step_trains_no_further(small, tmp_path, 
         patch.setattr(Model, "save", die)
         with pytest.raises(KeyboardInterrupt):
             execute(config, tmp_path)
-    (last,) = (tmp_path / "T1" / "align" / "checkpoints").glob("checkpoint-*")
-    assert last.name == "checkpoint-4"
     execute(config, tmp_path)
+    assert len(read_lines(tmp_path / "T1" / "align" / "train.jsonl")) == 4
     assert results(tmp_path) == expected
 
 

@@ -17,7 +17,7 @@ from safeneuron import runs
 from safeneuron.errors import InputError
 from safeneuron.runs import Run
 
-RECORD = {"a": 1, "b": ["x", None, 2.5], "c": "zwei\u2028Zeilen\nund \"mehr\""}
+RECORD = {"a": 1, "b": ["x", None, 2.5], "c": 'zwei\u2028Zeilen\nund "mehr"'}
 
 
 def names(folder: Path) -> list[str]:
