@@ -21,9 +21,9 @@ from safeneuron.aligning import align
 from safeneuron.data import Pair, Prompt, read_prompts
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.measuring import POOLINGS, length_batches, measure
+from safeneuron.memory import peak_memory_mb, reset_peak_memory
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
-from safeneuron.pipeline import peak_memory_mb, reset_peak_memory
 from safeneuron.selecting import choose, score, thresholds_for
 
 PARTS = ("measure", "memory", "freeze", "precision", "pooling", "demo")
@@ -165,7 +165,7 @@ def bench_pooling() -> None:
         first, second = (choose(scores, thresholds_for(scores, 0.03)) for scores in halves)
         print(
             f"pooling {pooling}: largest d {float(whole.d.max()):.2f}, {whole.significant} neurons with q < .05; "
-            f"Jaccard of the halves' sets: ES {first.es.jaccard(second.es):.2f}, SAS {first.sas.jaccard(second.sas):.2f}"
+            f"Jaccard of the halves: ES {first.es.jaccard(second.es):.2f}, SAS {first.sas.jaccard(second.sas):.2f}"
         )
 
 

@@ -245,7 +245,8 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
     with opened.locked():
         # The libraries' own progress bars would fight with ours; they read this when they are imported.
         os.environ["TQDM_DISABLE"] = "1"
-        from safeneuron.pipeline import Pipeline, prepare
+        from safeneuron.pipeline import Pipeline
+        from safeneuron.preparing import prepare
 
         bars = Bars()
         for name in prepare(settings, opened, bars, names):

@@ -13,9 +13,9 @@ from typing import Any
 from safeneuron import __version__, embedded
 from safeneuron.config import AlignTable, Config, to_toml
 from safeneuron.neurons import NeuronSet
-from safeneuron.pipeline import Pipeline, State, states_of
 from safeneuron.reporting import render
 from safeneuron.runs import Run, read_json, read_lines, write_json, write_text
+from safeneuron.states import Findings, State, states_of
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -48,8 +48,8 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
 
 def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str, Any]:
     folder = run.folder / state.name
-    pipeline = Pipeline(config, run, _Silent())
-    sets = {name: pipeline.neurons(state, file) for name, file in (("ES", "ES"), ("SAS", "SAS"), ("FULL", "neurons"))}
+    findings = Findings(config, run)
+    sets = {name: findings.neurons(state, file) for name, file in (("ES", "ES"), ("SAS", "SAS"), ("FULL", "neurons"))}
     thresholds = read_json(folder / "select" / "thresholds.json")
     align, training = None, []
     if state.round > 0:
@@ -57,7 +57,7 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
         align["pairs"] = len(read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
         training = read_lines(folder / "align" / "train.jsonl")
     attacks, curve = [], []
-    for pruning in pipeline.prunings(state):
+    for pruning in findings.prunings(state):
         record = read_json(folder / "attack" / pruning.folder / "pruned.json")
         judged = {
             kind: read_json(path) if (path := folder / "judge" / pruning.folder / f"{kind}.json").exists() else None
@@ -158,14 +158,10 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "config_toml": to_toml(config, comments=False),
         "stages": stages,
-        "warnings": read_json(run.folder / "data" / "warnings.json")["warnings"],
+        "warnings": [
+            warning
+            for path in (run.folder / "data" / "warnings.json", run.folder / "T0" / "pairs" / "warnings.json")
+            if path.exists()
+            for warning in read_json(path)["warnings"]
+        ],
     }
-
-
-class _Silent:
-    """A watcher for reading a run: nothing is begun, so nothing is told."""
-
-    def began(self, stage: str) -> None: ...
-    def progress(self, done: int, total: int) -> None: ...
-    def ended(self, stage: str, seconds: float, skipped: bool) -> None: ...
-    def warned(self, text: str) -> None: ...

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -130,30 +128,6 @@ def quiet() -> None:
     for library in ("datasets", "trl", "accelerate", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|torch)\..*")
-
-
-def reuse_memory() -> None:
-    """Let the C library keep freed memory instead of handing it back to the system after every large tensor.
-
-    Each tensor of a training step would otherwise be new pages for the kernel to clear: a third of the time of a step
-    on the CPU. Only glibc knows the call; elsewhere nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**30)
-
-
-def hand_back_memory() -> None:
-    """Give the system what ``reuse_memory`` has kept, once a stage is over."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
 
 
 def bfloat16_pays(device: torch.device) -> bool:

@@ -12,39 +12,36 @@
 
 from __future__ import annotations
 
-import resource
 import shlex
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import AlignTable, Config, SourceTable, to_toml
+from safeneuron.config import Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import Judge, make_judge
 from safeneuron.measuring import measure
-from safeneuron.models import Model, hand_back_memory, load, reuse_memory
-from safeneuron.neurons import NeuronSet
+from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
+from safeneuron.models import Model, load
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix, read_pairs
 from safeneuron.rows import Source
 from safeneuron.runs import (
     Run,
     append_lines,
-    read_json,
     read_lines,
     sha256_of,
     write_json,
     write_lines,
-    write_text,
     writing,
 )
-from safeneuron.selecting import Scores, choose, resolve_thresholds, score, thresholds_for
+from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
@@ -67,45 +64,6 @@ class Watcher(Protocol):
         """Something deserves attention but does not stop the run."""
 
 
-@dataclass(frozen=True)
-class State:
-    """One model: T0 as given, or the result of a round of a training (``variant`` is empty for the main one)."""
-
-    variant: str
-    round: int
-
-    @property
-    def name(self) -> str:
-        """The state's folder."""
-        return f"{self.variant}-T{self.round}" if self.variant else f"T{self.round}"
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it."""
-
-    set: str
-    knowledge: str
-    neurons: NeuronSet | None
-
-    @property
-    def folder(self) -> str:
-        """The attack's folder inside the state's attack stage."""
-        return self.set if self.knowledge in ("none", "control") else f"{self.knowledge}-{self.set}"
-
-
-def states_of(config: Config) -> list[State]:
-    """All states that a config leads to, each after those it is made from: T0, the main rounds, then the variants'."""
-    chains = [("", config.align), *((name, config.variant(name)) for name in config.variants)]
-    rounds = [State(variant, number) for variant, table in chains for number in range(1, table.rounds + 1)]
-    return [State("", 0), *rounds]
-
-
-def previous(state: State) -> State:
-    """The state that this one was trained from; every variant starts at T0."""
-    return State(state.variant if state.round > 1 else "", state.round - 1)
-
-
 class Pipeline:
     """The stages of one run. ``verb`` limits the work to one kind of stage (``safeneuron measure RUN`` and so on)."""
 
@@ -113,6 +71,7 @@ class Pipeline:
         self.config = config
         self.run = run
         self.watcher = watcher
+        self.findings = Findings(config, run)
         self.kinds = {"attack": ("data", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
             verb, ("data", verb) if verb else ()
         )
@@ -166,9 +125,7 @@ class Pipeline:
             warnings += check_splits(**prompts)
             for role, found in prompts.items():
                 write_lines(folder / f"{role}.jsonl", (prompt.to_record() for prompt in found))
-            write_json(folder / "warnings.json", {"warnings": warnings})
-            for warning in warnings:
-                self.watcher.warned(warning)
+            self.warn(folder, warnings)
 
         files = {role: _file_hashes(getattr(table, role)) for role in PROMPTS}
         self.stage("data", {"data": table.model_dump(mode="json"), "files": files}, [], work)
@@ -180,8 +137,8 @@ class Pipeline:
         def work(folder: Path) -> None:
             stats = measure(
                 self.model(state),
-                self.prompts("unsafe"),
-                self.prompts("safe"),
+                self.findings.prompts("unsafe"),
+                self.findings.prompts("safe"),
                 pooling=table.pooling,
                 batch_tokens=table.batch_tokens,
                 max_tokens=table.max_tokens,
@@ -224,10 +181,10 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             model = self.model(state)
-            prunings = self.prunings(state)
-            kinds = {"harmful": self.prompts("test_unsafe")}
+            prunings = self.findings.prunings(state)
+            kinds = {"harmful": self.findings.prompts("test_unsafe")}
             if table.over_refusal:
-                kinds["benign"] = self.prompts("test_safe")
+                kinds["benign"] = self.findings.prompts("test_safe")
             curve = [pruning for pruning in prunings if pruning.knowledge == "curve"]
             total = sum(map(len, kinds.values())) * (len(prunings) - len(curve)) + len(kinds["harmful"]) * len(curve)
             done = 0
@@ -282,6 +239,7 @@ class Pipeline:
             else:
                 pairs = safety[: table.count]
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
+            self.warn(folder, self.leaks(pairs))
 
         self.stage("T0/pairs", settings, inputs, work)
 
@@ -289,10 +247,10 @@ class Pipeline:
         """Train the state from the previous one, with every neuron found so far frozen (Eq. 11-13)."""
         table = self.config.variant(state.variant)
         before = previous(state)
-        chain = self.chain(state)
+        chain = self.findings.chain(state)
 
         def work(folder: Path) -> None:
-            found = self.found(chain)
+            found = self.findings.found(chain)
             start = self.model(before, dtype="float32")
             self._loaded = None
             pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
@@ -300,7 +258,7 @@ class Pipeline:
                 result = align(
                     start,
                     [Pair.from_record(record) for record in pairs],
-                    frozen=self.frozen(table, found),
+                    frozen=self.findings.frozen(table, found),
                     ablated=found if table.ablate else None,
                     **table.model_dump(exclude={"label", "rounds", "freeze", "ablate"}),
                     seed=self.config.seed,
@@ -371,14 +329,6 @@ class Pipeline:
         """The stage that made the state's weights, if any."""
         return [f"{state.name}/align"] if state.round > 0 else []
 
-    def chain(self, state: State) -> list[State]:
-        """T0 and the states of this training before ``state``: where neurons have been found so far."""
-        return [State("", 0), *(State(state.variant, number) for number in range(1, state.round))]
-
-    def prompts(self, role: str) -> list[Prompt]:
-        """The prompts of a role, from the records of this run."""
-        return [Prompt.from_record(record) for record in read_lines(self.run.folder / "data" / f"{role}.jsonl")]
-
     def model(self, state: State, dtype: str = "") -> Model:
         """The state's model in the given precision, or the config's; the last one loaded is kept."""
         table = self.config.model
@@ -389,47 +339,6 @@ class Pipeline:
             revision = table.revision if state.round == 0 else ""
             self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code))
         return self._loaded[1]
-
-    def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
-        """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
-        return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")
-
-    def found(self, chain: Sequence[State]) -> NeuronSet:
-        """All safety neurons found on these states: the frozen set only grows (Eq. 13)."""
-        union, *later = (self.neurons(state) for state in chain)
-        for neurons in later:
-            union = union | neurons
-        return union
-
-    def frozen(self, table: AlignTable, found: NeuronSet) -> NeuronSet | None:
-        """What a training freezes."""
-        if table.freeze == "none":
-            return None
-        return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
-
-    def prunings(self, state: State) -> list[Pruning]:
-        """Every attack on the state; T0's static and adaptive attackers are the same, so static stands for both."""
-        table = self.config.attack
-        attacks = [Pruning("ORI", "none", None)]
-        base = State("", 0)
-        for knowledge in table.knowledge:
-            if knowledge == "adaptive" and state == base and "static" in table.knowledge:
-                continue
-            attacked = base if knowledge == "static" else state
-            attacks += [
-                Pruning(name, knowledge, self.neurons(attacked, "neurons" if name == "FULL" else name))
-                for name in table.sets
-            ]
-        if table.random:
-            own = self.neurons(state)
-            attacks.append(Pruning("random", "control", own.random_like(self.config.seed, avoid=own)))
-        if table.curve:
-            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
-            attacks += [
-                Pruning(f"{density:g}", "curve", choose(scores, thresholds_for(scores, density)).union)
-                for density in table.curve
-            ]
-        return attacks
 
     def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
         """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
@@ -444,105 +353,36 @@ class Pipeline:
                 self.watcher.progress(done + len(have), total)
         return done + len(have)
 
+    def warn(self, folder: Path, warnings: Sequence[str]) -> None:
+        """Tell the user, and keep the warnings for the report."""
+        write_json(folder / "warnings.json", {"warnings": list(warnings)})
+        for warning in warnings:
+            self.watcher.warned(warning)
+
+    def leaks(self, pairs: Sequence[Pair]) -> list[str]:
+        """A warning if prompts of the attack are trained on; several pairs may share a prompt."""
+        asked = {pair.prompt[-1]["content"]: Prompt(pair.prompt[-1]["content"]) for pair in pairs}
+        tests = {role: self.findings.prompts(role) for role in ("test_unsafe", "test_safe")}
+        told = check_splits(**tests)
+        return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
+
     def safety_pairs(self) -> list[Pair]:
         """Pairs from the model's own answers, or from the sources in the config."""
         table = self.config.pairs
         if table.safety != "on-policy":
             return [pair for source in table.safety for pair in read_pairs(_source(source))]
         unsafe, safe = _read_all(table.unsafe), _read_all(table.safe)
-        tests = {role: self.prompts(role) for role in ("test_unsafe", "test_safe")}
-        told = read_json(self.run.folder / "data" / "warnings.json")["warnings"]
-        for warning in check_splits(pairs_unsafe=unsafe, pairs_safe=safe, **tests):
-            if warning not in told:
-                self.watcher.warned(warning)
         return on_policy_pairs(
-            self.model(State("", 0)),
+            self.model(BASE),
             unsafe,
             safe,
-            self.neurons(State("", 0)),
+            self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
             batch_size=self.config.attack.batch_size,
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
-
-
-class _Check(Pipeline):
-    """A walk over the stages of a run that only asks each whether its work goes with the settings."""
-
-    def __init__(self, config: Config, run: Run, watcher: Watcher, remade: Collection[str]) -> None:
-        super().__init__(config, run, watcher)
-        self.remade = remade
-
-    def stage(
-        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
-    ) -> None:
-        stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
-        if name not in self.remade:
-            stage.require_same_settings()
-        self.keys[name] = stage.key
-
-
-def prepare(config: Config, run: Run, watcher: Watcher, redo: Sequence[str] = ()) -> list[str]:
-    """Make a run ready to be executed with this config, and return the names of the stages deleted for that.
-
-    ``redo`` names stages (T1/attack) or kinds (attack) to delete, with everything made from them. Changes nothing and
-    raises ``InputError`` for a name that no stage has, or if the work of another stage was made with other settings.
-    """
-    doomed = _made_from(run, redo)
-    _Check(config, run, watcher, doomed).execute()
-    for name in doomed:
-        run.remove(name)
-    write_text(run.folder / "config.toml", to_toml(config))
-    return doomed
-
-
-def _made_from(run: Run, names: Sequence[str]) -> list[str]:
-    """The named stages and all that were made from them; each stands before those that it was made from."""
-    present = {str(path.parent.relative_to(run.folder)) for marker in ("done.json", "started.json")
-               for path in run.folder.rglob(marker)}  # fmt: skip
-    doomed: set[str] = set()
-    for wanted in names:
-        meant = {name for name in present if wanted in (name, name.split("/")[-1])}
-        if not meant:
-            known = ", ".join(sorted(present)) or "none yet"
-            raise InputError(f"--redo {wanted}: the run has no such stage{nearest(wanted, present)}; it has {known}")
-        doomed |= meant
-    inputs = {name: _inputs_of(run, name) for name in present}
-    while more := {name for name in present - doomed if inputs[name] & doomed}:
-        doomed |= more
-    ordered: list[str] = []
-    while doomed:
-        last = min(name for name in doomed if not any(name in inputs[other] for other in doomed))
-        ordered.append(last)
-        doomed.remove(last)
-    return ordered
-
-
-def _inputs_of(run: Run, name: str) -> set[str]:
-    for marker in ("done.json", "started.json"):
-        if (run.folder / name / marker).exists():
-            return set(read_json(run.folder / name / marker)["inputs"])
-    return set()
-
-
-def reset_peak_memory() -> None:
-    """Start a new high-water mark of this process's memory, where Linux allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory_mb() -> float:
-    """The process's largest resident memory in MB since ``reset_peak_memory``, or since its start."""
-    try:
-        status = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        status = []
-    since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return next((int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:")), since_start)
 
 
 def _source(table: Any) -> Source:

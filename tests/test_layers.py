@@ -15,11 +15,11 @@ PACKAGE = Path(safeneuron.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 
 LAYERS = (
-    {"errors", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
+    {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
     {"models", "ffn", "freezing", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "collecting", "explaining"},
+    {"pipeline", "preparing", "states", "collecting", "explaining"},
     {"cli"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

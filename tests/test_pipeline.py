@@ -15,10 +15,12 @@ from safeneuron import pipeline as module
 from safeneuron.config import read_config
 from safeneuron.errors import InputError
 from safeneuron.ffn import owned_slices
+from safeneuron.memory import peak_memory_mb, reset_peak_memory
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
-from safeneuron.pipeline import Pipeline, State, prepare, previous, states_of
+from safeneuron.preparing import prepare
 from safeneuron.runs import Run, Stage, read_json, read_lines
+from safeneuron.states import Findings, State, previous, states_of
 from tests.tiny_run import Watch, execute, results
 
 STATES = ("T0", "T1", "T2", "dpo-T1")
@@ -59,7 +61,7 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
     expected = {"config.toml", "run.json", "log.txt", "report/done.json", "data/done.json", "data/warnings.json"}
     expected |= {f"data/{role}.jsonl" for role in module.PROMPTS}
     expected |= {f"report/{name}" for name in ("report.html", "report.md", "results.json", "tables/attacks.csv")}
-    expected |= {"T0/pairs/pairs.jsonl", "T0/pairs/done.json"}
+    expected |= {"T0/pairs/pairs.jsonl", "T0/pairs/warnings.json", "T0/pairs/done.json"}
     for state in STATES:
         expected |= {f"{state}/{stage}/done.json" for stage in ("measure", "select", "attack", "judge")}
         expected |= {f"{state}/select/{name}" for name in ("ES.json", "SAS.json", "neurons.json", "thresholds.json")}
@@ -127,8 +129,8 @@ def test_a_second_execution_skips_everything(world):
 
 def test_the_frozen_set_grows_and_what_it_freezes_stays(finished_run):
     folder, config, _ = finished_run
-    loop = Pipeline(read_config(config), Run(folder), Watch())
-    first, second = (loop.found(loop.chain(State("", number))) for number in (1, 2))
+    findings = Findings(read_config(config), Run(folder))
+    first, second = (findings.found(findings.chain(State("", number))) for number in (1, 2))
     assert len(first) < len(second)
     assert first - second == NeuronSet.of({}, first.widths, first.fingerprint)
     records = {state: read_json(folder / state / "align" / "frozen.json") for state in STATES[1:]}
@@ -206,9 +208,9 @@ def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, 
     changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", *leaky, twice]
     watch = execute(config, tmp_path, changes=changes)
     warnings = [str(text) for text in watch.of("warned")]
-    assert len(warnings) == len(set(warnings))
+    assert len(warnings) == len(set(warnings)), warnings
     assert sum("repeat an earlier one" in text for text in warnings) == 1
-    assert sum("'pairs_unsafe' and 'test_unsafe' share 3" in text for text in warnings) == 1
+    assert sum("'pairs' and 'test_unsafe' share" in text for text in warnings) == 1, warnings
     sources = [record["source"] for record in read_lines(tmp_path / "T0" / "pairs" / "pairs.jsonl")]
     assert sorted(set(sources)) == ["on-policy:safe", "on-policy:unsafe"]
     assert execute(config, tmp_path, changes=changes).of("warned") == []
@@ -498,12 +500,12 @@ def test_a_verb_whose_input_is_missing_names_the_one_to_give_first(small, tmp_pa
 
 
 def test_the_peak_of_memory_is_that_of_the_stage():
-    module.reset_peak_memory()
-    before = module.peak_memory_mb()
+    reset_peak_memory()
+    before = peak_memory_mb()
     with mmap.mmap(-1, 64 * 2**20) as block:
         for _ in range(64):
             block.write(bytes(2**20))
-        assert module.peak_memory_mb() > before + 60
-    assert module.peak_memory_mb() > before + 60
-    module.reset_peak_memory()
-    assert module.peak_memory_mb() < before + 60
+        assert peak_memory_mb() > before + 60
+    assert peak_memory_mb() > before + 60
+    reset_peak_memory()
+    assert peak_memory_mb() < before + 60

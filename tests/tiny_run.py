@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safeneuron.config import Config, read_config
-from safeneuron.pipeline import Pipeline, prepare
+from safeneuron.pipeline import Pipeline
+from safeneuron.preparing import prepare
 from safeneuron.runs import Run
 from tests import tiny
 

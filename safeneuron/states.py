@@ -1,0 +1,111 @@
+"""The states of a run, the attacks on each, and what has been found on them so far, read from the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safeneuron.config import AlignTable, Config
+from safeneuron.data import Prompt
+from safeneuron.neurons import NeuronSet
+from safeneuron.runs import Run, read_lines
+from safeneuron.selecting import Scores, choose, thresholds_for
+
+
+@dataclass(frozen=True)
+class State:
+    """One model: T0 as given, or the result of a round of a training (``variant`` is empty for the main one)."""
+
+    variant: str
+    round: int
+
+    @property
+    def name(self) -> str:
+        """The state's folder."""
+        return f"{self.variant}-T{self.round}" if self.variant else f"T{self.round}"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it."""
+
+    set: str
+    knowledge: str
+    neurons: NeuronSet | None
+
+    @property
+    def folder(self) -> str:
+        """The attack's folder inside the state's attack stage."""
+        return self.set if self.knowledge in ("none", "control") else f"{self.knowledge}-{self.set}"
+
+
+BASE = State("", 0)
+"""T0, the model as given."""
+
+
+def states_of(config: Config) -> list[State]:
+    """All states that a config leads to, each after those it is made from: T0, the main rounds, then the variants'."""
+    chains = [("", config.align), *((name, config.variant(name)) for name in config.variants)]
+    rounds = [State(variant, number) for variant, table in chains for number in range(1, table.rounds + 1)]
+    return [BASE, *rounds]
+
+
+def previous(state: State) -> State:
+    """The state that this one was trained from; every variant starts at T0."""
+    return State(state.variant if state.round > 1 else "", state.round - 1)
+
+
+class Findings:
+    """What the stages of a run have written, as values; nothing is computed that needs a model."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config = config
+        self.run = run
+
+    def chain(self, state: State) -> list[State]:
+        """T0 and the states of this training before ``state``: where neurons have been found so far."""
+        return [BASE, *(State(state.variant, number) for number in range(1, state.round))]
+
+    def prompts(self, role: str) -> list[Prompt]:
+        """The prompts of a role, from the records of this run."""
+        return [Prompt.from_record(record) for record in read_lines(self.run.folder / "data" / f"{role}.jsonl")]
+
+    def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
+        """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
+        return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")
+
+    def found(self, chain: Sequence[State]) -> NeuronSet:
+        """All safety neurons found on these states: the frozen set only grows (Eq. 13)."""
+        union, *later = (self.neurons(state) for state in chain)
+        for neurons in later:
+            union = union | neurons
+        return union
+
+    def frozen(self, table: AlignTable, found: NeuronSet) -> NeuronSet | None:
+        """What a training freezes."""
+        if table.freeze == "none":
+            return None
+        return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
+
+    def prunings(self, state: State) -> list[Pruning]:
+        """Every attack on the state; T0's static and adaptive attackers are the same, so static stands for both."""
+        table = self.config.attack
+        attacks = [Pruning("ORI", "none", None)]
+        for knowledge in table.knowledge:
+            if knowledge == "adaptive" and state == BASE and "static" in table.knowledge:
+                continue
+            attacked = BASE if knowledge == "static" else state
+            attacks += [
+                Pruning(name, knowledge, self.neurons(attacked, "neurons" if name == "FULL" else name))
+                for name in table.sets
+            ]
+        if table.random:
+            own = self.neurons(state)
+            attacks.append(Pruning("random", "control", own.random_like(self.config.seed, avoid=own)))
+        if table.curve:
+            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
+            attacks += [
+                Pruning(f"{density:g}", "curve", choose(scores, thresholds_for(scores, density)).union)
+                for density in table.curve
+            ]
+        return attacks
