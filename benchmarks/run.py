@@ -21,7 +21,7 @@ from safeneuron.aligning import align
 from safeneuron.data import Pair, Prompt, read_prompts
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.measuring import POOLINGS, length_batches, measure
-from safeneuron.memory import peak_memory_mb, reset_peak_memory
+from safeneuron.memory import peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
 from safeneuron.selecting import choose, score, thresholds_for
@@ -119,16 +119,17 @@ def memory_of(how: str, count: int) -> None:
 
 
 def bench_freeze() -> None:
-    """(c) step time of DPO with 1 % of the neurons frozen over plain DPO, steps alternating between two trainings."""
+    """(c) step time of DPO with 1 % of the neurons frozen over plain DPO, trainings taking turns."""
+    reuse_memory()
     model = load("embedded", dtype="float32")
     answers = ("I can't help with that.", "Here is how it is done, step by step, with everything that you need for it.")
-    pairs = [Pair(({"role": "user", "content": prompt.text},), *answers) for prompt in prompts("unsafe", 48)]
+    pairs = [Pair(({"role": "user", "content": prompt.text},), *answers) for prompt in prompts("unsafe", 24)]
     first_ones = {layer: range(width // 100) for layer, width in enumerate(model.widths)}
     one_percent = NeuronSet.of(first_ones, model.widths, model.fingerprint).random_like(0)
 
     def steps(frozen: NeuronSet | None) -> float:
         times: list[float] = []
-        align(model, pairs, frozen, learning_rate=1e-6, epochs=2, batch_size=8, micro_batch_size=8,
+        align(model, pairs, frozen, learning_rate=1e-6, epochs=2, batch_size=4, micro_batch_size=4,
               progress=lambda done, total: times.append(time.perf_counter()))  # fmt: skip
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
