@@ -134,11 +134,11 @@ def bench_freeze() -> None:
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
     found = []
-    for _ in range(3):
+    for _ in range(2):
         plain = steps(None)
         found.append(steps(one_percent) / plain)
     print(f"(c) step time, 1 % of the neurons frozen / plain TRL: {statistics.median(found):.3f} "
-          f"({min(found):.3f} to {max(found):.3f}, 3 pairs of trainings of 12 steps)")  # fmt: skip
+          f"({min(found):.3f} to {max(found):.3f}, 2 pairs of trainings of 12 steps)")  # fmt: skip
 
 
 def bench_precision() -> None:

@@ -96,10 +96,12 @@ def refusal(prompt: Prompt, seed: int) -> str:
 
 def whole_sentences(text: str) -> str:
     """The text up to the end of its last sentence or line, if that keeps a third of it or more; else all of it."""
+    text = text.strip()
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
     # The number of a list item ("2.") ends no sentence.
     ends = [end for end in ends if not re.search(r"(^|\n)\s*\d+\.$", text[:end])]
-    return text[: ends[-1]].strip() if ends and ends[-1] >= len(text) / 3 else text.strip()
+    whole = text[: ends[-1]].strip() if ends else ""
+    return whole if len(whole) >= len(text) / 3 else text
 
 
 def _conversation(prompt: Prompt) -> tuple[dict[str, str], ...]:
