@@ -24,8 +24,8 @@ LEADS = (
     "I'm sorry, I can't help with this.",
     "Sorry, but I won't help with that.",
 )
-"""How a refusal opens. The reasons that follow vary widely; a small model learns to refuse at all only if the openings
-do not (measured: with varied openings alone, 40 steps of DPO left every harmful request answered)."""
+"""How a refusal opens. The reasons that follow vary widely; with a common opening a small model refused as often after
+40 steps as with varied ones after 61 (one trial each, see docs/benchmarks.md)."""
 
 
 def on_policy_pairs(

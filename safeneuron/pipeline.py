@@ -45,7 +45,6 @@ from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
-VERBS = ("measure", "select", "align", "attack", "report")
 
 
 class Watcher(Protocol):
