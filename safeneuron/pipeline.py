@@ -15,9 +15,11 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from safeneuron.ablating import Ablation
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
 from safeneuron.config import Config, SourceTable
@@ -43,6 +45,10 @@ from safeneuron.runs import (
 from safeneuron.selecting import choose, resolve_thresholds, score
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
+from safeneuron.training import Training
+
+TRAINING = {field.name for field in fields(Training)} - {"seed"}
+"""The keys of [align] that are settings of the training itself."""
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
 
@@ -258,9 +264,8 @@ class Pipeline:
                     start,
                     [Pair.from_record(record) for record in pairs],
                     frozen=self.findings.frozen(table, found),
-                    ablated=found if table.ablate else None,
-                    **table.model_dump(exclude={"label", "rounds", "freeze", "ablate"}),
-                    seed=self.config.seed,
+                    training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
+                    ablation=Ablation(found, table.ablate_share) if table.ablate else None,
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
                 )
