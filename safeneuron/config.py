@@ -164,6 +164,7 @@ class AlignTable(Table):
     micro_batch_size: Count = Field(4, description="pairs in one forward pass; batch_size is a multiple of it")
     warmup_share: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
+    bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

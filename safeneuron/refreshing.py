@@ -49,7 +49,7 @@ class RefreshTrainer(PreferenceTrainer):
         neurons = self.sets[int(torch.randint(len(self.sets), (), generator=generator))]
         self.teacher = self._intact_hidden(inputs) if self.refresh.kl_weight and count else None
         with pruned(self._network, neurons, self.ablated_rows):
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return, no-untyped-call]
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
