@@ -479,6 +479,16 @@ def test_the_iterated_attacker_starts_where_the_adaptive_one_ends(finished_run):
         assert record["neurons"] == len(second)
 
 
+@pytest.mark.parametrize(("when", "kinds"), [("unpruned", {"ORI"}), ("never", set())])
+def test_over_refusal_is_measured_when_asked_for(when, kinds, finished_run, tmp_path):
+    _, config, _ = finished_run
+    changes = (*SMALL, f"attack.over_refusal={when}", "align.rounds=0")
+    totals = [event[2] for event in execute(config, tmp_path, changes=changes).events if event[0] == "progress"]
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/benign.json")} == kinds
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/harmful.json")} == {"ORI", "static-FULL"}
+    assert 6 + 3 * len(kinds) in totals
+
+
 def test_variants_train_what_they_say(finished_run, tmp_path):
     _, config, _ = finished_run
     changes = (
