@@ -262,7 +262,7 @@ class Pipeline:
         ]
         inputs = []
         if "on-policy" in (table.safety, table.general):
-            settings["judge"] = self.config.judge.model_dump()
+            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
             sources += [*table.unsafe, *table.safe]
         settings["files"] = _file_hashes(sources)
@@ -450,10 +450,16 @@ class Pipeline:
         table = self.config.pairs
         if sources != "on-policy":
             return [pair for source in sources for pair in read_pairs(_source(source))]
+        model, longest = self.model(BASE), self.config.align.max_length
+
+        def fitting(tables: Sequence[SourceTable]) -> list[Prompt]:
+            """Without the prompts that leave no room for an answer, which could not be trained on."""
+            return [prompt for prompt in _read_all(tables) if len(model.encode(_asked(prompt))) < longest]
+
         return on_policy_pairs(
-            self.model(BASE),
-            _read_all(unsafe),
-            _read_all(safe),
+            model,
+            fitting(unsafe),
+            fitting(safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -461,6 +467,10 @@ class Pipeline:
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
+
+
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
 
 
 def _source(table: Any) -> Source:
