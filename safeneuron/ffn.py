@@ -278,10 +278,10 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator
 def _require_eager(model: nn.Module | HasNetwork) -> None:
     """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
     network = model if isinstance(model, nn.Module) else model.network
-    if network_of(network) is not network:
+    if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):
         raise InputError(
             "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
-            "expected the model that torch.compile was given, use and call that one"
+            "expected the model as it was before torch.compile, use and call that one"
         )
 
 
