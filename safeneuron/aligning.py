@@ -77,7 +77,7 @@ def align(
         policy = copy.deepcopy(model.network).train(False)
         _store_in(torch.float32, policy)
         setattr(policy.config, LINEAGE, model.fingerprint)
-        proof = Freeze(policy, frozen) if frozen is not None else None
+        proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         cleanup.enter_context(answers_scored_alone())
@@ -85,7 +85,7 @@ def align(
         cleanup.enter_context(_untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
-            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen))))
+            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen, whole_layers=freeze_rest))))
         if ablation is not None:
             callbacks.append(cleanup.enter_context(closing(AblateSteps(ablation))))
         # The last one, so that a checkpoint is marked as whole only after the freeze has been proved.

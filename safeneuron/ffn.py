@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from safeneuron.neurons import NeuronSet
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HasNetwork(Protocol):
@@ -61,8 +62,15 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare or as a ``Model``."""
-    return model if isinstance(model, nn.Module) else model.network
+    """The torch module itself, whether it came bare, as a ``Model``, or as what ``torch.compile`` made of one."""
+    return _uncompiled(model if isinstance(model, nn.Module) else model.network)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, with the same parameters; any other module as it is."""
+    # Asking for torch's own class would import the whole compiler.
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else _uncompiled(inner)
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
@@ -81,7 +89,12 @@ def decoder_of(network: nn.Module) -> nn.Module:
     find = getattr(network, "get_decoder", None)
     decoder = find() if callable(find) else network
     assert isinstance(decoder, nn.Module), "transformers returns a module"
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    if decoder is network and not _has_layers(network):
+        # A module of the user's own around a model, with a value head for example, has one part that has a decoder.
+        inner = [part for part in network.children() if hasattr(part, "get_decoder") or _has_layers(part)]
+        if len(inner) == 1:
+            return decoder_of(inner[0])
+    if not _has_layers(decoder):
         raise InputError(
             f"{type(network).__name__} has no text decoder with a list of layers: expected get_decoder().layers, found "
             f"{type(decoder).__name__} with {_names(decoder.named_children())}; use a Llama-like causal language model"
@@ -89,9 +102,14 @@ def decoder_of(network: nn.Module) -> nn.Module:
     return decoder
 
 
+def _has_layers(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layers", None), nn.ModuleList)
+
+
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
+    layer = _uncompiled(layer)
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
-    found = [block for module in layer.children() if (block := _gated(index, module)) is not None]
+    found = [block for module in layer.children() if (block := _gated(index, _uncompiled(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
     if len(found) == 1 and not experts:
         return found[0]
@@ -126,6 +144,11 @@ def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
     return tuple(block.width for block in feed_forwards(model))
 
 
+def config_of(network: nn.Module) -> Any:
+    """The transformers config of the network, or of its decoder where it is a module of the user's own around one."""
+    return vars(network).get("config") or vars(decoder_of(network))["config"]
+
+
 def fingerprint(model: nn.Module | HasNetwork) -> str:
     """Sixteen hexadecimal digits that say whose neurons these are.
 
@@ -134,7 +157,7 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     are the same in every floating-point precision.
     """
     network = network_of(model)
-    config = vars(network)["config"]
+    config = config_of(network)
     lineage = vars(config).get(LINEAGE)
     if lineage:
         return str(lineage)
@@ -182,6 +205,29 @@ def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]
     return [parameter for parameter in network.parameters() if id(parameter) not in owned]
 
 
+def require_trainable(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too."""
+    network = network_of(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for block in feed_forwards(network):
+        for module in (block.output, *(rows.module for rows in block.inputs)):
+            for parameter in module.parameters():
+                name, *others = names[id(parameter)]
+                if parameter.dtype not in TRAINABLE:
+                    raise InputError(
+                        f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
+                        "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
+                        "adapters on it"
+                    )
+                if others:
+                    raise InputError(
+                        f"{name} and {others[0]} are one parameter, so that a neuron frozen in one place would be "
+                        "frozen in the other too; expected FFN weights that are tied to nothing, give each a copy"
+                    )
+
+
 @dataclass
 class Recording:
     """What ``recorded`` collects in the last forward pass: layer -> activations, or what ``reduce`` made of them."""
@@ -205,6 +251,7 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
         return keep
 
+    _require_eager(model)
     handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
     try:
         yield recording
@@ -223,6 +270,7 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
     """
     handles = []
     if neurons is not None:
+        _require_eager(model)
         network = network_of(model)
         neurons.require(fingerprint(network), widths_of(network))
         for block in feed_forwards(network):
@@ -235,6 +283,16 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_eager(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
+    network = model if isinstance(model, nn.Module) else model.network
+    if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):
+        raise InputError(
+            "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
+            "expected the model as it was before torch.compile, use and call that one"
+        )
 
 
 def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

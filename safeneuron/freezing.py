@@ -9,9 +9,9 @@ Only the slices are stored and touched, never a mask of the size of the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,56 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, HasNetwork, Slice, fingerprint, network_of, owned_slices
+from safeneuron.ffn import (
+    LINEAGE,
+    HasNetwork,
+    Slice,
+    config_of,
+    fingerprint,
+    network_of,
+    owned_slices,
+    require_trainable,
+)
 from safeneuron.neurons import NeuronSet
+
+
+class HasRunningModel(Protocol):
+    """A callback that keeps an average of the model over the steps in ``running_model``, as TRL's BEMACallback does."""
+
+    @property
+    def running_model(self) -> nn.Module | None:
+        """The average; ``None`` before training."""
+        ...
 
 
 class Freeze:
     """The slices of some neurons, held at the values they had when this object was made.
 
-    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted.
+    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted. Raises ``InputError`` for
+    neurons of another model, for every neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN
+    weights that are quantised or tied.
     """
 
-    def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet) -> None:
+    def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
         self.network = network_of(model)
+        require_trainable(self.network)
         self.slices = owned_slices(self.network, neurons)
+        if not whole_layers:
+            _require_free(neurons)
         self.saved = [self._values(piece) for piece in self.slices]
         self._handles: list[RemovableHandle] = []
         # Whatever trainer saves this network, its config now says whose neurons it has.
-        setattr(self.network.config, LINEAGE, fingerprint(self.network))
+        setattr(config_of(self.network), LINEAGE, fingerprint(self.network))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask gradients from now on, check that before every step of ``optimizer``, restore the slices after it."""
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Mask gradients from now on, check that before every step of an optimizer, restore the slices after it."""
         for piece in self.slices:
             if piece.parameter.requires_grad:
                 handle = piece.parameter.register_post_accumulate_grad_hook(_mask(piece))  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
 
     def detach(self) -> None:
         """Take all hooks away again."""
@@ -56,6 +80,17 @@ class Freeze:
         with torch.no_grad():
             for piece, saved in zip(self.slices, self.saved, strict=True):
                 piece.parameter.index_copy_(piece.dim, piece.index, saved)
+
+    def restore_in(self, copy: nn.Module | HasNetwork) -> None:
+        """Put the frozen values into a copy of the network, such as an average of its weights over the steps.
+
+        Averaging values that never change rounds them, so that an average as it is has frozen neurons only nearly.
+        """
+        network = network_of(copy)
+        with torch.no_grad():
+            for piece, saved in zip(self.slices, self.saved, strict=True):
+                target = network.get_parameter(piece.name)
+                target.index_copy_(piece.dim, piece.index.to(target.device), saved.to(target.device, target.dtype))
 
     def check_masked(self) -> None:
         """Fail unless the frozen parameters are still the model's own and their frozen gradients are zero.
@@ -104,12 +139,19 @@ class FreezeNeurons(TrainerCallback):
     """Freeze neurons in any transformers or TRL trainer: ``Trainer(..., callbacks=[FreezeNeurons(neurons)])``.
 
     The frozen slices keep the values they have when training begins, bit for bit, and a proof is made at every save and
-    at the end. Raises ``InputError`` when the neurons belong to another model, ``RuntimeError`` when the trainer does
-    not let them be frozen. After training that ended with an exception, ``close`` takes the hooks off the model.
+    at the end. Checkpoints carry a digest of them: training that goes on from one proves first that they are still the
+    first ones. ``averages`` are callbacks that keep an averaged copy of the model, which is then made exact too.
+    Raises ``InputError`` as ``Freeze`` does and for a checkpoint of another training, ``RuntimeError`` when the trainer
+    does not let the neurons be frozen. After training that ended with an exception, ``close`` takes the hooks off the
+    model.
     """
 
-    def __init__(self, neurons: NeuronSet) -> None:
+    def __init__(
+        self, neurons: NeuronSet, *, whole_layers: bool = False, averages: Sequence[HasRunningModel] = ()
+    ) -> None:
         self.neurons = neurons
+        self.whole_layers = whole_layers
+        self.averages = averages
         self._freeze: Freeze | None = None
 
     def on_train_begin(
@@ -125,8 +167,38 @@ class FreezeNeurons(TrainerCallback):
         if model is None or optimizer is None:
             raise InputError("FreezeNeurons needs a trainer that hands its model and optimizer to its callbacks")
         self.close()
-        self._freeze = Freeze(model, self.neurons)
+        self._freeze = self._freeze_as_at_first(model, state)
         self._freeze.attach(getattr(optimizer, "optimizer", optimizer))
+
+    def _freeze_as_at_first(self, model: nn.Module, state: TrainerState) -> Freeze:
+        """The freeze, with its digest noted in the trainer's state at the first start and compared on every other."""
+        # What transformers declares as a list of callbacks is a mapping from names to what they want to be saved.
+        notes: Any = state.stateful_callbacks
+        name = _name_of(self.neurons)
+        first = notes.get(name)
+        if state.global_step and first is None:
+            raise InputError(
+                f"the checkpoint of step {state.global_step} was not trained with these {len(self.neurons)} neurons "
+                "frozen, so they may have moved; resume with the neurons that it was started with, or begin a new "
+                "training from its weights"
+            )
+        if first is not None:
+            # The network was made anew, and its weights, which have been trained since, do not say whose they are.
+            setattr(config_of(network_of(model)), LINEAGE, self.neurons.fingerprint)
+        freeze = Freeze(model, self.neurons, whole_layers=self.whole_layers)
+        digest = freeze.digest()
+        if first not in (None, digest):
+            raise InputError(
+                f"the frozen neurons in the checkpoint of step {state.global_step} are not those of the first start "
+                f"(expected sha256 {first}, found {digest}); resume from an earlier checkpoint, with the model in the "
+                "precision that it was started in"
+            )
+        notes[name] = digest
+        return freeze
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep averages exact, whichever callback comes first."""
+        self._restore_averages()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prove that what is being saved is frozen."""
@@ -135,12 +207,18 @@ class FreezeNeurons(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prove it a last time, and leave the model without hooks."""
         self.close()
+        self._restore_averages()
         self.freeze.verify()
 
     def close(self) -> None:
         """Leave the model without hooks."""
         if self._freeze is not None:
             self._freeze.detach()
+
+    def _restore_averages(self) -> None:
+        for average in self.averages:
+            if average.running_model is not None:
+                self.freeze.restore_in(average.running_model)
 
     @property
     def freeze(self) -> Freeze:
@@ -150,15 +228,42 @@ class FreezeNeurons(TrainerCallback):
 
 
 @contextmanager
-def frozen(model: nn.Module | HasNetwork, neurons: NeuronSet, optimizer: torch.optim.Optimizer) -> Iterator[Freeze]:
-    """Freeze neurons within the block, for a hand-written training loop; verified at its end."""
-    freeze = Freeze(model, neurons)
-    freeze.attach(optimizer)
+def frozen(
+    model: nn.Module | HasNetwork,
+    neurons: NeuronSet,
+    optimizer: torch.optim.Optimizer,
+    *more: torch.optim.Optimizer,
+    whole_layers: bool = False,
+) -> Iterator[Freeze]:
+    """Freeze neurons within the block, for a hand-written loop with one optimizer or more; verified at its end.
+
+    Raises ``InputError`` as ``Freeze`` does, ``RuntimeError`` when the loop does not let the neurons be frozen.
+    """
+    freeze = Freeze(model, neurons, whole_layers=whole_layers)
+    freeze.attach(optimizer, *more)
     try:
         yield freeze
     finally:
         freeze.detach()
     freeze.verify()
+
+
+def _require_free(neurons: NeuronSet) -> None:
+    """Raise ``InputError`` where no neuron of a layer is left to be trained."""
+    whole = [layer for layer, channels in neurons.layers().items() if len(channels) == neurons.widths[layer]]
+    if whole:
+        where = f"layer{'s' * (len(whole) > 1)} {', '.join(map(str, whole))}"
+        raise InputError(
+            f"the neuron set covers every neuron of {'all layers' if len(whole) == len(neurons.widths) else where}, so "
+            "that nothing of the FFN there could be trained; freeze fewer neurons (a smaller density or higher "
+            "thresholds), or say with whole_layers=True that it is meant"
+        )
+
+
+def _name_of(neurons: NeuronSet) -> str:
+    """What the set is called in a trainer's state; the label makes no difference."""
+    content = f"{neurons.fingerprint} {neurons.widths} {neurons.flat.tolist()}"
+    return f"safeneuron {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _mask(piece: Slice) -> Callable[[nn.Parameter], None]:
