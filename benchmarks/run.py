@@ -25,6 +25,7 @@ from safeneuron.memory import peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
 from safeneuron.selecting import choose, score, thresholds_for
+from safeneuron.training import Training
 
 PARTS = ("measure", "memory", "freeze", "precision", "pooling", "demo")
 
@@ -129,7 +130,7 @@ def bench_freeze() -> None:
 
     def steps(frozen: NeuronSet | None) -> float:
         times: list[float] = []
-        align(model, pairs, frozen, learning_rate=1e-6, epochs=2, batch_size=4, micro_batch_size=4,
+        align(model, pairs, frozen, Training(learning_rate=1e-6, epochs=2, batch_size=4, micro_batch_size=4),
               progress=lambda done, total: times.append(time.perf_counter()))  # fmt: skip
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 

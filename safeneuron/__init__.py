@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from safeneuron.ablating import Ablation
     from safeneuron.aligning import Alignment, align
     from safeneuron.attacking import Attack, attack, perplexity
     from safeneuron.config import Config, read_config
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from safeneuron.runs import Run
     from safeneuron.selecting import Scores, choose, score, select
     from safeneuron.statistics import ActivationStats
+    from safeneuron.training import Training
 
 _HOMES = {
+    "ablating": ("Ablation",),
     "aligning": ("Alignment", "align"),
     "attacking": ("Attack", "attack", "perplexity"),
     "config": ("Config", "read_config"),
@@ -45,10 +48,12 @@ _HOMES = {
     "runs": ("Run",),
     "selecting": ("Scores", "choose", "score", "select"),
     "statistics": ("ActivationStats",),
+    "training": ("Training",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Ablation",
     "ActivationStats",
     "Alignment",
     "Attack",
@@ -64,6 +69,7 @@ __all__ = [
     "RefusalPhrases",
     "Run",
     "Scores",
+    "Training",
     "align",
     "attack",
     "choose",

@@ -32,20 +32,20 @@ def explain(path: Path) -> Iterator[str]:
 
 def result_table(results: dict[str, Any]) -> Iterator[str]:
     """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    from safeneuron.shares import attack_of, success_of
+    from safeneuron.shares import attack_of, columns_of, success_of
 
-    pruned = [(name, knowledge) for knowledge in ("static", "adaptive") for name in ("ES", "SAS", "FULL")]
-    columns = [("ORI", "none"), *pruned, ("random", "control")]
+    columns = columns_of(results)
+    titles = {"iterated": "iterated", "control": "random"}
     names = [state["label"] for state in results["states"]]
     width = max(map(len, names)) + 2
     yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
-    yield f"{'':<{width}}{'':>8}{'static':^24}{'adaptive':^24}"
-    yield f"{'':<{width}}" + "".join(f"{name:>8}" for name, _ in columns)
+    yield f"{'':<{width}}{'':>9}{'static':^27}{'adaptive':^27}"
+    yield f"{'':<{width}}" + "".join(f"{titles.get(knowledge, name):>9}" for name, knowledge in columns)
     for name, state in zip(names, results["states"], strict=True):
         cells = []
         for column in columns:
             share = success_of(attack_of(state, *column))
-            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>8}")
+            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}")
         yield f"{name:<{width}}" + "".join(cells)
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 

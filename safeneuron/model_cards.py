@@ -24,7 +24,7 @@ from safeneuron.config import Config, DataTable, PairSourceTable, SourceTable
 from safeneuron.licences import Licence
 from safeneuron.reporting import fenced, piped, plain
 from safeneuron.runs import Run, read_json, read_lines
-from safeneuron.shares import attack_of
+from safeneuron.shares import attack_of, columns_of
 from safeneuron.states import BASE, Findings, State
 from safeneuron.summarising import (
     Point,
@@ -59,6 +59,7 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
     """
     align = run.folder / state.name / "align"
     frozen = read_json(align / "frozen.json")
+    settings = read_json(align / "done.json")["settings"]["align"]
     results = results_of(run, state)
     environment = Environment(
         undefined=StrictUndefined,
@@ -78,9 +79,10 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
         kept="bit-identical to" if frozen["frozen_identical"] else "NOT identical to",
         moved=f"{frozen['free_change']:.2%}",
         digest=Markup(fenced(frozen["frozen_sha256"])),
-        steps=list(steps(config, run, state, frozen)),
+        steps=list(steps(config, run, state, frozen, settings)),
         data_table=_table(data_table(config, run)),
-        settings_table=_table(settings_table(read_json(align / "done.json")["settings"]["align"])),
+        settings_table=_table(settings_table(settings)),
+        plain_start=frozen.get("quantise", "none") == "none",
         neurons=Findings(config, run).neurons(state),
         local=", ".join(Path(path).name for path in local_files(config)),
         limits=[*(limits(results) if results else without_results(config)), *size_of(results, state)],
@@ -131,6 +133,7 @@ def shown(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
     return {
         "results": results,
         "judge": results["judge"],
+        "iterated": ("FULL", "iterated") in columns_of(results),
         "legend": "; ".join(f"{found['name']}, {found['label']}" for found in results["states"]),
         "attack_table": _table(_marked(attack_table(results), state)),
         "refusal_table": _table(_marked(refusal_table(results), state)),
@@ -145,11 +148,9 @@ def shown(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
     }
 
 
-def steps(config: Config, run: Run, state: State, frozen: dict[str, Any]) -> Iterator[str]:
+def steps(config: Config, run: Run, state: State, frozen: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     """How the state was made, in words."""
     findings = Findings(config, run)
-    chain = findings.chain(state)
-    table = config.variant(state.variant)
     first = findings.neurons(BASE)
     counts = [len(findings.prompts(role)) for role in ("unsafe", "safe")]
     yield (
@@ -157,17 +158,28 @@ def steps(config: Config, run: Run, state: State, frozen: dict[str, Any]) -> Ite
         f"active on {counts[0]:,} unsafe prompts than on {counts[1]:,} safe ones, by effect size or activation shift: "
         "the safety neurons."
     )
-    found_on = listed(one.name for one in chain)
+    count, found_on = f"{frozen['frozen']:,}", listed(one.name for one in findings.chain(state))
     yield {
-        "safety": f"{frozen['frozen']:,} neurons, all that were found on {found_on}, were frozen.",
-        "random": f"{frozen['frozen']:,} random neurons, as many in every layer as were found on {found_on}, were "
-        "frozen: this model is a control, not the method.",
+        "safety": f"{count} neurons, all that were found on {found_on}, were frozen.",
+        "random": f"{count} random neurons, as many in every layer as were found on {found_on}, were frozen: this "
+        "model is a control, not the method.",
         "none": "No neurons were frozen: this model is a control, not the method.",
-    }.get(frozen["freeze"], f"{frozen['frozen']:,} neurons were frozen ({frozen['freeze']}).")
+        "all-but-safety": f"{count} neurons, all but those found on {found_on}, were frozen, and all weights of no "
+        "neuron: the safety neurons alone were trained, which is a control, not the method.",
+    }.get(frozen["freeze"], f"{count} neurons were frozen ({frozen['freeze']}).")
     pairs = len(read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
-    yield f"All other weights were trained with DPO on {pairs:,} preference pairs, {frozen['steps']:,} steps."
-    if frozen["ablate"]:
-        yield f"In {table.ablate_share:.0%} of these steps the safety neurons were zero in the model being trained."
+    rank = settings.get("lora_rank", 0)
+    trained = (
+        f"Adapters of rank {rank} (LoRA), merged into the weights afterwards," if rank else "All that is not frozen"
+    )
+    yield f"{trained} {'were' if rank else 'was'} trained with DPO: {pairs:,} preference pairs, {frozen['steps']:,} steps."
+    if settings.get("ablate"):
+        yield f"In {settings['ablate_share']:.0%} of these steps the safety neurons were zero in the model being trained."
+    if settings.get("refresh"):
+        yield (
+            f"Every {settings['refresh']:,} steps the safety neurons of the model as it was then were found again, and "
+            f"were zero in {settings['refresh_share']:.0%} of each batch."
+        )
     if state.round > 1:
         yield (
             f"This is round {state.round}: it started from the model of the round before, and froze what had been "
@@ -184,8 +196,7 @@ def data_table(config: Config, run: Run) -> Table:
         rows.append([field.description or role, sources, f"{len(findings.prompts(role)):,}"])
     counts = Counter(pair["source"] for pair in read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
     rows += [["preference pairs", _unplaced(name), f"{count:,}"] for name, count in counts.items()]
-    if config.pairs.safety == "on-policy":
-        asked = "; ".join(source_text(source) for source in (*config.pairs.unsafe, *config.pairs.safe))
+    if asked := "; ".join(source_text(source) for source in asked_for_pairs(config)):
         rows.append(["prompts of the on-policy pairs, answered by the base model itself", asked, ""])
     return ["what", "source", "count"], rows
 
@@ -199,6 +210,7 @@ def source_text(source: AnySource) -> str:
     """A source as a reader may see it: of a file only the name, for the folders around it are nobody's business."""
     given = source.model_dump()
     details = [str(given[key]) for key in ("split", "revision") if given[key]]
+    details += [f"every {given['every']}th row"] if given.get("every", 1) > 1 else []
     details += [f"the first {given['count']:,}"] if given["count"] else []
     return _unplaced(source.path) + (f" ({', '.join(details)})" if details else "")
 
@@ -206,8 +218,14 @@ def source_text(source: AnySource) -> str:
 def training_sources(config: Config) -> list[AnySource]:
     """The sources on which the weights depend: of the neurons and of the pairs, not of the tests."""
     pairs = config.pairs
-    safety = (*pairs.unsafe, *pairs.safe) if pairs.safety == "on-policy" else pairs.safety
-    return [*config.data.unsafe, *config.data.safe, *safety, *pairs.general]
+    read = [source for part in (pairs.safety, pairs.general) if part != "on-policy" for source in part]
+    return [*config.data.unsafe, *config.data.safe, *asked_for_pairs(config), *read]
+
+
+def asked_for_pairs(config: Config) -> list[SourceTable]:
+    """The prompts of on-policy pairs, if there are such pairs."""
+    pairs = config.pairs
+    return [*pairs.unsafe, *pairs.safe] if "on-policy" in (pairs.safety, pairs.general) else []
 
 
 def local_files(config: Config) -> list[str]:

@@ -19,7 +19,7 @@ from safeneuron.ffn import LINEAGE
 from safeneuron.model_cards import Base, local_files, model_card, results_of
 from safeneuron.neurons import NeuronSet
 from safeneuron.runs import DONE, Run, read_json, sha256_of, whole_folder, write_json, write_text
-from safeneuron.states import BASE, Findings, State, states_of
+from safeneuron.states import BASE, Findings, State
 
 SCHEMA = 1
 RECORD = Path("reproduce") / "record.json"
@@ -81,7 +81,8 @@ def publish(
 
 def trained_state(config: Config, run: Run, name: str) -> State:
     """The state of that name, which has been trained and whose neurons have been found; else ``InputError``."""
-    trained = {state.name: state for state in states_of(config) if state != BASE}
+    findings = Findings(config, run)
+    trained = {state.name: state for state in findings.states() if state != BASE}
     if not trained:
         raise InputError(
             f"{run.folder} trains nothing (an audit), so it has no state to publish; run a config that does"
@@ -93,7 +94,7 @@ def trained_state(config: Config, run: Run, name: str) -> State:
         )
     if name not in trained:
         raise InputError(f"{run.folder} has no state {name!r}{nearest(name, trained)}; it has {', '.join(trained)}")
-    state, findings = trained[name], Findings(config, run)
+    state = trained[name]
     if not (run.folder / name / "align" / DONE).exists():
         ready = all((run.folder / one.name / "select" / DONE).exists() for one in findings.chain(state))
         command = ["align", str(run.folder)] if ready else _whole_run(run)

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from safeneuron import aligning
-from safeneuron.aligning import COMPLETE, Alignment, align, dataset_of
+from safeneuron.ablating import AblateSteps, Ablation
+from safeneuron.aligning import Alignment, align
 from safeneuron.data import Pair
+from safeneuron.dpo import dataset_of
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, pruned
 from safeneuron.freezing import Freeze
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
+from safeneuron.training import COMPLETE, Training
 from tests import tiny
 from tests.test_freezing import assert_only_frozen_stayed, frozen_entries, hooks_on, some_neurons
 
@@ -41,7 +44,11 @@ def run(model: Model, frozen: NeuronSet | None = None, **changes: object) -> Ali
         "precision": "float32",
         **changes,
     }
-    return align(model, PAIRS, frozen, **settings)
+    apart = {name: settings.pop(name) for name in ("checkpoints", "progress") if name in settings}
+    ablated, share = settings.pop("ablated", None), settings.pop("ablate_share", 1.0)
+    reference = settings.pop("ablate_reference", False)
+    ablation = Ablation(ablated, share, reference) if ablated is not None else None
+    return align(model, PAIRS, frozen, Training(**settings), ablation, **apart)
 
 
 def chosen_neurons(model: Model) -> NeuronSet:
@@ -301,6 +308,16 @@ def test_only_the_policy_is_ablated():
     assert result.log[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_reference_too_is_ablated_if_asked_for():
+    model = tiny.model()
+    result = run(model, ablated=many_neurons(model), ablate_reference=True, batch_size=8, micro_batch_size=8)
+    assert result.log[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    intact = run(model, batch_size=8, micro_batch_size=8)
+    assert result.log[0]["grad_norm"] != pytest.approx(intact.log[0]["grad_norm"], rel=1e-3)
+    with pytest.raises(InputError, match=r"found ablate_share = 0\.5"):
+        run(model, ablated=many_neurons(model), ablate_reference=True, ablate_share=0.5)
+
+
 def test_ablated_share_of_the_steps():
     model = tiny.model()
     every_second = run(model, ablated=many_neurons(model), ablate_share=0.5)
@@ -317,7 +334,7 @@ def test_ablated_steps_are_spread_evenly_and_depend_on_the_step_alone(share):
     neurons = some_neurons(network)
 
     def steps_from(start: int) -> list[bool]:
-        ablate, pattern = aligning._Ablate(neurons, share), []
+        ablate, pattern = AblateSteps(Ablation(neurons, share)), []
         for step in range(start, 60):
             ablate.on_step_begin(None, State(step), None, model=network)
             pattern.append(hooks_on(network) > 0)

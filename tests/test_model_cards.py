@@ -78,8 +78,10 @@ def test_datasets_of_the_hub_that_were_trained_on_are_named(finished_run):
     ]
     config = read_config(finished_run[1], changes)
     assert metadata(config, BASE).datasets == ["owner/attacks", "owner/pairs", "owner/general"]
-    on_policy = read_config(finished_run[1], ["pairs.safety='on-policy'", "pairs.unsafe=[{path='hub:o/asked'}]"])
-    assert metadata(on_policy, BASE).datasets == ["o/asked"]
+    asked = "pairs.unsafe=[{path='hub:o/asked'}]"
+    for changes, expected in [(["pairs.safety='on-policy'"], ["o/asked"]), (["pairs.general='on-policy'"], ["o/asked"]),
+                              ([], None)]:  # fmt: skip
+        assert metadata(read_config(finished_run[1], [asked, *changes]), BASE).datasets == expected
 
 
 # -- the numbers ------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def test_the_proof_is_that_of_the_training(finished_run):
             f"{proof['frozen']} neurons were frozen in the last round. Their weights after it are bit-identical" in card
         )
         assert f"\n{proof['frozen_sha256']}\n" in card
-        assert f"moved by {proof['free_change']:.2%} (relative L2)" in card
+        assert f"what was trained moved by {proof['free_change']:.2%} (relative L2)" in card
     assert "all that were found on T0 and T1, were frozen" in card
     assert "This is round 2" in card
     control = card_of(finished_run[0], State("dpo", 1))

@@ -120,6 +120,7 @@ def sample_state(
         else {
             "freeze": "none" if variant else "safety",
             "ablate": False,
+            "refresh": 0,
             "frozen": 0 if variant else size,
             "steps": 48,
             "pairs": 192,
