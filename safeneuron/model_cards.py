@@ -164,17 +164,15 @@ def steps(config: Config, run: Run, state: State, frozen: dict[str, Any], settin
         "random": f"{count} random neurons, as many in every layer as were found on {found_on}, were frozen: this "
         "model is a control, not the method.",
         "none": "No neurons were frozen: this model is a control, not the method.",
-        "all-but-safety": f"{count} neurons, all but those found on {found_on}, were frozen, and all weights of no "
-        "neuron: the safety neurons alone were trained, which is a control, not the method.",
+        "all-but-safety": f"{count} neurons, all but those found on {found_on}, were frozen, and all weights that "
+        "belong to no neuron: this model is a control, not the method.",
     }.get(frozen["freeze"], f"{count} neurons were frozen ({frozen['freeze']}).")
     pairs = len(read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
     rank = settings.get("lora_rank", 0)
-    trained = (
-        f"Adapters of rank {rank} (LoRA), merged into the weights afterwards," if rank else "All that is not frozen"
-    )
-    yield f"{trained} {'were' if rank else 'was'} trained with DPO: {pairs:,} preference pairs, {frozen['steps']:,} steps."
+    trained = f"Adapters of rank {rank} (LoRA) that were then merged in" if rank else "All other weights"
+    yield f"{trained} were trained with DPO: {pairs:,} preference pairs, {frozen['steps']:,} steps."
     if settings.get("ablate"):
-        yield f"In {settings['ablate_share']:.0%} of these steps the safety neurons were zero in the model being trained."
+        yield f"In {settings['ablate_share']:.0%} of the steps the safety neurons were zero in the model being trained."
     if settings.get("refresh"):
         yield (
             f"Every {settings['refresh']:,} steps the safety neurons of the model as it was then were found again, and "

@@ -150,6 +150,28 @@ def test_the_proof_is_that_of_the_training(finished_run):
     assert "frozen_neurons.json" not in control
 
 
+def test_variants_are_told_in_words(finished_run, tmp_path):
+    """What a training of that kind records, so that no model has to be trained for it."""
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    proof, done = (read_json(run / "T1" / "align" / name) for name in ("frozen.json", "done.json"))
+    for settings, freeze, said in [
+        (
+            {"refresh": 16, "refresh_share": 0.5},
+            "none",
+            "Every 16 steps the safety neurons of the model as it was then",
+        ),
+        ({"ablate": True, "ablate_share": 0.5}, "safety", "In 50% of the steps the safety neurons were zero"),
+        ({"lora_rank": 8}, "safety", "Adapters of rank 8 (LoRA) that were then merged in were trained with DPO"),
+        ({}, "random", "random neurons, as many in every layer as were found on T0, were frozen"),
+        ({}, "all-but-safety", "all but those found on T0, were frozen"),
+        ({}, "another", "neurons were frozen (another)"),
+    ]:
+        changed = {**done["settings"]["align"], **settings}
+        write_json(run / "T1" / "align" / "done.json", {**done, "settings": {**done["settings"], "align": changed}})
+        write_json(run / "T1" / "align" / "frozen.json", {**proof, "freeze": freeze})
+        assert said in card_of(run)
+
+
 def test_a_broken_freeze_is_not_passed_over(finished_run, tmp_path):
     run = shutil.copytree(finished_run[0], tmp_path / "run")
     proof = read_json(run / "T1" / "align" / "frozen.json")

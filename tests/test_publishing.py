@@ -162,7 +162,7 @@ def test_the_record_is_that_of_the_run(published, finished_run):
     assert record["training"] == read_json(run / "T1" / "align" / "frozen.json")
     keys = {marker.parent.relative_to(run).as_posix(): read_json(marker)["key"] for marker in run.rglob("done.json")}
     assert record["stage_keys"] == keys
-    assert len(keys) == 22
+    assert {"data", "T0/pairs", "T1/align", "dpo-T1/judge", "report"} <= keys.keys()
     files = {name: sha256_of(finished_run[1].parent / name) for name in ("unsafe.jsonl", "pairs.jsonl")}
     assert record["source_sha256"]["data"]["unsafe.jsonl"] == files["unsafe.jsonl"]
     assert record["source_sha256"]["T0/pairs"] == {"pairs.jsonl": files["pairs.jsonl"]}
