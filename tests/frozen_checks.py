@@ -55,7 +55,7 @@ def frozen_entries(what: Weights) -> dict[str, Tensor]:
                 if "down_proj.weight" in name:
                     mask[:, channel] = True
                 elif "gate_up_proj" in name:
-                    mask[channel] = mask[tiny.WIDTH + channel] = True
+                    mask[channel] = mask[len(mask) // 2 + channel] = True
                 elif "gate_proj" in name or "up_proj" in name:
                     mask[channel] = True
     return masks
