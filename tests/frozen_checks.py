@@ -73,9 +73,11 @@ def assert_only_frozen_stayed(before: Weights, after: Weights, every_entry: bool
     """Every frozen entry is bit-identical; every free entry moved, or else something in every parameter.
 
     Every entry moves where the loss or weight decay reaches each; without decay unused embeddings, for one, stay.
+    Among so many, one may by chance be back where it was, so two in a parameter are let pass: a neuron has more.
     """
     assert_frozen_stayed(before, after)
     was, now = weights_of(before), weights_of(after)
     for name, mask in frozen_entries(before).items():
         moved = (now[name] != was[name])[~mask]
-        assert moved.all() if every_entry else moved.any(), f"{name}: {int((~moved).sum())} free entries did not move"
+        stayed = int((~moved).sum())
+        assert stayed <= 2 if every_entry else moved.any(), f"{name}: {stayed} free entries did not move"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import TrainerCallback
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint, widths_of
@@ -19,6 +14,7 @@ from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from safeneuron.neurons import NeuronSet
 from tests import tiny
 from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
+from tests.tiny_trainers import dpo_trainer, plain_trainer, sft_trainer
 
 ANATOMIES = [*((family, {}) for family in tiny.CONFIGS), ("llama", {"mlp_bias": True, "attention_bias": True})]
 MODES = ["plain", "gradient checkpointing", "bfloat16 autocast"]
@@ -153,63 +149,6 @@ def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
 
 
 # -- trainers ---------------------------------------------------------------------------------------------------
-
-
-def arguments(kind: type[TrainingArguments], folder: Path, **changes: object) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        **changes,
-    }
-    return kind(**settings)
-
-
-def plain_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback], **changes: object) -> Trainer:
-    ids = torch.randint(4, 260, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-    settings = arguments(TrainingArguments, folder, **changes)
-    return Trainer(model=network, args=settings, train_dataset=rows, callbacks=callbacks)
-
-
-def sft_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    rows = Dataset.from_list([{"messages": message("user", f"say {i}") + message("assistant", "no")} for i in range(8)])
-    return SFTTrainer(
-        model=network,
-        args=arguments(SFTConfig, folder, max_length=32),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def dpo_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    answers = {"chosen": message("assistant", "no"), "rejected": message("assistant", "yes")}
-    rows = Dataset.from_list([{"prompt": message("user", f"say {i}"), **answers} for i in range(8)])
-    return DPOTrainer(
-        model=network,
-        ref_model=copy.deepcopy(network),
-        # TRL turns gradient checkpointing off and on around the reference, which leaves a hook of its own each time.
-        args=arguments(DPOConfig, folder, max_length=32, gradient_checkpointing=False),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
