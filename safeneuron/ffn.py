@@ -186,7 +186,7 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
         shape = shards.shape_of(weight)
         digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = shards.first_rows(f"the weights of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
+        sample = shards.first_rows(f"down_proj.weight of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
