@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from safeneuron.ablating import AblateSteps, Ablation
+from safeneuron.ablating import AblateSteps, Ablation, Refresh
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, pruned
+from safeneuron.ffn import LINEAGE, parameters_of_no_neuron, pruned
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.models import Model, quiet
 from safeneuron.neurons import NeuronSet
@@ -48,19 +48,24 @@ def align(
     frozen: NeuronSet | None,
     training: Training = DEFAULT,
     ablation: Ablation | None = None,
+    refresh: Refresh | None = None,
+    freeze_rest: bool = False,
     checkpoints: Path | None = None,
     progress: Progress | None = None,
 ) -> Alignment:
     """Train ``model`` on preference pairs with TRL's DPO while the neurons in ``frozen`` stay as they are (Eq. 11-12).
 
     The given model, as it is in memory, is the DPO reference; it is not touched. The result is a new one, trained in
-    float32 master weights. ``ablation`` sets neurons to zero in the policy's forward passes (Algorithm 1).
+    float32 master weights. ``ablation`` sets neurons to zero in the policy's forward passes (Algorithm 1); ``refresh``
+    does so with neurons that are found again while it is trained. ``freeze_rest`` also freezes what belongs to no
+    neuron, so that with the complement of a set as ``frozen`` the set alone is trained (SN-Tune).
 
     With ``checkpoints`` and ``training.save_every``, interrupted training continues from the last checkpoint there.
     Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a loss or weights that are
     not finite, or training that changed nothing.
     """
-    from safeneuron.dpo import PreferenceTrainer, dataset_of
+    from safeneuron.dpo import PreferenceTrainer, answers_scored_alone, dataset_of
+    from safeneuron.refreshing import RefreshTrainer
 
     quiet()
     _check_pairs(model, pairs, training.max_length)
@@ -72,19 +77,22 @@ def align(
         policy = copy.deepcopy(model.network).train(False)
         _store_in(torch.float32, policy)
         setattr(policy.config, LINEAGE, model.fingerprint)
-        proof = Freeze(policy, frozen) if frozen is not None else None
+        proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
+        cleanup.enter_context(answers_scored_alone())
+        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
+        cleanup.enter_context(_untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
-            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen))))
+            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen, whole_layers=freeze_rest))))
         if ablation is not None:
             callbacks.append(cleanup.enter_context(closing(AblateSteps(ablation))))
         # The last one, so that a checkpoint is marked as whole only after the freeze has been proved.
         callbacks.append(Watch(folder, progress))
         # The reference's log-probabilities are computed while the trainer is made, with the policy as it was given.
         with pruned(policy, ablation.neurons if ablation is not None and ablation.reference else None):
-            trainer = PreferenceTrainer(
+            trainer = (PreferenceTrainer if refresh is None else RefreshTrainer)(
                 model=policy,
                 args=arguments_of(training, len(pairs), model.device, folder, checkpoints is not None),
                 train_dataset=dataset_of(pairs),
@@ -92,12 +100,15 @@ def align(
                 callbacks=callbacks,
             )
         assert trainer.ref_model is None, "TRL has loaded another reference than the given model"
+        if isinstance(trainer, RefreshTrainer):
+            assert refresh is not None, "the class was chosen by it"
+            trainer.refresh = refresh
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     _store_in(_lasting_dtype(model), policy)
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
-    change = _free_change(policy, model.network, proof)
+    change = _free_change(policy, model.network, proof, {id(parameter) for parameter in fixed})
     if not 0.0 < change < math.inf:
         raise InputError(
             f"the free parameters have changed by {change:g} of their size after {trainer.state.global_step} steps; "
@@ -146,10 +157,28 @@ def _store_in(dtype: torch.dtype, network: nn.Module) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _free_change(policy: nn.Module, reference: nn.Module, proof: Freeze | None) -> float:
-    """Relative L2 change of the parameters; frozen slices add nothing to the numerator, being identical."""
+@contextmanager
+def _untrained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block no gradient is computed for these parameters."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _free_change(policy: nn.Module, reference: nn.Module, proof: Freeze | None, fixed: Collection[int]) -> float:
+    """Relative L2 change of what was trained; ``fixed`` holds the ids of the policy's parameters that were not.
+
+    Frozen slices add nothing to the numerator, being identical.
+    """
     change = size = 0.0
     for after, before in zip(policy.parameters(), reference.parameters(), strict=True):
+        if id(after) in fixed:
+            assert torch.equal(after.to(before.dtype), before), "a parameter that was not to be trained has changed"
+            continue
         start = before.detach().double()
         change += float((after.detach().double() - start).square().sum())
         size += float(start.square().sum())

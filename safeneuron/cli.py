@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from safeneuron.errors import InputError
 
 if TYPE_CHECKING:
     from safeneuron.config import Config
+    from safeneuron.publishing import Publication
     from safeneuron.runs import Run
 
 # Texts and paths are printed as they are: none of their characters is markup.
@@ -144,6 +146,43 @@ def report(run_folder: RunFolder, changes: Changes = None, out_folder: Out = Non
 
 
 @app.command()
+def publish(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    state: Annotated[str, typer.Option("--state", metavar="STATE", help="T1, T2, ..., or VARIANT-T1.")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; RUN/publish/STATE if not given.")
+    ] = None,
+    hub: Annotated[
+        str, typer.Option("--hub", metavar="OWNER/NAME", help="Push it to this repository on the Hub; needs a token.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let the files go that the repository holds already.")
+    ] = False,
+    licence: Annotated[
+        str, typer.Option("--license", metavar="ID", help="The base model's licence, as the Hub names it.")
+    ] = "",
+    base: Annotated[
+        str, typer.Option("--base", metavar="OWNER/NAME", help="The base model on the Hub, if the run read a folder.")
+    ] = "",
+) -> None:
+    """Write a trained state as a Hugging Face folder with model card, neurons and record; push it if asked to."""
+    if (private or replace) and not hub:
+        raise InputError("--private and --replace say how to push; give the repository too, with --hub OWNER/NAME")
+    from safeneuron.pushing import check_repository, push
+
+    if hub:
+        check_repository(hub)
+    done = _write_publication(run_folder, state, out_folder, hub, licence, base)
+    if hub:
+        try:
+            url = push(done.folder, hub, f"{state}, published by safeneuron", private, replace)
+        except InputError as error:
+            raise InputError(f"{error}; the folder is written and kept: {done.folder}") from error
+        out.print(f"pushed to {url}")
+
+
+@app.command()
 def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
     """Print a complete config, every key with its meaning."""
     from safeneuron.config import presets, read_config, to_toml
@@ -256,6 +295,27 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
             pipeline.execute()
         pipeline.require_work()
     _tell(opened)
+
+
+def _write_publication(folder: Path, state: str, target: Path | None, hub: str, licence: str, base: str) -> Publication:
+    from safeneuron.runs import Run
+
+    opened = Run.open(folder)
+    if not err.is_terminal:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with opened.locked():
+        from safeneuron.publishing import publish as write
+
+        bars = Bars()
+        began = time.monotonic()
+        with bars.bars:
+            bars.began(f"{state}/publish")
+            done = write(opened, state, target, hub, licence, base, bars.progress)
+            bars.ended(f"{state}/publish", time.monotonic() - began, skipped=False)
+    for warning in done.warnings:
+        bars.warned(warning)
+    out.print(f"wrote {done.folder}: {len(done.files)} files, {done.size / 1e6:,.1f} MB")
+    return done
 
 
 def _tell(opened: Run) -> None:

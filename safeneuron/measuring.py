@@ -9,9 +9,10 @@ from torch import Tensor
 
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, recorded
+from safeneuron.ffn import decoder_of, pruned, recorded
 from safeneuron.models import Model, pad
 from safeneuron.moments import Moments
+from safeneuron.neurons import NeuronSet
 from safeneuron.statistics import ActivationStats
 
 POOLINGS = ("last", "mean", "max")
@@ -58,6 +59,39 @@ def measure(
                 progress(done, total)
         moments.append(merged)
     return ActivationStats(moments[0], moments[1], model.widths, model.fingerprint, pooling)
+
+
+def search(
+    model: Model,
+    unsafe: Sequence[Prompt],
+    safe: Sequence[Prompt],
+    find: Callable[[ActivationStats], NeuronSet],
+    rounds: int,
+    first: NeuronSet | None = None,
+    pooling: str = "last",
+    batch_tokens: int = 2048,
+    max_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> list[NeuronSet]:
+    """What an attacker prunes who finds neurons, prunes them, and finds again on what is left, ``rounds`` times.
+
+    ``find`` turns statistics into a set, for example with ``selecting.select``; ``first`` is what the first search has
+    found, if that is known. Each set of the result holds the one before it, so that the first is the adaptive attack
+    and the last the iterated one. A neuron at zero has no activation shift, so no neuron is found twice.
+    """
+    found: list[NeuronSet] = [] if first is None else [first]
+    for number in range(len(found), rounds):
+        told = None if progress is None else _part(progress, number, rounds)
+        with pruned(model, found[-1] if found else None):
+            stats = measure(model, unsafe, safe, pooling, batch_tokens, max_tokens, told)
+        new = find(stats)
+        found.append(found[-1] | new if found else new)
+    return found
+
+
+def _part(progress: Progress, number: int, parts: int) -> Progress:
+    """Progress of one part as progress of the whole, of which it is the part with this number."""
+    return lambda done, total: progress(number * total + done, parts * total)
 
 
 def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:

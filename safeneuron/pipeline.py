@@ -3,15 +3,17 @@
 1. data      read the prompts, keep the exact records used
 2. measure   activation statistics of the state on unsafe and safe prompts
 3. select    scores of all neurons, and the safety neurons
-4. attack    answers with neurons pruned: T0's (static), the state's own (adaptive), random ones
-5. judge     verdicts on the answers
-6. pairs     preference pairs, once, from T0
-7. align     train the next state with all neurons found so far frozen; back to 2
-8. report    tables and figures over all states
+4. iterate   find, prune, find again: the neurons of the iterated attacker, if there is one
+5. attack    answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones
+6. judge     verdicts on the answers
+7. pairs     preference pairs, once, from T0
+8. align     train the next state with all neurons found so far frozen; back to 2
+9. report    tables and figures over all states
 """
 
 from __future__ import annotations
 
+import random
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +21,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from safeneuron.ablating import Ablation
+from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import Config, SourceTable
+from safeneuron.config import AlignTable, Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import Judge, make_judge
-from safeneuron.measuring import measure
+from safeneuron.measuring import measure, search
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
+from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix, read_pairs
 from safeneuron.rows import Source
@@ -42,7 +45,7 @@ from safeneuron.runs import (
     write_lines,
     writing,
 )
-from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.selecting import choose, resolve_thresholds, score, select
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
 from safeneuron.training import Training
@@ -77,7 +80,7 @@ class Pipeline:
         self.run = run
         self.watcher = watcher
         self.findings = Findings(config, run)
-        self.kinds = {"attack": ("data", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
+        self.kinds = {"attack": ("data", "iterate", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
             verb, ("data", verb) if verb else ()
         )
         self.keys: dict[str, str] = {}
@@ -93,14 +96,17 @@ class Pipeline:
         if trained:
             self.pairs()
         for state in trained:
-            self.align(state)
-            self.examine(state)
+            # Rounds after one that stopped early are no longer among the run's states.
+            if state in self.findings.states():
+                self.align(state)
+                self.examine(state)
         self.report()
 
     def examine(self, state: State) -> None:
         """Find the state's neurons and attack it."""
         self.measure(state)
         self.select(state)
+        self.iterate(state)
         self.attack(state)
         self.judge(state)
 
@@ -175,6 +181,22 @@ class Pipeline:
 
         self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
 
+    def iterate(self, state: State) -> None:
+        """The neurons of the attacker who finds again on what is left after each pruning."""
+        table = self.config.attack
+        if "iterated" not in table.knowledge:
+            return
+
+        def work(folder: Path) -> None:
+            unsafe, safe = (self.findings.prompts(role) for role in ("unsafe", "safe"))
+            first = self.findings.neurons(state)
+            sets = self.searched(self.model(state), unsafe, safe, table.searches, first)
+            for number, neurons in enumerate(sets, start=1):
+                neurons.save(folder / f"search-{number}.json")
+
+        settings = {name: value.model_dump() for name, value in self.finding().items()} | {"searches": table.searches}
+        self.stage(f"{state.name}/iterate", settings, ["data", *self.made_by(state), f"{state.name}/select"], work)
+
     def attack(self, state: State) -> None:
         """Answers of the state under every pruning, and the perplexity of a benign text."""
         table = self.config.attack
@@ -188,14 +210,19 @@ class Pipeline:
             model = self.model(state)
             prunings = self.findings.prunings(state)
             kinds = {"harmful": self.findings.prompts("test_unsafe")}
-            if table.over_refusal:
+            if table.over_refusal != "never":
                 kinds["benign"] = self.findings.prompts("test_safe")
-            curve = [pruning for pruning in prunings if pruning.knowledge == "curve"]
-            total = sum(map(len, kinds.values())) * (len(prunings) - len(curve)) + len(kinds["harmful"]) * len(curve)
+            harmful_only = [
+                pruning
+                for pruning in prunings
+                if pruning.knowledge == "curve" or (pruning.neurons is not None and table.over_refusal == "unpruned")
+            ]
+            total = len(kinds["harmful"]) * len(prunings)
+            total += len(kinds.get("benign", ())) * (len(prunings) - len(harmful_only))
             done = 0
             for pruning in prunings:
                 here = folder / pruning.folder
-                asked = {"harmful": kinds["harmful"]} if pruning in curve else kinds
+                asked = {"harmful": kinds["harmful"]} if pruning in harmful_only else kinds
                 with pruned(model, pruning.neurons):
                     for kind, prompts in asked.items():
                         done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
@@ -204,6 +231,8 @@ class Pipeline:
                         write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
 
         inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
+        if "iterated" in table.knowledge:
+            inputs.append(f"{state.name}/iterate")
         self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work)
 
     def judge(self, state: State) -> None:
@@ -227,18 +256,20 @@ class Pipeline:
     def pairs(self) -> None:
         """The preference pairs of all trainings, made from T0 or read."""
         table = self.config.pairs
-        settings = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
-        if table.safety == "on-policy":
-            settings["judge"] = self.config.judge.model_dump()
+        settings: dict[str, Any] = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
+        sources: list[Any] = [
+            source for part in (table.safety, table.general) if part != "on-policy" for source in part
+        ]
+        inputs = []
+        if "on-policy" in (table.safety, table.general):
+            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
-            settings["files"] = _file_hashes([*table.unsafe, *table.safe, *table.general])
-        else:
-            inputs = []
-            settings["files"] = _file_hashes([*table.safety, *table.general])
+            sources += [*table.unsafe, *table.safe]
+        settings["files"] = _file_hashes(sources)
 
         def work(folder: Path) -> None:
-            safety = self.safety_pairs()
-            general = [pair for source in table.general for pair in read_pairs(_source(source))]
+            safety = self.read_or_made(table.safety, table.unsafe, table.safe if table.general != "on-policy" else ())
+            general = self.read_or_made(table.general, (), table.safe)
             if general:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
@@ -265,7 +296,9 @@ class Pipeline:
                     [Pair.from_record(record) for record in pairs],
                     frozen=self.findings.frozen(table, found),
                     training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
-                    ablation=Ablation(found, table.ablate_share) if table.ablate else None,
+                    ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
+                    refresh=self.refresh(table) if table.refresh else None,
+                    freeze_rest=table.freeze == "all-but-safety",
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
                 )
@@ -276,6 +309,7 @@ class Pipeline:
                 {
                     "freeze": table.freeze,
                     "ablate": table.ablate,
+                    "refresh": table.refresh,
                     "frozen": result.frozen_count,
                     "frozen_identical": result.frozen_identical,
                     "frozen_sha256": result.frozen_sha256,
@@ -285,17 +319,21 @@ class Pipeline:
             )
             self.run.remove(f"{state.name}/align/checkpoints")
 
-        settings = {"align": table.model_dump(exclude={"label", "rounds"}), "seed": self.config.seed}
+        settings = {"align": table.model_dump(exclude={"label", "rounds", "stop_early"}), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
+        if table.refresh:
+            settings |= {name: value.model_dump() for name, value in self.finding().items()}
+            inputs.append("data")
         self.stage(f"{state.name}/align", settings, inputs, work)
 
     def report(self) -> None:
         """Tables and figures over all states."""
         from safeneuron.collecting import write_report
 
-        judged = [f"{state.name}/judge" for state in states_of(self.config)]
-        trained = [f"{state.name}/align" for state in states_of(self.config) if state.round > 0]
+        states = self.findings.states()
+        judged = [f"{state.name}/judge" for state in states]
+        trained = [f"{state.name}/align" for state in states if state.round > 0]
         labels = {name: self.config.variant(name).label for name in ["", *self.config.variants]}
         settings = {"report": self.config.report.model_dump(), "labels": labels, "name": self.config.name}
         self.stage("report", settings, [*judged, *trained], lambda folder: write_report(self.config, self.run, folder))
@@ -370,16 +408,58 @@ class Pipeline:
         told = check_splits(**tests)
         return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
 
-    def safety_pairs(self) -> list[Pair]:
-        """Pairs from the model's own answers, or from the sources in the config."""
-        table = self.config.pairs
-        if table.safety != "on-policy":
-            return [pair for source in table.safety for pair in read_pairs(_source(source))]
-        unsafe, safe = _read_all(table.unsafe), _read_all(table.safe)
-        return on_policy_pairs(
-            self.model(BASE),
+    def finding(self) -> dict[str, Any]:
+        """The tables that decide which neurons are found on a model."""
+        return {"measure": self.config.measure, "select": self.config.select, "model": self.config.model}
+
+    def searched(
+        self,
+        model: Model,
+        unsafe: Sequence[Prompt],
+        safe: Sequence[Prompt],
+        searches: int,
+        first: NeuronSet | None = None,
+    ) -> list[NeuronSet]:
+        """What an attacker with this config finds on the model in so many searches, each set holding the one before."""
+        table, choice = self.config.measure, self.config.select
+        return search(
+            model,
             unsafe,
             safe,
+            lambda stats: select(stats, choice.effect_size, choice.shift, choice.density),
+            searches,
+            first=first,
+            pooling=table.pooling,
+            batch_tokens=table.batch_tokens,
+            max_tokens=table.max_tokens,
+        )
+
+    def refresh(self, table: AlignTable) -> Refresh:
+        """The attacker whose finds are ablated while a model is trained; she sees a sample of the prompts."""
+        draw = random.Random(self.config.seed)
+        samples = [self.findings.prompts(role) for role in ("unsafe", "safe")]
+        unsafe, safe = (draw.sample(prompts, min(table.refresh_prompts, len(prompts))) for prompts in samples)
+
+        def find(running: Model) -> list[NeuronSet]:
+            return self.searched(running, unsafe, safe, table.refresh_searches)
+
+        return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
+
+    def read_or_made(self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable]) -> list[Pair]:
+        """Pairs from the sources, or on-policy ones of these prompts."""
+        table = self.config.pairs
+        if sources != "on-policy":
+            return [pair for source in sources for pair in read_pairs(_source(source))]
+        model, longest = self.model(BASE), self.config.align.max_length
+
+        def fitting(tables: Sequence[SourceTable]) -> list[Prompt]:
+            """Without the prompts that leave no room for an answer, which could not be trained on."""
+            return [prompt for prompt in _read_all(tables) if len(model.encode(_asked(prompt))) < longest]
+
+        return on_policy_pairs(
+            model,
+            fitting(unsafe),
+            fitting(safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -387,6 +467,10 @@ class Pipeline:
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
+
+
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
 
 
 def _source(table: Any) -> Source:

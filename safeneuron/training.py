@@ -29,7 +29,8 @@ class Training:
     One optimizer step sees ``batch_size`` pairs, ``micro_batch_size`` of them at a time. ``sft_weight`` adds so many
     times the mean negative log-likelihood of a chosen answer's token to DPO's loss. ``precision`` is that of computing:
     ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are
-    always float32. Raises ``InputError`` for values that do not go together.
+    always float32. With ``bucketing`` pairs of like length share a micro-batch. Raises ``InputError`` for values that
+    do not go together.
     """
 
     beta: float = 0.1
@@ -41,6 +42,7 @@ class Training:
     micro_batch_size: int = 8
     warmup_share: float = 0.1
     max_length: int = 1024
+    bucketing: bool = True
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     precision: str = "auto"
@@ -86,6 +88,7 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         warmup_steps=round(training.warmup_share * steps),
         lr_scheduler_type="cosine",
         max_length=training.max_length,
+        train_sampling_strategy="group_by_length" if training.bucketing else "random",
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
         bf16=training.computes_in_bfloat16(device),
@@ -183,6 +186,7 @@ def training_log(history: list[dict[str, float]]) -> list[dict[str, float]]:
             "margin": entry.get("rewards/margins", 0.0),
             "grad_norm": entry.get("grad_norm", 0.0),
             "learning_rate": entry.get("learning_rate", 0.0),
+            "padding": entry.get("padding", 0.0),
         }
         for entry in history
         if "loss" in entry
