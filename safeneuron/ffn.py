@@ -17,11 +17,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from safeneuron import shards
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
+# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,7 +56,11 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``."""
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``.
+
+    In the coordinates of the whole parameter, also where it is spread over processes; ``shards.parts`` says what of it
+    is here.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -62,15 +69,26 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare, as a ``Model``, or as what ``torch.compile`` made of one."""
-    return _uncompiled(model if isinstance(model, nn.Module) else model.network)
+    """The torch module itself, whether it came bare, as a ``Model``, or wrapped by ``torch.compile``, DDP or DeepSpeed."""
+    return _unwrapped(model if isinstance(model, nn.Module) else model.network)
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` was given, with the same parameters; any other module as it is."""
-    # Asking for torch's own class would import the whole compiler.
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else _uncompiled(inner)
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a wrapper, with the same parameters; any other module as it is."""
+    # Asking for the wrappers' own classes would import the whole compiler, and DeepSpeed.
+    if len(module._modules) == 1:
+        ((name, inner),) = module._modules.items()
+        if name in WRAPPED and inner is not None:
+            return _unwrapped(inner)
+    return module
+
+
+def _names_in(network: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
+    return found
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
@@ -107,9 +125,9 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
-    layer = _uncompiled(layer)
+    layer = _unwrapped(layer)
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
-    found = [block for module in layer.children() if (block := _gated(index, _uncompiled(module))) is not None]
+    found = [block for module in layer.children() if (block := _gated(index, _unwrapped(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
     if len(found) == 1 and not experts:
         return found[0]
@@ -164,9 +182,11 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
         weight = block.output.weight
-        digest.update(f"{tuple(weight.shape)}".encode())
+        assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
+        shape = shards.shape_of(weight)
+        digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = weight.detach()[:16, :256].to(torch.float16)
+        sample = shards.first_rows(f"down_proj.weight of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -178,7 +198,7 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
     """
     network = network_of(model)
     neurons.require(fingerprint(network), widths_of(network))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = _names_in(network)
     slices = []
     for block in feed_forwards(network):
         channels = neurons.layer(block.layer)
@@ -220,6 +240,12 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
                         f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
                         "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
                         "adapters on it"
+                    )
+                expected = (module.out_features, module.in_features)[: max(1, len(shards.shape_of(parameter)))]
+                if tuple(shards.shape_of(parameter)) != expected:
+                    raise InputError(
+                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
+                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
                     )
                 if others:
                     raise InputError(
