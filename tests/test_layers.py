@@ -15,12 +15,12 @@ PACKAGE = Path(safeneuron.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 
 LAYERS = (
-    {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
+    {"errors", "ranks", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
     {"models", "ffn", "freezing", "training", "dpo", "ablating", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 STAGES = LAYERS[3]
