@@ -69,8 +69,10 @@ def align(
     float32 master weights. ``ablation`` sets neurons to zero in the policy's forward passes (Algorithm 1).
 
     With ``checkpoints`` and ``training.save_every``, interrupted training continues from the last checkpoint there.
-    Several ranks, which must see the same folder there, share each batch (DDP), or also the weights being trained (FSDP2,
-    when accelerate says so); all of them get the whole result. Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a loss or weights that are
+    Several ranks, which must see the same folder there, share each batch (DDP), or also the weights being trained
+    (FSDP2, when accelerate says so); all of them get the whole result.
+
+    Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a loss or weights that are
     not finite, or training that changed nothing.
     """
     from safeneuron.dpo import PreferenceTrainer, dataset_of
@@ -110,7 +112,9 @@ def align(
                 processing_class=model.tokenizer,
                 callbacks=callbacks,
             )
-        assert reference is not None or trainer.ref_model is None, "TRL has loaded another reference than the given model"
+        assert reference is not None or trainer.ref_model is None, (
+            "TRL has loaded another reference than the given model"
+        )
         trainer.ref_model = reference = None
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder)))
@@ -157,9 +161,7 @@ def _sharing_weights(network: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(network, dict(weights))
 
 
-def _gathered(
-    trained: nn.Module, model: Model, frozen: NeuronSet | None
-) -> tuple[PreTrainedModel, Freeze | None]:
+def _gathered(trained: nn.Module, model: Model, frozen: NeuronSet | None) -> tuple[PreTrainedModel, Freeze | None]:
     """The trained weights, which are spread over the ranks, as a plain network on each, and the proof of its freeze.
 
     One parameter after the other is gathered; the proof compares with the values of the given ``model``.

@@ -25,9 +25,9 @@ class PreferenceTrainer(DPOTrainer):
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for batch in self.accelerator.prepare(loader):
-            logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)
-            for sofar, now in zip(found, self.accelerator.gather_for_metrics(tuple(logps)), strict=True):
-                sofar.append(now.cpu())
+            own = self.compute_ref_log_probs(self.ref_model or self.model, batch)  # type: ignore[no-untyped-call]
+            for logps, more in zip(found, self.accelerator.gather_for_metrics(tuple(own)), strict=True):
+                logps.append(more.cpu())
         for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), found, strict=True):
             dataset = dataset.add_column(column, torch.cat(values).numpy())
         return dataset

@@ -33,8 +33,8 @@ def measure(
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
-    The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches in
-    turn, and all get the statistics over all of them.
+    The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
+    in turn, and all get the statistics over all of them.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """

@@ -88,8 +88,10 @@ def load(
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own. Raises ``InputError`` when the model
-    cannot be found, has no FFN that safeneuron knows, or its weights are incomplete or not finite.
+    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+
+    Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
+    incomplete or not finite.
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
@@ -218,8 +220,8 @@ def _own_gpu(wanted: str) -> torch.device:
         )
     if number >= gpus:
         raise InputError(
-            f"this is process {number + 1} on a machine where torch {torch.__version__} sees {gpus} GPUs; start no more "
-            "processes than there are GPUs"
+            f"this is process {number + 1} on a machine where torch {torch.__version__} sees {gpus} GPUs; start no "
+            "more processes than there are GPUs"
         )
     place = torch.device("cuda", number)
     torch.cuda.set_device(place)

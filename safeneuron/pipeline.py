@@ -316,7 +316,7 @@ class Pipeline:
         work: Callable[[Path], None],
         together: bool = False,
     ) -> None:
-        """Do one stage unless it is done, or not asked for, or cannot be done yet; all ranks ``together``, or rank 0."""
+        """Do one stage unless it is done, not asked for, or cannot be done yet; all ranks ``together``, or rank 0."""
         absent = [needed for needed in inputs if needed not in self.keys]
         if absent:
             self.missing.append(absent[0])

@@ -24,7 +24,8 @@ from safeneuron.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -216,16 +217,17 @@ def _launched() -> int:
 @cache
 def _store() -> Store:
     """The launcher's store, or one that rank 0 keeps where there is none; waits for all ranks to come to it."""
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=MEETING))
     except RuntimeError as error:
         _lost.append(str(error))
         raise InputError(
-            f"this is one of {_launched()} processes (WORLD_SIZE), but they have not met at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {MEETING.seconds // 60} minutes; start all of them with one torchrun "
-            "or accelerate launch"
+            f"this is one of {_launched()} processes (WORLD_SIZE), but in {MEETING.seconds // 60} minutes they have "
+            f"not met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; start all of them with torchrun or "
+            "accelerate launch, or unset WORLD_SIZE"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"safeneuron/{attempt}", store)

@@ -28,11 +28,11 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 class Training:
     """The settings of one training; the defaults are the paper's where it has any.
 
-    One optimizer step sees ``batch_size`` pairs, over all ranks, at most ``micro_batch_size`` of them at a time on each.
-    ``sft_weight`` adds so many
-    times the mean negative log-likelihood of a chosen answer's token to DPO's loss. ``precision`` is that of computing:
-    ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are
-    always float32. Raises ``InputError`` for values that do not go together.
+    One optimizer step sees ``batch_size`` pairs, those of all ranks counted, and each rank at most ``micro_batch_size``
+    of them at a time. ``sft_weight`` adds so many times the mean negative log-likelihood of a chosen answer's token to
+    DPO's loss. ``precision`` is that of computing: ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses
+    by the device; the weights being trained are always float32. Raises ``InputError`` for values that do not go
+    together.
     """
 
     beta: float = 0.1
@@ -66,7 +66,7 @@ class Training:
         share, left = divmod(self.batch_size, ranks.world())
         if left:
             raise InputError(
-                f"batch_size ({self.batch_size}) must be a multiple of the number of processes ({ranks.world()}), which "
+                f"batch_size ({self.batch_size}) must be a multiple of the number of processes ({ranks.world()}) that "
                 "share each batch; change align.batch_size or the number of processes"
             )
         return max(size for size in range(1, min(share, self.micro_batch_size) + 1) if share % size == 0)
@@ -133,8 +133,8 @@ def require_trainable(training: Training) -> None:
     training.micro_batch()
     if ranks.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
-            "align does not work with DeepSpeed yet, whose copies of the weights it could not put together exactly; use "
-            "FSDP2 or plain DDP, or FreezeNeurons in a trainer of your own"
+            "align does not work with DeepSpeed, whose copies of the weights it cannot put together exactly; use FSDP2 "
+            "or plain DDP, or FreezeNeurons in a trainer of your own"
         )
     if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(

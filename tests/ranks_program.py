@@ -52,7 +52,7 @@ def said(work: Callable[[], object]) -> object:
         return str(error)
 
 
-# -- what the functions give; also called by the tests, in their one process ---------------------------------------------
+# -- what the functions give; also called by the tests, in their one process ------------------------------------------
 
 
 def computed() -> dict[str, Any]:
@@ -72,14 +72,15 @@ def computed() -> dict[str, Any]:
     safe = [Prompt(f"how to bake {'it ' * (number % 3)}{number}") for number in range(5)]
     half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, model.widths, model.fingerprint)
     facts: dict[str, Any] = {}
+    facts["progress"] = []
     for name, batch_tokens in (("many batches", 1), ("few batches", 10**6)):
-        seen: list[tuple[int, int]] = []
-        stats = measure(model, unsafe, safe, batch_tokens=batch_tokens, progress=lambda *now: seen.append(now))
+        stats = measure(
+            model, unsafe, safe, batch_tokens=batch_tokens, progress=lambda *now: facts["progress"].append(now)
+        )
         scores = score(stats)
         facts[name] = {
             "counts": [stats.unsafe.count, stats.safe.count],
             "scores": [one.tolist() for one in (scores.d, scores.shift, scores.z, scores.t, scores.q)],
-            "progress": seen,
         }
     for skip in (0, 2):
         facts[f"answers from {skip}"] = [
@@ -133,13 +134,13 @@ def aligned(folder: Path) -> dict[str, Any]:
         except KeyboardInterrupt:
             facts["checkpoints"] = sorted(path.parent.name for path in folder.glob("checkpoint-*/complete"))
     for name, result in (("first", first), ("second", second)):
-        digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in result.model.network.parameters()))
+        weights = [weight.detach().numpy().tobytes() for weight in result.model.network.parameters()]
         facts[name] = {
             "losses": [entry["loss"] for entry in result.log],
             "free_change": result.free_change,
             "identical": result.frozen_identical,
             "frozen": result.frozen_count,
-            "weights": digest.hexdigest(),
+            "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
             "plain": all(type(weight) is torch.nn.Parameter for weight in result.model.network.parameters()),
             "fingerprint": fingerprint(result.model.network),
         }
@@ -148,7 +149,7 @@ def aligned(folder: Path) -> dict[str, Any]:
     return facts
 
 
-# -- what only several processes have ------------------------------------------------------------------------------------
+# -- what only several processes have ---------------------------------------------------------------------------------
 
 
 def exchanged() -> dict[str, Any]:
@@ -223,7 +224,7 @@ def functions(folder: Path) -> None:
     ranks.leave()
 
 
-# -- the program with a fault ---------------------------------------------------------------------------------------------
+# -- the program with a fault -----------------------------------------------------------------------------------------
 
 
 def cli(folder: Path, fault: str, arguments: list[str]) -> None:
