@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
+from safeneuron import ranks
 from safeneuron.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
     from safeneuron.publishing import Publication
     from safeneuron.runs import Run
 
-# Texts and paths are printed as they are: none of their characters is markup.
-out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+# Texts and paths are printed as they are: none of their characters is markup. Of many processes the first one speaks.
+out = Console(
+    highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not ranks.is_main(),
+    force_terminal=None if ranks.is_main() else False,
+)  # fmt: skip
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
@@ -43,19 +48,35 @@ def _explained() -> Iterator[None]:
     """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
     try:
         yield
+        ranks.leave()
     except InputError as error:
-        err.print(Text.assemble(("error: ", "red"), str(error)))
-        sys.exit(2)
+        _end(2, Text.assemble(("error: ", "red"), str(error)))
     except KeyboardInterrupt:
-        err.print("stopped; what is finished is kept, and the same command goes on from here")
-        sys.exit(130)
+        _end(130, Text("stopped; what is finished is kept, and the same command goes on from here"))
+    except (typer.Exit, typer.Abort):
+        raise
+    except typer.TyperException as error:
+        # Every process was given the same words; what is wrong with them is said once.
+        if not ranks.is_main():
+            sys.exit(error.exit_code)
+        raise
     except Exception as error:
         from safeneuron.runs import FREE_SPACE, disk_full
 
-        if not disk_full(error):
-            raise
-        err.print(Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
-        sys.exit(2)
+        if disk_full(error):
+            _end(2, Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
+        code = ranks.first_to_fail(1)
+        if code is not None:
+            sys.exit(code)
+        raise
+
+
+def _end(code: int, sentence: Text) -> NoReturn:
+    """End the program; of many processes the one that fails first says why, and the others end as it does."""
+    first = ranks.first_to_fail(code)
+    if first is None:
+        err.print(sentence)
+    sys.exit(code if first is None else first)
 
 
 class Verbs(TyperGroup):
@@ -248,11 +269,15 @@ class Bars:
 
     def warned(self, text: str) -> None:
         """Print a warning."""
-        err.print(Text.assemble(("warning: ", "yellow"), text))
+        if ranks.is_main():
+            err.print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def main() -> None:
     """The program ``safeneuron``: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
+    if ranks.world() > 1:
+        # A launcher ends the processes with this signal, when it is stopped itself or when one of them has failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     finally:
@@ -288,13 +313,14 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
         from safeneuron.preparing import prepare
 
         bars = Bars()
-        for name in prepare(settings, opened, bars, names):
+        for name in ranks.from_main(lambda: prepare(settings, opened, bars, names)):
             out.print(f"{name}: deleted, will be made again")
         pipeline = Pipeline(settings, opened, bars, verb)
         with bars.bars:
             pipeline.execute()
         pipeline.require_work()
-    _tell(opened)
+    if ranks.is_main():
+        _tell(opened)
 
 
 def _write_publication(folder: Path, state: str, target: Path | None, hub: str, licence: str, base: str) -> Publication:

@@ -332,7 +332,14 @@ def matrix() -> dict[str, Callable[[Path], None]]:
             anatomy := next(anatomies),
         ]
         cases[", ".join(words)] = partial(
-            loop, kind=kind, anatomy=anatomy, bf16=bf16, clip=clip, decay=decay, parts=parts, checkpointing=checkpointing
+            loop,
+            kind=kind,
+            anatomy=anatomy,
+            bf16=bf16,
+            clip=clip,
+            decay=decay,
+            parts=parts,
+            checkpointing=checkpointing,
         )
     return cases
 

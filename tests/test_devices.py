@@ -24,7 +24,15 @@ Outcomes = list[dict[str, str]]
 
 def outcomes(worker: str, folder: Path, **changes: str) -> Outcomes:
     """What became of each case in either process: nothing, or where it failed."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"tests/{worker}.py", str(folder)]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        f"tests/{worker}.py",
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **changes}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
