@@ -141,6 +141,8 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     }
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]
+    if path.name.startswith("search-") and path.suffix == ".json":
+        return _neurons
     return _counts if path.name in ("harmful.json", "benign.json") else None
 
 
