@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from safeneuron.ablating import AblateSteps, Ablation
+from safeneuron.adapters import adapters_of, add_adapters, lora_config
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, pruned
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.models import Model, quiet
 from safeneuron.neurons import NeuronSet
+from safeneuron.quantising import dequantised, has_four_bits
 from safeneuron.training import Progress, Training, Watch, arguments_of, borrowed, last_checkpoint, training_log
 
 DEFAULT = Training()
@@ -56,23 +58,29 @@ def align(
     The given model, as it is in memory, is the DPO reference; it is not touched. The result is a new one, trained in
     float32 master weights. ``ablation`` sets neurons to zero in the policy's forward passes (Algorithm 1).
 
+    With ``training.lora_rank`` adapters are trained, in float32, and merged in float32. The given model may then be in 4
+    bits: it counts as the plain model that it computes as, and the result, which is plain, is on the CPU.
+
     With ``checkpoints`` and ``training.save_every``, interrupted training continues from the last checkpoint there.
-    Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a loss or weights that are
-    not finite, or training that changed nothing.
+    Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a model in 4 bits without
+    ``lora_rank``, a loss or weights that are not finite, or training that changed nothing.
     """
     from safeneuron.dpo import PreferenceTrainer, dataset_of
 
     quiet()
     _check_pairs(model, pairs, training.max_length)
+    if has_four_bits(model.network) and not training.lora_rank:
+        raise InputError(
+            f"the weights of {model.name} are in 4 bits, so they cannot be trained; set lora_rank to train adapters on "
+            "them, or load the model without quantise"
+        )
     if ablation is not None:
         ablation.neurons.require(model.fingerprint, model.widths)
     set_seed(training.seed)
     with ExitStack() as cleanup:
         folder = checkpoints or Path(cleanup.enter_context(TemporaryDirectory()))
-        policy = copy.deepcopy(model.network).train(False)
-        _store_in(torch.float32, policy)
-        setattr(policy.config, LINEAGE, model.fingerprint)
-        proof = Freeze(policy, frozen) if frozen is not None else None
+        policy = _base_of_adapters(model, training) if training.lora_rank else _plain_copy(model)
+        proof = Freeze(policy, frozen) if frozen is not None and not training.lora_rank else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         callbacks: list[TrainerCallback] = []
@@ -90,14 +98,24 @@ def align(
                 train_dataset=dataset_of(pairs),
                 processing_class=model.tokenizer,
                 callbacks=callbacks,
+                peft_config=lora_config(policy, training) if training.lora_rank else None,
             )
         assert trainer.ref_model is None, "TRL has loaded another reference than the given model"
         trainer.remove_callback(PrinterCallback)
+        # On weights in 4 bits TRL puts the adapters into bfloat16, where small steps are lost.
+        _store_in(torch.float32, (one for one in policy.parameters() if one.requires_grad))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    _store_in(_lasting_dtype(model), policy)
+        adapters = adapters_of(policy)
+    if training.lora_rank:
+        policy = _plain_copy(model)
+        proof = Freeze(policy, frozen) if frozen is not None else None
+        digest = proof.digest() if proof is not None else ""
+        add_adapters(adapters, policy)
+    given = dequantised(model.network)
+    _store_in(_lasting_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
-    change = _free_change(policy, model.network, proof)
+    change = _free_change(policy, given, proof)
     if not 0.0 < change < math.inf:
         raise InputError(
             f"the free parameters have changed by {change:g} of their size after {trainer.state.global_step} steps; "
@@ -129,20 +147,45 @@ def _check_pairs(model: Model, pairs: Sequence[Pair], max_length: int) -> None:
         )
 
 
-def _lasting_dtype(model: Model) -> torch.dtype:
+def _plain_copy(model: Model) -> PreTrainedModel:
+    """A copy of the given network in float32, which may be changed and remembers whose neurons it has."""
+    plain = dequantised(model.network)
+    if plain is model.network:
+        plain = copy.deepcopy(plain)
+    _store_in(torch.float32, plain.parameters())
+    setattr(plain.config, LINEAGE, model.fingerprint)
+    plain.train(False)
+    return plain
+
+
+def _base_of_adapters(model: Model, training: Training) -> PreTrainedModel:
+    """A copy of the given network for adapters: in 4 bits, if it is, or else in the precision that loses nothing.
+
+    That is bfloat16 where training computes in it and the checkpoint was stored in it, with half the memory of float32.
+    """
+    base = copy.deepcopy(model.network)
+    if not has_four_bits(base):
+        lasting = _lasting_dtype(base, model.stored_dtype)
+        small = lasting == torch.bfloat16 and training.computes_in_bfloat16(model.device)
+        _store_in(torch.bfloat16 if small else torch.float32, base.parameters())
+    setattr(base.config, LINEAGE, model.fingerprint)
+    base.train(False)
+    return base
+
+
+def _lasting_dtype(network: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The precision of the given checkpoint, in which the frozen slices are the given ones, bit for bit.
 
     float32, in which the policy was trained, if the given weights have been changed in memory to values that the
     checkpoint's precision cannot hold.
     """
-    dtype = model.stored_dtype
-    exact = all(torch.equal(given.to(dtype).to(given.dtype), given) for given in model.network.parameters())
+    exact = all(torch.equal(given.to(dtype).to(given.dtype), given) for given in network.parameters())
     return dtype if exact else torch.float32
 
 
-def _store_in(dtype: torch.dtype, network: nn.Module) -> None:
+def _store_in(dtype: torch.dtype, parameters: Iterable[nn.Parameter]) -> None:
     # Parameters only: the rotary frequencies, which are buffers, are float32 in a model of any precision.
-    for parameter in network.parameters():
+    for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 
 

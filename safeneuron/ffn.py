@@ -9,16 +9,18 @@ neuron).
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
+from safeneuron.quantising import dense, is_quantised
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
@@ -34,20 +36,31 @@ class HasNetwork(Protocol):
 
 
 class Rows(NamedTuple):
-    """A matrix that writes into the FFN: neuron ``j`` is its row ``first + j``."""
+    """A matrix that writes into the FFN: neuron ``j`` is its row ``first + j``; ``linear_in(module)`` has the weights."""
 
-    module: nn.Linear
+    module: nn.Module
     first: int
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The FFN of one decoder layer: the projection whose input is a(x), and the matrices that compute a(x)."""
+    """The FFN of one decoder layer: the projection whose input is a(x), and the matrices that compute a(x).
+
+    Each is the module that is called, which PEFT may have put around the linear layer; ``linear_in`` finds that one.
+    """
 
     layer: int
     width: int
-    output: nn.Linear
+    output: nn.Module
     inputs: tuple[Rows, ...]
+
+    def rows_of(self, channels: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Each module that writes into the FFN, once, with the rows of its matrix that belong to these neurons."""
+        rows: dict[nn.Module, list[Tensor]] = {}
+        for module, first in self.inputs:
+            rows.setdefault(module, []).append(channels + first)
+        for module, parts in rows.items():
+            yield module, torch.cat(parts).to(linear_in(module).weight.device)
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,41 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare or as a ``Model``."""
-    return model if isinstance(model, nn.Module) else model.network
+    """The transformers model itself, whether it came bare, as a ``Model`` or within a model of PEFT."""
+    return _without_peft(model if isinstance(model, nn.Module) else model.network)
+
+
+def _without_peft(network: nn.Module) -> nn.Module:
+    # Who holds a model of PEFT has imported it; to import it here would cost seconds, and it may not be installed.
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(network, peft.PeftModel | peft.PeftMixedModel):
+        return network
+    inner: nn.Module = network.base_model
+    return inner.model if isinstance(inner, peft.tuners.tuners_utils.BaseTuner) else inner
+
+
+def acting(module: nn.Module) -> nn.Module:
+    """The module that does the work there: itself, or the copy of it that PEFT trains in full (``modules_to_save``)."""
+    copies = module._modules.get("modules_to_save")
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    wrapper: Any = module
+    active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+    return copies[active[0]] if active else wrapper.original_module
+
+
+def linear_in(module: nn.Module) -> nn.Linear:
+    """The linear layer with the weights: the module itself, or what PEFT has put an adapter around."""
+    linear = _linear_in(module)
+    assert linear is not None, "feed_forwards has checked it"
+    return linear
+
+
+def _linear_in(module: nn.Module | None) -> nn.Linear | None:
+    inner = acting(module) if module is not None else None
+    while inner is not None and inner._modules.get("base_layer") is not None:
+        inner = inner._modules["base_layer"]
+    return inner if isinstance(inner, nn.Linear) else None
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
@@ -91,7 +137,7 @@ def decoder_of(network: nn.Module) -> nn.Module:
 
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
-    found = [block for module in layer.children() if (block := _gated(index, module)) is not None]
+    found = [block for module in layer.children() if (block := _gated(index, acting(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
     if len(found) == 1 and not experts:
         return found[0]
@@ -106,13 +152,14 @@ def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
 def _gated(index: int, module: nn.Module) -> FeedForward | None:
     """The module as a gated FFN with separate or fused inputs, if that is what it is."""
     children = dict(module.named_children())
-    gate, up, fused, output = map(children.get, ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
-    if not isinstance(output, nn.Linear):
+    modules = [children.get(name) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")]
+    (gate, up, fused, output), (gate_in, up_in, fused_in, output_in) = modules, map(_linear_in, modules)
+    if output is None or output_in is None:
         return None
-    width = output.in_features
-    if isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and gate.out_features == up.out_features == width:
+    width = output_in.in_features
+    if gate and up and gate_in and up_in and gate_in.out_features == up_in.out_features == width:
         return FeedForward(index, width, output, (Rows(gate, 0), Rows(up, 0)))
-    if isinstance(fused, nn.Linear) and fused.out_features == 2 * width:
+    if fused and fused_in and fused_in.out_features == 2 * width:
         return FeedForward(index, width, output, (Rows(fused, 0), Rows(fused, width)))
     return None
 
@@ -140,10 +187,10 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
         return str(lineage)
     digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
-        weight = block.output.weight
+        weight = dense(linear_in(block.output).weight)
         digest.update(f"{tuple(weight.shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = weight.detach()[:16, :256].to(torch.float16)
+        sample = weight[:16, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -151,7 +198,8 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
 def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slice]:
     """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
 
-    Raises ``InputError`` for a neuron set of another model.
+    Within a model of PEFT these are the weights that adapters are added to; quantised ones, which cannot change, are
+    left out there. Raises ``InputError`` for a neuron set of another model, and for quantised weights without adapters.
     """
     network = network_of(model)
     neurons.require(fingerprint(network), widths_of(network))
@@ -161,16 +209,23 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
         channels = neurons.layer(block.layer)
         if not len(channels):
             continue
-        rows: dict[nn.Linear, list[Tensor]] = {}
-        for module, first in block.inputs:
-            rows.setdefault(module, []).append(channels + first)
-        for module, parts in rows.items():
-            index = torch.cat(parts).to(module.weight.device)
-            slices += [Slice(names[id(parameter)], parameter, 0, index) for parameter in module.parameters()]
-        weight = block.output.weight
+        for module, index in block.rows_of(channels):
+            slices += [Slice(names[id(own)], own, 0, index) for own in linear_in(module).parameters()]
+        weight = linear_in(block.output).weight
         assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
         slices.append(Slice(names[id(weight)], weight, 1, channels.to(weight.device)))
-    return slices
+    plain = [piece for piece in slices if not is_quantised(piece.parameter)]
+    if len(plain) < len(slices) and not has_adapters(network):
+        raise InputError(
+            f"the FFN weights of {type(network).__name__} are quantised, so they can be neither trained nor frozen; load "
+            "the model in float32 or bfloat16, or train LoRA adapters on it"
+        )
+    return plain
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
+    return bool(vars(network).get("peft_config"))
 
 
 @dataclass
@@ -219,7 +274,7 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator
         for block in feed_forwards(network):
             channels = neurons.layer(block.layer)
             if len(channels):
-                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(block.output.weight.device))))
+                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(linear_in(block.output).weight.device))))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeneuron.adapters import adapter_slices
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, HasNetwork, Slice, fingerprint, network_of, owned_slices
 from safeneuron.neurons import NeuronSet
@@ -26,12 +27,15 @@ from safeneuron.neurons import NeuronSet
 class Freeze:
     """The slices of some neurons, held at the values they had when this object was made.
 
+    LoRA adapters of PEFT are held where they are without effect on these neurons: their slices are set to zero, which
+    changes nothing that the model computes (see ``adapters.adapter_slices``, also for what is refused).
+
     ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted.
     """
 
     def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet) -> None:
         self.network = network_of(model)
-        self.slices = owned_slices(self.network, neurons)
+        self.slices = [*owned_slices(self.network, neurons), *adapter_slices(self.network, neurons)]
         self.saved = [self._values(piece) for piece in self.slices]
         self._handles: list[RemovableHandle] = []
         # Whatever trainer saves this network, its config now says whose neurons it has.

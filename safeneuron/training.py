@@ -20,6 +20,7 @@ from safeneuron.models import bfloat16_pays
 Progress = Callable[[int, int], None]
 COMPLETE = "complete"
 PRECISIONS = ("auto", "bfloat16", "float32")
+TARGETS = ("ffn", "attention", "ffn+attention")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Training:
     One optimizer step sees ``batch_size`` pairs, ``micro_batch_size`` of them at a time. ``sft_weight`` adds so many
     times the mean negative log-likelihood of a chosen answer's token to DPO's loss. ``precision`` is that of computing:
     ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are
-    always float32. Raises ``InputError`` for values that do not go together.
+    always float32. With a ``lora_rank`` only adapters of that rank are trained, on the matrices in ``lora_targets``
+    (``ffn``, ``attention`` or ``ffn+attention``), scaled by ``lora_alpha / lora_rank``; they want about ten times the
+    learning rate. Raises ``InputError`` for values that do not go together.
     """
 
     beta: float = 0.1
@@ -43,6 +46,10 @@ class Training:
     max_length: int = 1024
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_targets: str = "ffn+attention"
     precision: str = "auto"
     save_every: int = 0
     seed: int = 0
@@ -54,6 +61,8 @@ class Training:
             )
         if self.precision not in PRECISIONS:
             raise InputError(f"precision {self.precision!r} is unknown; expected auto, bfloat16 or float32")
+        if self.lora_targets not in TARGETS:
+            raise InputError(f"lora_targets {self.lora_targets!r} is unknown; expected {', '.join(TARGETS)}")
 
     def steps(self, pair_count: int) -> int:
         """Number of optimizer steps over so many pairs."""
@@ -88,6 +97,8 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         max_length=training.max_length,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
+        # TRL sets every dropout to zero unless it is told not to, that of the adapters too.
+        disable_dropout=not training.lora_dropout,
         bf16=training.computes_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
