@@ -18,55 +18,10 @@ from safeneuron.ffn import fingerprint, widths_of
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from safeneuron.neurons import NeuronSet
 from tests import tiny
+from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
 
-# The first and the last channel are among them, and one layer has none.
-CHANNELS = {0: [0, 7, tiny.WIDTH - 1], 2: [3]}
 ANATOMIES = [*((family, {}) for family in tiny.CONFIGS), ("llama", {"mlp_bias": True, "attention_bias": True})]
 MODES = ["plain", "gradient checkpointing", "bfloat16 autocast"]
-
-
-def network_with_noise(family: str = "llama", **changes: object) -> nn.Module:
-    """No weight is zero, so that weight decay alone moves every one, also the embeddings of unused tokens."""
-    network = tiny.network(family, **changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network.train()
-
-
-def some_neurons(network: nn.Module) -> NeuronSet:
-    return NeuronSet.of(CHANNELS, widths_of(network), fingerprint(network))
-
-
-def frozen_entries(network: nn.Module) -> dict[str, Tensor]:
-    """Which entries of each parameter the neurons own, by name, the slow and obvious way."""
-    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in network.named_parameters()}
-    for layer, channels in CHANNELS.items():
-        for channel in channels:
-            for name, mask in masks.items():
-                if f"layers.{layer}.mlp." not in name:
-                    continue
-                if "down_proj.weight" in name:
-                    mask[:, channel] = True
-                elif "gate_up_proj" in name:
-                    mask[channel] = mask[tiny.WIDTH + channel] = True
-                elif "gate_proj" in name or "up_proj" in name:
-                    mask[channel] = True
-    return masks
-
-
-def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-
-
-def assert_only_frozen_stayed(before: dict[str, Tensor], network: nn.Module) -> None:
-    masks = frozen_entries(network)
-    assert sum(int(mask.sum()) for mask in masks.values()) >= 4 * 3 * tiny.HIDDEN
-    for name, parameter in network.named_parameters():
-        mask, after = masks[name], parameter.detach()
-        assert torch.equal(after[mask], before[name][mask]), f"{name}: a frozen entry moved"
-        assert (after != before[name])[~mask].all(), f"{name}: a free entry did not move"
 
 
 def hooks_on(network: nn.Module) -> int:
@@ -115,7 +70,7 @@ def test_frozen_entries_stay_and_all_others_move(family, changes, mode):
     before = snapshot(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3, mode=mode)
-    assert_only_frozen_stayed(before, network)
+    assert_only_frozen_stayed(before, snapshot(network))
 
 
 @pytest.mark.parametrize(
@@ -135,13 +90,13 @@ def test_any_optimizer(make):
     before = snapshot(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3)
-    assert_only_frozen_stayed(before, network)
+    assert_only_frozen_stayed(before, snapshot(network))
 
 
 def test_model_in_bfloat16():
     network = network_with_noise().to(torch.bfloat16)
     optimizer = adamw(network)
-    before, masks = snapshot(network), frozen_entries(network)
+    before, masks = snapshot(network), frozen_entries(snapshot(network))
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3)
     for name, parameter in network.named_parameters():
@@ -173,7 +128,7 @@ def test_a_mask_alone_is_enough_without_weight_decay_and_momentum(monkeypatch):
 def test_clipping_counts_free_gradients_only():
     network, optimizer = network_with_noise(), None
     loss_of(network, 0).backward()
-    masks = frozen_entries(network)
+    masks = frozen_entries(snapshot(network))
     gradients = {name: parameter.grad.double() for name, parameter in network.named_parameters()}
     free = sum(float(g[~masks[name]].square().sum()) for name, g in gradients.items()) ** 0.5
     everything = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
@@ -188,7 +143,7 @@ def test_clipping_counts_free_gradients_only():
 def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
     network = network_with_noise()
     optimizer = adamw(network)
-    before, masks = snapshot(network), frozen_entries(network)
+    before, masks = snapshot(network), frozen_entries(snapshot(network))
     with frozen(network, some_neurons(network), optimizer):
         (loss_of(network, 0) * float("nan")).backward()
         optimizer.step()
@@ -266,7 +221,7 @@ def test_one_line_in_any_trainer(make, family, tmp_path):
     trainer = make(network, tmp_path, [callback])
     trainer.train()
     assert trainer.state.global_step == 4
-    assert_only_frozen_stayed(before, network)
+    assert_only_frozen_stayed(before, snapshot(network))
     callback.freeze.verify()
     assert hooks_on(network) == hooks
     optimizer = trainer.optimizer.optimizer
@@ -274,7 +229,7 @@ def test_one_line_in_any_trainer(make, family, tmp_path):
     assert not optimizer._optimizer_step_pre_hooks
     assert fingerprint(network) == known_as
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    for name, mask in frozen_entries(network).items():
+    for name, mask in frozen_entries(snapshot(network)).items():
         if mask.any():
             assert torch.equal(saved[name][mask], before[name][mask])
             assert not torch.equal(saved[name], before[name])
@@ -338,7 +293,7 @@ def test_training_after_a_crash_with_the_same_callback(tmp_path):
     assert hooks_on(network) > hooks
     before = snapshot(network)
     plain_trainer(network, tmp_path / "b", [callback]).train()
-    assert_only_frozen_stayed(before, network)
+    assert_only_frozen_stayed(before, snapshot(network))
     assert hooks_on(network) == hooks
 
 
@@ -465,7 +420,7 @@ def test_changes_elsewhere_are_none_of_its_business():
     freeze = Freeze(network, some_neurons(network))
     digest = freeze.digest()
     with torch.no_grad():
-        for name, mask in frozen_entries(network).items():
+        for name, mask in frozen_entries(snapshot(network)).items():
             parameter = network.get_parameter(name)
             parameter[~mask] += 1.0
     freeze.verify()
