@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safeneuron import shards
 from safeneuron.errors import InputError
 from safeneuron.ffn import (
     LINEAGE,
@@ -25,6 +26,7 @@ from safeneuron.ffn import (
     fingerprint,
     has_adapters,
     linear_in,
+    names_in,
     network_of,
 )
 from safeneuron.neurons import NeuronSet
@@ -69,7 +71,7 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
     network = network_of(model)
     if not has_adapters(network):
         return []
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = names_in(network)
     slices = []
     for block in feed_forwards(network):
         channels = neurons.layer(block.layer)
@@ -82,9 +84,9 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
                     slices.append(_owned(names, adapter.bias, 0, rows, None))
         for adapter in _trained(network, block.output):
             slices.append(_owned(names, adapter.down, 1, channels, adapter.up))
-    with torch.no_grad():
-        for piece in slices:
-            piece.parameter.index_fill_(piece.dim, piece.index, 0)
+    for piece in slices:
+        for part in shards.parts(piece.name, piece.parameter, piece.dim, piece.index):
+            part.restore(torch.zeros_like(part.values()))
     return slices
 
 
@@ -182,8 +184,11 @@ def _owned(
 ) -> Slice:
     """The slice, after a look whether it is without effect: zero itself, or multiplied with nothing but zeros."""
     piece = Slice(names[id(parameter)], parameter, dim, channels.to(parameter.device))
-    values = parameter.detach().index_select(dim, piece.index)
-    if values.any() and (counterpart is None or counterpart.detach().any()):
+    # What is spread over processes is put together again, so that all of them come to the same answer.
+    acts = shards.whole(piece.name, parameter, dim, piece.index).any()
+    if acts and counterpart is not None:
+        acts = shards.first_rows(names[id(counterpart)], counterpart, shards.shape_of(counterpart)[0]).any()
+    if acts:
         raise InputError(
             f"{piece.name} already changes neurons that are to be frozen, so that they are not the base model's; expected "
             "a new adapter, or one that was trained with the same neurons frozen: merge this one into the model and "

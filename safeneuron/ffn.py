@@ -18,12 +18,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from safeneuron import shards
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
-from safeneuron.quantising import dense, is_quantised
+from safeneuron.quantising import dense, in_four_bits, is_quantised
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
+# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 
 
 class HasNetwork(Protocol):
@@ -65,7 +68,11 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``."""
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``.
+
+    In the coordinates of the whole parameter, also where it is spread over processes; ``shards.parts`` says what of it
+    is here.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -74,25 +81,40 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The transformers model itself, whether it came bare, as a ``Model`` or within a model of PEFT."""
-    return _without_peft(model if isinstance(model, nn.Module) else model.network)
+    """The model itself, whether it came bare, as a ``Model``, or wrapped by PEFT, ``torch.compile``, DDP or DeepSpeed."""
+    return _unwrapped(model if isinstance(model, nn.Module) else model.network)
 
 
-def _without_peft(network: nn.Module) -> nn.Module:
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a wrapper, with the same parameters; any other module as it is."""
+    # Asking for the wrappers' own classes would import the whole compiler, and DeepSpeed.
+    if len(module._modules) == 1:
+        ((name, inner),) = module._modules.items()
+        if name in WRAPPED and inner is not None:
+            return _unwrapped(inner)
     # Who holds a model of PEFT has imported it; to import it here would cost seconds, and it may not be installed.
     peft = sys.modules.get("peft")
-    if peft is None or not isinstance(network, peft.PeftModel | peft.PeftMixedModel):
-        return network
-    inner: nn.Module = network.base_model
-    return inner.model if isinstance(inner, peft.tuners.tuners_utils.BaseTuner) else inner
+    if peft is not None and isinstance(module, peft.PeftModel | peft.PeftMixedModel):
+        inner = module.base_model
+        return _unwrapped(inner.model if isinstance(inner, peft.tuners.tuners_utils.BaseTuner) else inner)
+    return module
+
+
+def names_in(network: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
+    return found
 
 
 def acting(module: nn.Module) -> nn.Module:
     """The module that does the work there: itself, or the copy of it that PEFT trains in full (``modules_to_save``)."""
-    copies = module._modules.get("modules_to_save")
+    inner = _unwrapped(module)
+    copies = inner._modules.get("modules_to_save")
     if not isinstance(copies, nn.ModuleDict):
-        return module
-    wrapper: Any = module
+        return inner
+    wrapper: Any = inner
     active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
     return copies[active[0]] if active else wrapper.original_module
 
@@ -127,7 +149,12 @@ def decoder_of(network: nn.Module) -> nn.Module:
     find = getattr(network, "get_decoder", None)
     decoder = find() if callable(find) else network
     assert isinstance(decoder, nn.Module), "transformers returns a module"
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    if decoder is network and not _has_layers(network):
+        # A module of the user's own around a model, with a value head for example, has one part that has a decoder.
+        inner = [part for part in network.children() if hasattr(part, "get_decoder") or _has_layers(part)]
+        if len(inner) == 1:
+            return decoder_of(inner[0])
+    if not _has_layers(decoder):
         raise InputError(
             f"{type(network).__name__} has no text decoder with a list of layers: expected get_decoder().layers, found "
             f"{type(decoder).__name__} with {_names(decoder.named_children())}; use a Llama-like causal language model"
@@ -135,7 +162,12 @@ def decoder_of(network: nn.Module) -> nn.Module:
     return decoder
 
 
+def _has_layers(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layers", None), nn.ModuleList)
+
+
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
+    layer = _unwrapped(layer)
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
     found = [block for module in layer.children() if (block := _gated(index, acting(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
@@ -173,6 +205,11 @@ def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
     return tuple(block.width for block in feed_forwards(model))
 
 
+def config_of(network: nn.Module) -> Any:
+    """The transformers config of the network, or of its decoder where it is a module of the user's own around one."""
+    return vars(network).get("config") or vars(decoder_of(network))["config"]
+
+
 def fingerprint(model: nn.Module | HasNetwork) -> str:
     """Sixteen hexadecimal digits that say whose neurons these are.
 
@@ -181,16 +218,20 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     are the same in every floating-point precision.
     """
     network = network_of(model)
-    config = vars(network)["config"]
+    config = config_of(network)
     lineage = vars(config).get(LINEAGE)
     if lineage:
         return str(lineage)
     digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
-        weight = dense(linear_in(block.output).weight)
-        digest.update(f"{tuple(weight.shape)}".encode())
+        weight = linear_in(block.output).weight
+        assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
+        if in_four_bits(weight):
+            weight = nn.Parameter(dense(weight))
+        shape = shards.shape_of(weight)
+        digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = weight[:16, :256].to(torch.float16)
+        sample = shards.first_rows(f"the weights of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -198,12 +239,12 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
 def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slice]:
     """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
 
-    Within a model of PEFT these are the weights that adapters are added to; quantised ones, which cannot change, are
-    left out there. Raises ``InputError`` for a neuron set of another model, and for quantised weights without adapters.
+    Within a model of PEFT these are the weights that adapters are added to. Quantised weights, which do not change, are
+    left out. Raises ``InputError`` for a neuron set of another model.
     """
     network = network_of(model)
     neurons.require(fingerprint(network), widths_of(network))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = names_in(network)
     slices = []
     for block in feed_forwards(network):
         channels = neurons.layer(block.layer)
@@ -214,18 +255,47 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
         weight = linear_in(block.output).weight
         assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
         slices.append(Slice(names[id(weight)], weight, 1, channels.to(weight.device)))
-    plain = [piece for piece in slices if not is_quantised(piece.parameter)]
-    if len(plain) < len(slices) and not has_adapters(network):
-        raise InputError(
-            f"the FFN weights of {type(network).__name__} are quantised, so they can be neither trained nor frozen; load "
-            "the model in float32 or bfloat16, or train LoRA adapters on it"
-        )
-    return plain
+    return [piece for piece in slices if not is_quantised(piece.parameter)]
 
 
 def has_adapters(network: nn.Module) -> bool:
     """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
     return bool(vars(network).get("peft_config"))
+
+
+def require_trainable(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too.
+
+    Where there are adapters, which are trained in their place, the weights may be quantised.
+    """
+    network = network_of(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for block in feed_forwards(network):
+        for module in (block.output, *(rows.module for rows in block.inputs)):
+            linear = linear_in(module)
+            for parameter in linear.parameters():
+                name, *others = names[id(parameter)]
+                if is_quantised(parameter):
+                    if has_adapters(network):
+                        continue
+                    raise InputError(
+                        f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
+                        "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
+                        "adapters on it"
+                    )
+                expected = (linear.out_features, linear.in_features)[: max(1, len(shards.shape_of(parameter)))]
+                if tuple(shards.shape_of(parameter)) != expected:
+                    raise InputError(
+                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
+                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                    )
+                if others:
+                    raise InputError(
+                        f"{name} and {others[0]} are one parameter, so that a neuron frozen in one place would be "
+                        "frozen in the other too; expected FFN weights that are tied to nothing, give each a copy"
+                    )
 
 
 @dataclass
@@ -251,6 +321,7 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
         return keep
 
+    _require_eager(model)
     handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
     try:
         yield recording
@@ -269,17 +340,28 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator
     """
     handles = []
     if neurons is not None:
+        _require_eager(model)
         network = network_of(model)
         neurons.require(fingerprint(network), widths_of(network))
         for block in feed_forwards(network):
             channels = neurons.layer(block.layer)
             if len(channels):
-                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(linear_in(block.output).weight.device))))
+                place = linear_in(block.output).weight.device
+                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(place))))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_eager(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
+    if "_orig_mod" in (model if isinstance(model, nn.Module) else model.network)._modules:
+        raise InputError(
+            "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
+            "expected the model that torch.compile was given, use and call that one"
+        )
 
 
 def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

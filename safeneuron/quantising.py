@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from safeneuron.errors import InputError
 
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What transformers notes on a network whose weights are quantised.
 MARKS = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
 
@@ -70,8 +71,8 @@ def has_four_bits(network: nn.Module) -> bool:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether the weight is held in a form that cannot be trained: packed by bitsandbytes, or not of real numbers."""
-    return in_four_bits(weight) or not weight.is_floating_point()
+    """Whether the weight is held in a form that cannot be trained: packed by bitsandbytes, or of another small type."""
+    return in_four_bits(weight) or weight.dtype not in TRAINABLE
 
 
 def in_four_bits(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from safeneuron import aligning
@@ -47,7 +47,8 @@ from tests.test_aligning import (
     run,
     state_of,
 )
-from tests.test_freezing import hooks_on, loss_of, message
+from tests.test_freezing import hooks_on, loss_of
+from tests.tiny_trainers import arguments, message, pairs
 
 ALL = "all-linear"
 KINDS: dict[str, dict[str, object]] = {
@@ -260,27 +261,11 @@ def test_modules_that_are_trained_in_full_are_frozen_in_their_copies(place):
 # -- trainers -----------------------------------------------------------------------------------------------------
 
 
-SETTINGS = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": True,
-}
-
-
 def sft_trainer(network: nn.Module, folder: Path, callback: FreezeNeurons, **more: object) -> Trainer:
     rows = Dataset.from_list([{"messages": message("user", f"say {i}") + message("assistant", "no")} for i in range(8)])
     return SFTTrainer(
         model=network,
-        args=SFTConfig(str(folder), max_length=32, **SETTINGS),
+        args=arguments(SFTConfig, folder, max_length=32, logging_steps=1),
         train_dataset=rows,
         processing_class=tiny.tokenizer(),
         callbacks=[callback],
@@ -289,12 +274,10 @@ def sft_trainer(network: nn.Module, folder: Path, callback: FreezeNeurons, **mor
 
 
 def dpo_trainer(network: nn.Module, folder: Path, callback: FreezeNeurons, **more: object) -> Trainer:
-    answers = {"chosen": message("assistant", "no"), "rejected": message("assistant", "yes")}
-    rows = Dataset.from_list([{"prompt": message("user", f"say {i}"), **answers} for i in range(8)])
     return DPOTrainer(
         model=network,
-        args=DPOConfig(str(folder), max_length=32, **SETTINGS),
-        train_dataset=rows,
+        args=arguments(DPOConfig, folder, max_length=32, logging_steps=1),
+        train_dataset=pairs(),
         processing_class=tiny.tokenizer(),
         callbacks=[callback],
         **more,

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import TrainerCallback
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint, widths_of
@@ -19,6 +14,7 @@ from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from safeneuron.neurons import NeuronSet
 from tests import tiny
 from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
+from tests.tiny_trainers import dpo_trainer, plain_trainer, sft_trainer
 
 ANATOMIES = [*((family, {}) for family in tiny.CONFIGS), ("llama", {"mlp_bias": True, "attention_bias": True})]
 MODES = ["plain", "gradient checkpointing", "bfloat16 autocast"]
@@ -70,7 +66,7 @@ def test_frozen_entries_stay_and_all_others_move(family, changes, mode):
     before = snapshot(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3, mode=mode)
-    assert_only_frozen_stayed(before, snapshot(network))
+    assert_only_frozen_stayed(before, network)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +86,13 @@ def test_any_optimizer(make):
     before = snapshot(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3)
-    assert_only_frozen_stayed(before, snapshot(network))
+    assert_only_frozen_stayed(before, network)
 
 
 def test_model_in_bfloat16():
     network = network_with_noise().to(torch.bfloat16)
     optimizer = adamw(network)
-    before, masks = snapshot(network), frozen_entries(snapshot(network))
+    before, masks = snapshot(network), frozen_entries(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=3)
     for name, parameter in network.named_parameters():
@@ -128,7 +124,7 @@ def test_a_mask_alone_is_enough_without_weight_decay_and_momentum(monkeypatch):
 def test_clipping_counts_free_gradients_only():
     network, optimizer = network_with_noise(), None
     loss_of(network, 0).backward()
-    masks = frozen_entries(snapshot(network))
+    masks = frozen_entries(network)
     gradients = {name: parameter.grad.double() for name, parameter in network.named_parameters()}
     free = sum(float(g[~masks[name]].square().sum()) for name, g in gradients.items()) ** 0.5
     everything = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
@@ -143,7 +139,7 @@ def test_clipping_counts_free_gradients_only():
 def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
     network = network_with_noise()
     optimizer = adamw(network)
-    before, masks = snapshot(network), frozen_entries(snapshot(network))
+    before, masks = snapshot(network), frozen_entries(network)
     with frozen(network, some_neurons(network), optimizer):
         (loss_of(network, 0) * float("nan")).backward()
         optimizer.step()
@@ -155,63 +151,6 @@ def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
 # -- trainers ---------------------------------------------------------------------------------------------------
 
 
-def arguments(kind: type[TrainingArguments], folder: Path, **changes: object) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        **changes,
-    }
-    return kind(**settings)
-
-
-def plain_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback], **changes: object) -> Trainer:
-    ids = torch.randint(4, 260, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-    settings = arguments(TrainingArguments, folder, **changes)
-    return Trainer(model=network, args=settings, train_dataset=rows, callbacks=callbacks)
-
-
-def sft_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    rows = Dataset.from_list([{"messages": message("user", f"say {i}") + message("assistant", "no")} for i in range(8)])
-    return SFTTrainer(
-        model=network,
-        args=arguments(SFTConfig, folder, max_length=32),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def dpo_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    answers = {"chosen": message("assistant", "no"), "rejected": message("assistant", "yes")}
-    rows = Dataset.from_list([{"prompt": message("user", f"say {i}"), **answers} for i in range(8)])
-    return DPOTrainer(
-        model=network,
-        ref_model=copy.deepcopy(network),
-        # TRL turns gradient checkpointing off and on around the reference, which leaves a hook of its own each time.
-        args=arguments(DPOConfig, folder, max_length=32, gradient_checkpointing=False),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("make", [plain_trainer, sft_trainer, dpo_trainer])
 def test_one_line_in_any_trainer(make, family, tmp_path):
@@ -221,7 +160,7 @@ def test_one_line_in_any_trainer(make, family, tmp_path):
     trainer = make(network, tmp_path, [callback])
     trainer.train()
     assert trainer.state.global_step == 4
-    assert_only_frozen_stayed(before, snapshot(network))
+    assert_only_frozen_stayed(before, network)
     callback.freeze.verify()
     assert hooks_on(network) == hooks
     optimizer = trainer.optimizer.optimizer
@@ -229,7 +168,7 @@ def test_one_line_in_any_trainer(make, family, tmp_path):
     assert not optimizer._optimizer_step_pre_hooks
     assert fingerprint(network) == known_as
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    for name, mask in frozen_entries(snapshot(network)).items():
+    for name, mask in frozen_entries(network).items():
         if mask.any():
             assert torch.equal(saved[name][mask], before[name][mask])
             assert not torch.equal(saved[name], before[name])
@@ -293,7 +232,7 @@ def test_training_after_a_crash_with_the_same_callback(tmp_path):
     assert hooks_on(network) > hooks
     before = snapshot(network)
     plain_trainer(network, tmp_path / "b", [callback]).train()
-    assert_only_frozen_stayed(before, snapshot(network))
+    assert_only_frozen_stayed(before, network)
     assert hooks_on(network) == hooks
 
 
@@ -420,7 +359,7 @@ def test_changes_elsewhere_are_none_of_its_business():
     freeze = Freeze(network, some_neurons(network))
     digest = freeze.digest()
     with torch.no_grad():
-        for name, mask in frozen_entries(snapshot(network)).items():
+        for name, mask in frozen_entries(network).items():
             parameter = network.get_parameter(name)
             parameter[~mask] += 1.0
     freeze.verify()
