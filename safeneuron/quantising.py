@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from safeneuron.errors import InputError
 
 TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# So many weights share a scale.
+BLOCK = 64
 # What transformers notes on a network whose weights are quantised.
 MARKS = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
 
@@ -24,11 +26,17 @@ def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device)
     """Put every linear layer of the network's decoder into 4 bits, on the device, one after the other.
 
     All else keeps its precision and its place: the embeddings, the norms, the output layer. Raises ``InputError``
-    without bitsandbytes.
+    without bitsandbytes, and on a processor for layers of sizes that it does not handle there.
     """
     library = _bitsandbytes()
     for name, module in list(decoder.named_modules()):
         if type(module) is nn.Linear:
+            if device.type == "cpu" and module.in_features % BLOCK:
+                # bitsandbytes 0.50 unpacks such weights into wrong ones there.
+                raise InputError(
+                    f"{name} has {module.in_features} inputs, and on a processor weights in 4 bits are expected to have "
+                    f"a multiple of {BLOCK}; use a GPU, or LoRA without quantise"
+                )
             precision = module.weight.dtype
             small = library.nn.Linear4bit(
                 module.in_features, module.out_features, bias=False, compute_dtype=precision, quant_type="nf4"

@@ -24,6 +24,7 @@ from safeneuron.ffn import LINEAGE, fingerprint, network_of, owned_slices, prune
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
+from safeneuron.runs import read_json
 from safeneuron.training import Training
 from tests import tiny
 from tests.frozen_checks import (
@@ -48,6 +49,7 @@ from tests.test_aligning import (
     state_of,
 )
 from tests.test_freezing import hooks_on, loss_of
+from tests.tiny_run import execute, write_world
 from tests.tiny_trainers import arguments, message, pairs
 
 ALL = "all-linear"
@@ -475,14 +477,15 @@ def test_alignment_with_adapters(family, targets, precision):
     assert result.frozen_identical
     assert result.frozen_count == 4
     assert result.frozen_sha256 == Freeze(result.model, chosen_neurons(model)).digest()
-    assert_frozen_stayed(before["weights"], after["weights"])
-    for name, weight in after["weights"].items():
+    old, new = snapshot(model.network), snapshot(result.model.network)
+    assert_frozen_stayed(old, new)
+    for name, weight in new.items():
         place = name.split(".")[3] if "layers." in name else ""
         adapted = {"mlp": "ffn", "self_attn": "attention"}.get(place, "nothing") in targets
-        assert torch.equal(weight, before["weights"][name]) != adapted, name
-    change = sum(float((after["weights"][n].double() - w.double()).square().sum()) for n, w in before["weights"].items())
-    masks = frozen_entries(before["weights"])
-    size = sum(float(weight[~masks[name]].double().square().sum()) for name, weight in before["weights"].items())
+        assert torch.equal(weight, old[name]) != adapted, name
+    change = sum(float((new[name].double() - weight.double()).square().sum()) for name, weight in old.items())
+    masks = frozen_entries(old)
+    size = sum(float(weight[~masks[name]].double().square().sum()) for name, weight in old.items())
     assert result.free_change == pytest.approx((change / size) ** 0.5, rel=1e-5)
 
 
@@ -560,6 +563,29 @@ def test_no_peft(monkeypatch):
     optimizer = adamw(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=1)
+
+
+SMALL_RUN = (
+    'attack.sets=["FULL"]', 'attack.knowledge=["static"]', "attack.random=false", "attack.curve=[]",
+    "align.lora_rank=4", "align.learning_rate=1e-2",
+)  # fmt: skip
+
+
+def test_a_run_of_two_rounds_with_adapters(tmp_path):
+    config = write_world(tmp_path)
+    execute(config, tmp_path / "run", changes=[*SMALL_RUN, 'variants.plain={lora_rank=0, freeze="none", rounds=1}'])
+    record = read_json(tmp_path / "run" / "T2" / "align" / "frozen.json")
+    assert record["frozen_identical"]
+    assert record["free_change"] > 0
+    found = NeuronSet.load(tmp_path / "run" / "T0" / "select" / "neurons.json")
+    digests = {Freeze(load(folder, "float32", "cpu"), found).digest() for folder in
+               (tmp_path / "model", *(tmp_path / "run" / state / "align" / "model" for state in ("T1", "T2")))}  # fmt: skip
+    assert len(digests) == 1, "what T0's round froze stays frozen"
+    labels = [state["label"] for state in read_json(tmp_path / "run" / "report" / "results.json")["states"]]
+    assert labels == [
+        "base model", "freeze, LoRA of rank 4, round 1", "freeze, LoRA of rank 4, round 2",
+        "plain DPO, LoRA of rank 4", "plain DPO",
+    ]  # fmt: skip
 
 
 # -- the example --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 LAYERS = (
     {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
-    {"models", "ffn", "freezing", "training", "dpo", "ablating", "judges"},
+    {"models", "quantising", "ffn", "adapters", "freezing", "training", "dpo", "ablating", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining"},
     {"cli"},
@@ -26,7 +26,7 @@ LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in 
 STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
-MAY_IMPORT_TRANSFORMERS = {"models", "freezing", "training", "ablating", "embedded", "judges", "aligning"}
+MAY_IMPORT_TRANSFORMERS = {"models", "quantising", "freezing", "training", "ablating", "embedded", "judges", "aligning"}
 
 
 def imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[str]:
