@@ -1,7 +1,8 @@
-"""Algorithm 1: neurons at zero in the policy's forward passes while it is trained."""
+"""Neurons at zero in the policy while it is trained: a fixed set (Algorithm 1), or what is found again meanwhile."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
+from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
 
 
@@ -32,6 +34,22 @@ class Ablation:
                 f"the reference is computed once, so it can only be ablated along with the policy in every step; found "
                 f"ablate_share = {self.share:g}, use 1.0 or leave the reference intact"
             )
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How the running model is attacked while it is trained.
+
+    ``find`` returns the sets that an attacker would prune from the model as it is now, each holding the one before it:
+    those of one search, of a second search with the first set pruned, and so on. It is called before every
+    ``every``-th optimizer step. In each micro-batch one of these sets is drawn and is zero for ``share`` of the pairs;
+    ``kl_weight`` times KL(intact || ablated), the mean over those pairs' answer tokens, is added to the loss.
+    """
+
+    find: Callable[[Model], Sequence[NeuronSet]]
+    every: int = 16
+    share: float = 0.5
+    kl_weight: float = 0.1
 
 
 class AblateSteps(TrainerCallback):

@@ -169,10 +169,15 @@ def add_adapters(adapters: list[Adapter], network: nn.Module) -> None:
                 "adapter without lora_bias, keep this one apart or train another"
             )
         with torch.no_grad():
-            up, down = (part.to(linear.weight.device, torch.float32) for part in (adapter.up, adapter.down))
+            up, down = (_whole(part).to(linear.weight.device, torch.float32) for part in (adapter.up, adapter.down))
             _add(linear.weight, up @ down * adapter.scaling)
             if adapter.bias is not None:
-                _add(linear.bias, adapter.bias.to(linear.bias.device, torch.float32) * adapter.scaling)
+                _add(linear.bias, _whole(adapter.bias).to(linear.bias.device, torch.float32) * adapter.scaling)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """The parameter, also where processes share it."""
+    return shards.first_rows("an adapter", parameter, shards.shape_of(parameter)[0])
 
 
 def _add(weight: Tensor, change: Tensor) -> None:
@@ -187,7 +192,7 @@ def _owned(
     # What is spread over processes is put together again, so that all of them come to the same answer.
     acts = shards.whole(piece.name, parameter, dim, piece.index).any()
     if acts and counterpart is not None:
-        acts = shards.first_rows(names[id(counterpart)], counterpart, shards.shape_of(counterpart)[0]).any()
+        acts = _whole(counterpart).any()
     if acts:
         raise InputError(
             f"{piece.name} already changes neurons that are to be frozen, so that they are not the base model's; expected "

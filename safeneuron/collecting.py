@@ -15,7 +15,7 @@ from safeneuron.config import AlignTable, Config, to_toml
 from safeneuron.neurons import NeuronSet
 from safeneuron.reporting import render
 from safeneuron.runs import Run, read_json, read_lines, write_json, write_text
-from safeneuron.states import Findings, State, states_of
+from safeneuron.states import Findings, State
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -42,7 +42,7 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "max_new_tokens": config.attack.max_new_tokens,
         "neurons_total": base.total,
         "layers": len(base.widths),
-        "states": [_state(config, run, state, base) for state in states_of(config)],
+        "states": [_state(config, run, state, base) for state in Findings(config, run).states()],
     }
 
 
@@ -105,17 +105,20 @@ def label_of(config: Config, state: State) -> str:
 
 def describe(table: AlignTable) -> str:
     """A training in a few words, for example ``freeze + ablate``."""
-    frozen = {"safety": "freeze", "random": "random freeze", "none": "plain DPO"}[table.freeze]
+    words = {"safety": "freeze", "random": "random freeze", "none": "plain DPO", "all-but-safety": "safety only"}
+    frozen = words[table.freeze]
+    if table.refresh:
+        return "refresh" if table.freeze == "none" else f"{frozen} + refresh"
     if not table.ablate:
         return frozen
     share = f" in {table.ablate_share:.0%} of steps" if table.ablate_share < 1 else ""
-    return f"{frozen} + ablate{share}"
+    return f"{frozen} + ablate{share}{', reference too' if table.ablate_reference else ''}"
 
 
 def examples(config: Config, run: Run) -> list[dict[str, Any]]:
     """The answers of every state to the first test prompts, intact and with all its safety neurons pruned."""
     found = []
-    for state in states_of(config):
+    for state in Findings(config, run).states():
         own = "static" if state.round == 0 and "static" in config.attack.knowledge else "adaptive"
         for name, knowledge in (("ORI", "none"), ("FULL", own)):
             where = name if knowledge == "none" else f"{knowledge}-{name}"

@@ -37,6 +37,7 @@ class SourceTable(Table):
     )
     split: str = Field("", description="split of the bundled prompts (discovery, training, test) or of a Hub dataset")
     column: str = Field("", description="column with the prompt; empty finds the usual names")
+    every: Count = Field(1, description="use every so-many-th row, for a sample of a file that is sorted by topic")
     count: Count | None = Field(None, description="use the first so many rows; all if not given")
     revision: str = Field("", description="revision of a Hub dataset; give a commit to make the run reproducible")
 
@@ -119,7 +120,10 @@ class PairsTable(Table):
     unsafe: Sources = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
     safe: Sources = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
     max_new_tokens: Count = Field(128, description="length of the answers generated for on-policy pairs")
-    general: tuple[PairSourceTable, ...] = Field((), description="general pairs to mix in, for example UltraFeedback")
+    general: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
+        (),
+        description="general pairs to mix in, for example UltraFeedback; on-policy: from the harmless prompts",
+    )
     safety_share: float = Field(0.3, gt=0, le=1, description="share of safety pairs when general ones are mixed in")
     count: Count | None = Field(None, description="train on so many pairs at most; all if not given")
 
@@ -129,11 +133,26 @@ class AlignTable(Table):
 
     label: str = Field("", description="what the report calls the aligned states; empty describes the settings")
     rounds: int = Field(1, ge=0, description="rounds T1, T2, ...; each freezes all neurons found so far")
-    freeze: Literal["safety", "random", "none"] = Field(
-        "safety", description="safety: the method; random: a control of the same size; none: plain DPO"
+    stop_early: bool = Field(
+        False, description="no further round once the strongest adaptive attack gains nothing beyond its interval"
+    )
+    freeze: Literal["safety", "random", "none", "all-but-safety"] = Field(
+        "safety",
+        description="safety: the method; random: a control of the same size; none: plain DPO; "
+        "all-but-safety: train nothing but the safety neurons (SN-Tune)",
     )
     ablate: bool = Field(False, description="also zero the safety neurons in the policy's forward passes (Algorithm 1)")
     ablate_share: float = Field(1.0, gt=0, le=1, description="share of the optimizer steps in which they are zero")
+    ablate_reference: bool = Field(False, description="zero them in the reference too; only with ablate_share = 1")
+    refresh: int = Field(
+        0,
+        ge=0,
+        description="find the running model's neurons again every so many steps and ablate those; 0: never",
+    )
+    refresh_share: float = Field(0.5, gt=0, le=1, description="share of each batch in which they are zero")
+    refresh_searches: Count = Field(1, description="also those of so many searches, each with the earlier finds pruned")
+    refresh_prompts: int = Field(64, ge=2, description="prompts of each class that a search uses, drawn at random")
+    kl_weight: float = Field(0.1, ge=0, description="refresh: weight of KL(intact || ablated) beside DPO's loss")
     beta: Positive = Field(0.1, description="strength of DPO's tie to the reference")
     sft_weight: float = Field(
         0.0, ge=0, description="weight of the chosen answers' negative log-likelihood beside DPO's loss (paper: none)"
@@ -145,6 +164,7 @@ class AlignTable(Table):
     micro_batch_size: Count = Field(4, description="pairs in one forward pass; batch_size is a multiple of it")
     warmup_share: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
+    bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
     lora_rank: int = Field(
@@ -164,6 +184,14 @@ class AlignTable(Table):
         "auto", description="of computing; the weights being trained are always float32"
     )
     save_every: int = Field(50, ge=0, description="steps between checkpoints for resuming; 0 for none")
+
+    @model_validator(mode="after")
+    def _one_ablation(self) -> AlignTable:
+        if self.ablate and self.refresh:
+            raise ValueError("ablate takes the neurons found before training, refresh those found meanwhile; use one")
+        if self.ablate_reference and (not self.ablate or self.ablate_share < 1):
+            raise ValueError("ablate_reference needs ablate = true and ablate_share = 1")
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> AlignTable:
@@ -191,11 +219,17 @@ class AttackTable(Table):
     max_new_tokens: Count = Field(128, description="length of each answer")
     batch_size: Count = Field(32, description="answers generated side by side")
     sets: tuple[Literal["ES", "SAS", "FULL"], ...] = Field(("ES", "SAS", "FULL"), description="neuron sets to prune")
-    knowledge: tuple[Literal["static", "adaptive"], ...] = Field(
-        ("static", "adaptive"), description="static prunes T0's neurons, adaptive those of the attacked state itself"
+    knowledge: tuple[Literal["static", "adaptive", "iterated"], ...] = Field(
+        ("static", "adaptive"),
+        description="static prunes T0's neurons, adaptive those of the attacked state itself, iterated finds again "
+        "after each pruning and prunes all of them",
     )
+    searches: int = Field(5, ge=2, description="how often the iterated attacker finds and prunes")
     random: bool = Field(True, description="also prune a random set of the same size in every layer, as a control")
-    over_refusal: bool = Field(True, description="also answer the harmless test prompts under every pruning")
+    over_refusal: Literal["always", "unpruned", "never"] = Field(
+        "always",
+        description="when to answer the harmless test prompts too: under every pruning, with none, or not at all",
+    )
     curve: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (), description="densities at which to prune the top-scored neurons, for the attack curve"
     )

@@ -117,11 +117,12 @@ def read_prompts(
     The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is
     the first user turn. ``category`` (or ``topic``) and ``id`` are kept. An empty prompt in a file is an error; in a
     Hub dataset, which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are
-    fewer. Raises InputError for anything that cannot be read, with file and line number.
+    fewer; a ``Source`` may also keep every so-many-th. Raises InputError for anything that cannot be read, with file
+    and line number.
     """
     source = as_source(source, split, column, count, revision)
     found = _twins(source) if source.path.startswith("twins:") else _prompts(read_rows(source), source.column)
-    prompts = list(islice(found, source.count))
+    prompts = list(islice(islice(found, 0, None, source.every), source.count))
     if not prompts:
         raise InputError(f"{source.path} holds no prompts: the prompt of every row is empty")
     return prompts

@@ -32,20 +32,20 @@ def explain(path: Path) -> Iterator[str]:
 
 def result_table(results: dict[str, Any]) -> Iterator[str]:
     """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    from safeneuron.shares import attack_of, success_of
+    from safeneuron.shares import attack_of, columns_of, success_of
 
-    pruned = [(name, knowledge) for knowledge in ("static", "adaptive") for name in ("ES", "SAS", "FULL")]
-    columns = [("ORI", "none"), *pruned, ("random", "control")]
+    columns = columns_of(results)
+    titles = {"iterated": "iterated", "control": "random"}
     names = [state["label"] for state in results["states"]]
     width = max(map(len, names)) + 2
     yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
-    yield f"{'':<{width}}{'':>8}{'static':^24}{'adaptive':^24}"
-    yield f"{'':<{width}}" + "".join(f"{name:>8}" for name, _ in columns)
+    yield f"{'':<{width}}{'':>9}{'static':^27}{'adaptive':^27}"
+    yield f"{'':<{width}}" + "".join(f"{titles.get(knowledge, name):>9}" for name, knowledge in columns)
     for name, state in zip(names, results["states"], strict=True):
         cells = []
         for column in columns:
             share = success_of(attack_of(state, *column))
-            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>8}")
+            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}")
         yield f"{name:<{width}}" + "".join(cells)
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 
@@ -103,6 +103,9 @@ def _model(path: Path) -> Iterator[str]:
     yield f"A model in Hugging Face form: {', '.join(config.get('architectures') or ['unknown architecture'])}."
     lineage = config.get("safeneuron_lineage")
     yield f"Its neurons are those of fingerprint {lineage}." if lineage else "It was not trained by safeneuron."
+    record = path / "reproduce" / "record.json"
+    if record.exists():
+        yield from _published(record)
 
 
 def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
@@ -118,11 +121,13 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         "run.json": lambda _: iter(["Marks a folder as a run of safeneuron."]),
         "config.toml": _config,
         "neurons.json": _neurons,
+        "frozen_neurons.json": _neurons,
         "ES.json": _neurons,
         "SAS.json": _neurons,
         "thresholds.json": _thresholds,
         "frozen.json": _frozen,
         "pruned.json": _pruned,
+        "record.json": _published,
         "results.json": lambda path: result_table(read_json(path)),
         "train.jsonl": _training,
         "pairs.jsonl": _pairs,
@@ -194,6 +199,13 @@ def _frozen(path: Path) -> Iterator[str]:
     start = "" if record.get("quantise", "none") == "none" else f" in {record['quantise']}"
     yield f"{record['frozen']:,} frozen neurons, {kept}{start}."
     yield f"All other weights moved by {record['free_change']:.3%} (relative L2)."
+
+
+def _published(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"Published as the state {record['state']} of the run {record['run']!r} by safeneuron {record['safeneuron']}."
+    yield f"Trained from {record['base']['name']} (licence: {record['base']['license']}). To make it again:"
+    yield from (f"  {command}" for command in record["commands"])
 
 
 def _pruned(path: Path) -> Iterator[str]:

@@ -231,7 +231,7 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
         shape = shards.shape_of(weight)
         digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = shards.first_rows(f"the weights of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
+        sample = shards.first_rows(f"down_proj.weight of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -261,6 +261,15 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
 def has_adapters(network: nn.Module) -> bool:
     """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
     return bool(vars(network).get("peft_config"))
+
+
+def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
+    """What belongs to no neuron: embeddings, attention, norms, the LM head, the biases of output projections."""
+    network = network_of(model)
+    widths = widths_of(network)
+    every = NeuronSet.of_mask(torch.ones(sum(widths), dtype=torch.bool), widths, fingerprint(network))
+    owned = {id(piece.parameter) for piece in owned_slices(network, every)}
+    return [parameter for parameter in network.parameters() if id(parameter) not in owned]
 
 
 def require_trainable(model: nn.Module | HasNetwork) -> None:
@@ -331,12 +340,12 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
 
 @contextmanager
-def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator[None]:
+def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tensor | None = None) -> Iterator[None]:
     """Within the block the neurons' activations are zero: the pruning attack. ``None`` prunes nothing.
 
     The same as zeroing their columns of W_down, but the weights are not touched, so the model is bit-identical
-    afterwards, also after an exception. Gradients flow as through the pruned model. Raises ``InputError`` for a neuron
-    set of another model.
+    afterwards, also after an exception. Gradients flow as through the pruned model. ``rows``, boolean ``[row]``, limits
+    it to some rows of each batch. Raises ``InputError`` for a neuron set of another model.
     """
     handles = []
     if neurons is not None:
@@ -346,8 +355,8 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator
         for block in feed_forwards(network):
             channels = neurons.layer(block.layer)
             if len(channels):
-                place = linear_in(block.output).weight.device
-                handles.append(block.output.register_forward_pre_hook(_zero(channels.to(place))))
+                hook = _zero(channels) if rows is None else _zero_in_rows(channels, rows, block.width)
+                handles.append(block.output.register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -357,15 +366,28 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None) -> Iterator
 
 def _require_eager(model: nn.Module | HasNetwork) -> None:
     """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
-    if "_orig_mod" in (model if isinstance(model, nn.Module) else model.network)._modules:
+    network = model if isinstance(model, nn.Module) else model.network
+    if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):
         raise InputError(
             "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
-            "expected the model that torch.compile was given, use and call that one"
+            "expected the model as it was before torch.compile, use and call that one"
         )
 
 
 def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def zero(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].index_fill(-1, channels, 0), *inputs[1:])
+        return (inputs[0].index_fill(-1, channels.to(inputs[0].device), 0), *inputs[1:])
+
+    return zero
+
+
+def _zero_in_rows(
+    channels: Tensor, rows: Tensor, width: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    chosen = torch.zeros(width, dtype=torch.bool).index_fill(0, channels, True)
+    mask = rows.cpu()[:, None, None] & chosen
+
+    def zero(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].masked_fill(mask.to(inputs[0].device), 0), *inputs[1:])
 
     return zero

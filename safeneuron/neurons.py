@@ -136,6 +136,10 @@ class NeuronSet:
             chosen[layer] = candidates[torch.randperm(len(candidates), generator=generator)[: len(channels)]].tolist()
         return NeuronSet.of(chosen, self.widths, self.fingerprint, "random")
 
+    def complement(self) -> NeuronSet:
+        """All other neurons of the model."""
+        return self._with(torch.arange(self.total)[~torch.isin(torch.arange(self.total), self.flat)]).labelled("rest")
+
     def labelled(self, label: str) -> NeuronSet:
         """The same neurons under another name."""
         return NeuronSet(self.flat, self.widths, self.fingerprint, label)

@@ -3,15 +3,20 @@
 1. data      read the prompts, keep the exact records used
 2. measure   activation statistics of the state on unsafe and safe prompts
 3. select    scores of all neurons, and the safety neurons
-4. attack    answers with neurons pruned: T0's (static), the state's own (adaptive), random ones
-5. judge     verdicts on the answers
-6. pairs     preference pairs, once, from T0
-7. align     train the next state with all neurons found so far frozen; back to 2
-8. report    tables and figures over all states
+4. iterate   find, prune, find again: the neurons of the iterated attacker, if there is one
+5. attack    answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones
+6. judge     verdicts on the answers
+7. pairs     preference pairs, once, from T0
+8. align     train the next state with all neurons found so far frozen; back to 2
+9. report    tables and figures over all states
+
+With many processes, all of them go through the same stages. Rank 0 decides what is to be done, and only its files are
+written (``runs``); the stages that compute with the model are done by all together, the others by rank 0 alone.
 """
 
 from __future__ import annotations
 
+import random
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +24,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from safeneuron.ablating import Ablation
+from safeneuron import ranks
+from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import Config, SourceTable
+from safeneuron.config import AlignTable, Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import Judge, make_judge
-from safeneuron.measuring import measure
+from safeneuron.measuring import measure, search
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
+from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix, read_pairs
 from safeneuron.rows import Source
@@ -42,10 +49,10 @@ from safeneuron.runs import (
     write_lines,
     writing,
 )
-from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.selecting import choose, resolve_thresholds, score, select
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
-from safeneuron.training import Training
+from safeneuron.training import Training, require_trainable
 
 TRAINING = {field.name for field in fields(Training)} - {"seed"}
 """The keys of [align] that are settings of the training itself."""
@@ -77,7 +84,7 @@ class Pipeline:
         self.run = run
         self.watcher = watcher
         self.findings = Findings(config, run)
-        self.kinds = {"attack": ("data", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
+        self.kinds = {"attack": ("data", "iterate", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
             verb, ("data", verb) if verb else ()
         )
         self.keys: dict[str, str] = {}
@@ -89,18 +96,23 @@ class Pipeline:
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)
+        for state in trained:
+            require_trainable(self.training(state))
         self.examine(base)
         if trained:
             self.pairs()
         for state in trained:
-            self.align(state)
-            self.examine(state)
+            # Rounds after one that stopped early are no longer among the run's states.
+            if state in self.findings.states():
+                self.align(state)
+                self.examine(state)
         self.report()
 
     def examine(self, state: State) -> None:
         """Find the state's neurons and attack it."""
         self.measure(state)
         self.select(state)
+        self.iterate(state)
         self.attack(state)
         self.judge(state)
 
@@ -152,7 +164,7 @@ class Pipeline:
             stats.save(folder / "stats.safetensors")
 
         settings = {"measure": table.model_dump(), "model": self.config.model.model_dump()}
-        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work)
+        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work, together=True)
 
     def select(self, state: State) -> None:
         """Scores of all neurons and the safety neurons (Eq. 5-10)."""
@@ -175,6 +187,23 @@ class Pipeline:
 
         self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
 
+    def iterate(self, state: State) -> None:
+        """The neurons of the attacker who finds again on what is left after each pruning."""
+        table = self.config.attack
+        if "iterated" not in table.knowledge:
+            return
+
+        def work(folder: Path) -> None:
+            unsafe, safe = (self.findings.prompts(role) for role in ("unsafe", "safe"))
+            first = self.findings.neurons(state)
+            sets = self.searched(self.model(state), unsafe, safe, table.searches, first)
+            for number, neurons in enumerate(sets, start=1):
+                neurons.save(folder / f"search-{number}.json")
+
+        settings = {name: value.model_dump() for name, value in self.finding().items()} | {"searches": table.searches}
+        inputs = ["data", *self.made_by(state), f"{state.name}/select"]
+        self.stage(f"{state.name}/iterate", settings, inputs, work, together=True)
+
     def attack(self, state: State) -> None:
         """Answers of the state under every pruning, and the perplexity of a benign text."""
         table = self.config.attack
@@ -188,23 +217,30 @@ class Pipeline:
             model = self.model(state)
             prunings = self.findings.prunings(state)
             kinds = {"harmful": self.findings.prompts("test_unsafe")}
-            if table.over_refusal:
+            if table.over_refusal != "never":
                 kinds["benign"] = self.findings.prompts("test_safe")
-            curve = [pruning for pruning in prunings if pruning.knowledge == "curve"]
-            total = sum(map(len, kinds.values())) * (len(prunings) - len(curve)) + len(kinds["harmful"]) * len(curve)
+            harmful_only = [
+                pruning
+                for pruning in prunings
+                if pruning.knowledge == "curve" or (pruning.neurons is not None and table.over_refusal == "unpruned")
+            ]
+            total = len(kinds["harmful"]) * len(prunings)
+            total += len(kinds.get("benign", ())) * (len(prunings) - len(harmful_only))
             done = 0
             for pruning in prunings:
                 here = folder / pruning.folder
-                asked = {"harmful": kinds["harmful"]} if pruning in curve else kinds
+                asked = {"harmful": kinds["harmful"]} if pruning in harmful_only else kinds
                 with pruned(model, pruning.neurons):
                     for kind, prompts in asked.items():
                         done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
-                    if not (here / "pruned.json").exists():
+                    if not ranks.from_main((here / "pruned.json").exists):
                         record = {"neurons": len(pruning.neurons) if pruning.neurons is not None else 0}
                         write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
 
         inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
-        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work)
+        if "iterated" in table.knowledge:
+            inputs.append(f"{state.name}/iterate")
+        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work, together=True)
 
     def judge(self, state: State) -> None:
         """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
@@ -227,18 +263,20 @@ class Pipeline:
     def pairs(self) -> None:
         """The preference pairs of all trainings, made from T0 or read."""
         table = self.config.pairs
-        settings = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
-        if table.safety == "on-policy":
-            settings["judge"] = self.config.judge.model_dump()
+        settings: dict[str, Any] = {"pairs": table.model_dump(mode="json"), "seed": self.config.seed}
+        sources: list[Any] = [
+            source for part in (table.safety, table.general) if part != "on-policy" for source in part
+        ]
+        inputs = []
+        if "on-policy" in (table.safety, table.general):
+            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
-            settings["files"] = _file_hashes([*table.unsafe, *table.safe, *table.general])
-        else:
-            inputs = []
-            settings["files"] = _file_hashes([*table.safety, *table.general])
+            sources += [*table.unsafe, *table.safe]
+        settings["files"] = _file_hashes(sources)
 
         def work(folder: Path) -> None:
-            safety = self.safety_pairs()
-            general = [pair for source in table.general for pair in read_pairs(_source(source))]
+            safety = self.read_or_made(table.safety, table.unsafe, table.safe if table.general != "on-policy" else ())
+            general = self.read_or_made(table.general, (), table.safe)
             if general:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
@@ -246,7 +284,7 @@ class Pipeline:
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
             self.warn(folder, self.leaks(pairs))
 
-        self.stage("T0/pairs", settings, inputs, work)
+        self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
     def align(self, state: State) -> None:
         """Train the state from the previous one, with every neuron found so far frozen (Eq. 11-13)."""
@@ -264,8 +302,10 @@ class Pipeline:
                     start,
                     [Pair.from_record(record) for record in pairs],
                     frozen=self.findings.frozen(table, found),
-                    training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
-                    ablation=Ablation(found, table.ablate_share) if table.ablate else None,
+                    training=self.training(state),
+                    ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
+                    refresh=self.refresh(table) if table.refresh else None,
+                    freeze_rest=table.freeze == "all-but-safety",
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
                 )
@@ -276,6 +316,7 @@ class Pipeline:
                 {
                     "freeze": table.freeze,
                     "ablate": table.ablate,
+                    "refresh": table.refresh,
                     "quantise": table.quantise,
                     "frozen": result.frozen_count,
                     "frozen_identical": result.frozen_identical,
@@ -286,17 +327,21 @@ class Pipeline:
             )
             self.run.remove(f"{state.name}/align/checkpoints")
 
-        settings = {"align": table.model_dump(exclude={"label", "rounds"}), "seed": self.config.seed}
+        settings = {"align": table.model_dump(exclude={"label", "rounds", "stop_early"}), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
-        self.stage(f"{state.name}/align", settings, inputs, work)
+        if table.refresh:
+            settings |= {name: value.model_dump() for name, value in self.finding().items()}
+            inputs.append("data")
+        self.stage(f"{state.name}/align", settings, inputs, work, together=True)
 
     def report(self) -> None:
         """Tables and figures over all states."""
         from safeneuron.collecting import write_report
 
-        judged = [f"{state.name}/judge" for state in states_of(self.config)]
-        trained = [f"{state.name}/align" for state in states_of(self.config) if state.round > 0]
+        states = self.findings.states()
+        judged = [f"{state.name}/judge" for state in states]
+        trained = [f"{state.name}/align" for state in states if state.round > 0]
         labels = {name: self.config.variant(name).label for name in ["", *self.config.variants]}
         settings = {"report": self.config.report.model_dump(), "labels": labels, "name": self.config.name}
         self.stage("report", settings, [*judged, *trained], lambda folder: write_report(self.config, self.run, folder))
@@ -304,31 +349,44 @@ class Pipeline:
     # -- what the stages share ----------------------------------------------------------------------------------
 
     def stage(
-        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[str],
+        work: Callable[[Path], None],
+        together: bool = False,
     ) -> None:
-        """Do one stage unless it is done, or not asked for, or cannot be done yet."""
+        """Do one stage unless it is done, not asked for, or cannot be done yet; all ranks ``together``, or rank 0."""
         absent = [needed for needed in inputs if needed not in self.keys]
         if absent:
             self.missing.append(absent[0])
             return
         stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
-        if stage.done:
+        if ranks.from_main(lambda: stage.done):
             self.keys[name] = stage.key
             self.watcher.ended(name, 0.0, skipped=True)
             return
         if self.kinds and name.split("/")[-1] not in self.kinds:
             return
         self.watcher.began(name)
-        stage.start()
+        ranks.from_main(stage.start)
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        work(stage.folder)
+        if together:
+            work(stage.folder)
+        else:
+            ranks.from_main(lambda: work(stage.folder))
         seconds = time.monotonic() - begun
-        stage.finish(seconds, peak_memory_mb())
+        ranks.from_main(lambda: stage.finish(seconds, peak_memory_mb()))
         self.keys[name] = stage.key
         self.run.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} done in {seconds:.1f} s")
         self.watcher.ended(name, seconds, skipped=False)
+
+    def training(self, state: State) -> Training:
+        """How the state is trained."""
+        table = self.config.variant(state.variant)
+        return Training(**table.model_dump(include=TRAINING), seed=self.config.seed)
 
     def made_by(self, state: State) -> list[str]:
         """The stage that made the state's weights, if any."""
@@ -348,15 +406,21 @@ class Pipeline:
     def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
         """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
         size = self.config.attack.batch_size
-        have = read_lines(path)
-        if len(have) < len(prompts):
-            have = have[: len(have) // size * size]
-            write_lines(path, have)
-            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
+
+        def kept() -> int:
+            have = read_lines(path)
+            if len(have) < len(prompts):
+                have = have[: len(have) // size * size]
+                write_lines(path, have)
+            return len(have)
+
+        have = ranks.from_main(kept)
+        if have < len(prompts):
+            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=have):
                 append_lines(path, (response.to_record() for response in batch))
                 done += len(batch)
-                self.watcher.progress(done + len(have), total)
-        return done + len(have)
+                self.watcher.progress(done + have, total)
+        return done + have
 
     def warn(self, folder: Path, warnings: Sequence[str]) -> None:
         """Tell the user, and keep the warnings for the report."""
@@ -371,16 +435,58 @@ class Pipeline:
         told = check_splits(**tests)
         return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
 
-    def safety_pairs(self) -> list[Pair]:
-        """Pairs from the model's own answers, or from the sources in the config."""
-        table = self.config.pairs
-        if table.safety != "on-policy":
-            return [pair for source in table.safety for pair in read_pairs(_source(source))]
-        unsafe, safe = _read_all(table.unsafe), _read_all(table.safe)
-        return on_policy_pairs(
-            self.model(BASE),
+    def finding(self) -> dict[str, Any]:
+        """The tables that decide which neurons are found on a model."""
+        return {"measure": self.config.measure, "select": self.config.select, "model": self.config.model}
+
+    def searched(
+        self,
+        model: Model,
+        unsafe: Sequence[Prompt],
+        safe: Sequence[Prompt],
+        searches: int,
+        first: NeuronSet | None = None,
+    ) -> list[NeuronSet]:
+        """What an attacker with this config finds on the model in so many searches, each set holding the one before."""
+        table, choice = self.config.measure, self.config.select
+        return search(
+            model,
             unsafe,
             safe,
+            lambda stats: select(stats, choice.effect_size, choice.shift, choice.density),
+            searches,
+            first=first,
+            pooling=table.pooling,
+            batch_tokens=table.batch_tokens,
+            max_tokens=table.max_tokens,
+        )
+
+    def refresh(self, table: AlignTable) -> Refresh:
+        """The attacker whose finds are ablated while a model is trained; she sees a sample of the prompts."""
+        draw = random.Random(self.config.seed)
+        samples = [self.findings.prompts(role) for role in ("unsafe", "safe")]
+        unsafe, safe = (draw.sample(prompts, min(table.refresh_prompts, len(prompts))) for prompts in samples)
+
+        def find(running: Model) -> list[NeuronSet]:
+            return self.searched(running, unsafe, safe, table.refresh_searches)
+
+        return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
+
+    def read_or_made(self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable]) -> list[Pair]:
+        """Pairs from the sources, or on-policy ones of these prompts."""
+        table = self.config.pairs
+        if sources != "on-policy":
+            return [pair for source in sources for pair in read_pairs(_source(source))]
+        model, longest = self.model(BASE), self.config.align.max_length
+
+        def fitting(tables: Sequence[SourceTable]) -> list[Prompt]:
+            """Without the prompts that leave no room for an answer, which could not be trained on."""
+            return [prompt for prompt in _read_all(tables) if len(model.encode(_asked(prompt))) < longest]
+
+        return on_policy_pairs(
+            model,
+            fitting(unsafe),
+            fitting(safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -388,6 +494,10 @@ class Pipeline:
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
+
+
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
 
 
 def _source(table: Any) -> Source:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from safeneuron.errors import InputError
 from safeneuron.figures import BLUE, FAINT, INK, draw
-from safeneuron.shares import decimal, percent, refusal_of, success_of
+from safeneuron.shares import columns_of, decimal, percent, refusal_of, success_of
 from safeneuron.summarising import headline, limits, points
 from safeneuron.tables import (
     OUTCOMES,
@@ -115,6 +115,7 @@ def as_page(
         limits=limits(results),
         successes=cells_of(results, success_of),
         refusals=cells_of(results, refusal_of),
+        iterated=("FULL", "iterated") in columns_of(results),
         outcomes=OUTCOMES,
         attack_title=attack_title,
         percent=percent,

@@ -31,6 +31,8 @@ class Source:
     """The column that holds the prompt."""
     count: int | None = None
     """Keep only the first so many."""
+    every: int = 1
+    """Of prompts: keep every so-many-th row, from the first on, before they are counted."""
     revision: str = ""
     """Hub only: a branch, a tag or a commit."""
 

@@ -215,7 +215,7 @@ def _rows_here(name: str, parameter: DTensor) -> tuple[range, dist.ProcessGroup 
     usual = len(shared) == 1 and placements[shared[0]] == Shard(0) and len(here) == _local(parameter).shape[0]
     if not usual:
         raise InputError(
-            f"{name} is spread as {tuple(map(str, placements))} over a mesh of {tuple(mesh.shape)} devices; expected "
+            f"{name} is spread as {tuple(placements)} over a mesh of {tuple(mesh.shape)} devices; expected "
             "blocks of rows (Shard(0), with Replicate for hybrid sharding), as FSDP2 makes them without tensor "
             "parallelism"
         )
@@ -278,6 +278,4 @@ def _meeting_place(group: dist.ProcessGroup | None) -> torch.device:
     """A device whose tensors these processes can exchange."""
     if "gloo" in dist.get_backend(group):
         return torch.device("cpu")
-    device = torch.accelerator.current_accelerator()
-    assert device is not None, "a backend other than gloo has a device"
-    return device
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -16,6 +16,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("ES", "adaptive"),
     ("SAS", "adaptive"),
     ("FULL", "adaptive"),
+    ("FULL", "iterated"),
     ("random", "control"),
 )
 """Set and knowledge of the attacker, in the order of every table and figure."""
@@ -64,6 +65,12 @@ def percent(rate: float) -> str:
 def decimal(value: float) -> str:
     """A number such as a perplexity: one decimal, or none from a thousand on."""
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def columns_of(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The columns of this run's tables: ``COLUMNS``, without the iterated attack where no state was attacked so."""
+    iterated = any(attack["knowledge"] == "iterated" for state in results["states"] for attack in state["attacks"])
+    return [column for column in COLUMNS if iterated or column[1] != "iterated"]
 
 
 def same_as_static(state: dict[str, Any], knowledge: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from safeneuron.config import AlignTable, Config
 from safeneuron.data import Prompt
 from safeneuron.neurons import NeuronSet
-from safeneuron.runs import Run, read_lines
+from safeneuron.runs import Run, read_json, read_lines
 from safeneuron.selecting import Scores, choose, thresholds_for
 
 
@@ -74,6 +74,36 @@ class Findings:
         """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
         return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")
 
+    def iterated(self, state: State) -> NeuronSet:
+        """All neurons that the iterated attacker has found on the state."""
+        return NeuronSet.load(self.run.folder / state.name / "iterate" / f"search-{self.config.attack.searches}.json")
+
+    def states(self) -> list[State]:
+        """The states of the run: all that its config leads to, but for the rounds after one that stopped early."""
+        kept: list[State] = []
+        stopped: set[str] = set()
+        for state in states_of(self.config):
+            if state.round > 0 and state.variant in stopped:
+                continue
+            kept.append(state)
+            if state.round > 0 and self.config.variant(state.variant).stop_early and self.withstands(state):
+                stopped.add(state.variant)
+        return kept
+
+    def withstands(self, state: State) -> bool:
+        """Whether the strongest adaptive attack run on the state gains nothing: its interval holds the unpruned rate.
+
+        False as long as it has not been attacked.
+        """
+        folder = self.run.folder / state.name / "judge"
+        attacks = [folder / name / "harmful.json" for name in ("iterated-FULL", "adaptive-FULL")]
+        known = [path for path in attacks if path.exists()]
+        if not known or not (folder / "done.json").exists():
+            return False
+        intact = read_json(folder / "ORI" / "harmful.json")
+        strongest = max((read_json(path) for path in known), key=lambda counts: float(counts["rate"]))
+        return float(strongest["low"]) <= float(intact["rate"])
+
     def found(self, chain: Sequence[State]) -> NeuronSet:
         """All safety neurons found on these states: the frozen set only grows (Eq. 13)."""
         union, *later = (self.neurons(state) for state in chain)
@@ -85,6 +115,8 @@ class Findings:
         """What a training freezes."""
         if table.freeze == "none":
             return None
+        if table.freeze == "all-but-safety":
+            return found.complement()
         return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
 
     def prunings(self, state: State) -> list[Pruning]:
@@ -92,6 +124,9 @@ class Findings:
         table = self.config.attack
         attacks = [Pruning("ORI", "none", None)]
         for knowledge in table.knowledge:
+            if knowledge == "iterated":
+                attacks.append(Pruning("FULL", knowledge, self.iterated(state)))
+                continue
             if knowledge == "adaptive" and state == BASE and "static" in table.knowledge:
                 continue
             attacked = BASE if knowledge == "static" else state

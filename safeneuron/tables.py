@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeneuron.shares import COLUMNS, Share, attack_of, decimal, percent, refusal_of, same_as_static, success_of
+from safeneuron.shares import Share, attack_of, columns_of, decimal, percent, refusal_of, same_as_static, success_of
 
 OUTCOMES = ("refused", "complied", "harmless", "incoherent", "cannot say")
 SHARES = ("rate", "low", "high")
@@ -25,7 +25,7 @@ FOUND = (
     "significant",
     "jaccard_with_T0",
 )
-TRAINED = ("freeze", "ablate", "frozen", "steps", "pairs", "frozen_identical", "free_change")
+TRAINED = ("freeze", "ablate", "refresh", "frozen", "steps", "pairs", "frozen_identical", "free_change")
 NOTHING = "\u2013"
 
 Table = tuple[list[str], list[list[str]]]
@@ -51,10 +51,10 @@ class Cell:
 def cells_of(
     results: dict[str, Any], share: Callable[[dict[str, Any] | None], Share | None]
 ) -> list[tuple[dict[str, Any], list[Cell]]]:
-    """Every state with its cells in the order of ``COLUMNS``."""
+    """Every state with its cells in the order of ``columns_of``."""
     rows = []
     for state in results["states"]:
-        attacks = [(attack_of(state, which, knowledge), knowledge) for which, knowledge in COLUMNS]
+        attacks = [(attack_of(state, which, knowledge), knowledge) for which, knowledge in columns_of(results)]
         cells = [
             Cell(share(attack), attack["perplexity"] if attack else None, same_as_static(state, knowledge))
             for attack, knowledge in attacks
@@ -70,13 +70,13 @@ def attack_title(which: str, knowledge: str) -> str:
 
 def attack_table(results: dict[str, Any]) -> Table:
     """THE table: attack success rate with interval and counts, states by attacks."""
-    header = ["state", *(attack_title(*column) for column in COLUMNS)]
+    header = ["state", *(attack_title(*column) for column in columns_of(results))]
     return header, [[state["name"], *(cell.text() for cell in cells)] for state, cells in cells_of(results, success_of)]
 
 
 def refusal_table(results: dict[str, Any]) -> Table:
     """Over-refusal of benign requests and perplexity, states by attacks."""
-    header = ["state", *(attack_title(*column) for column in COLUMNS)]
+    header = ["state", *(attack_title(*column) for column in columns_of(results))]
     rows = []
     for state, cells in cells_of(results, refusal_of):
         texts = [
@@ -120,7 +120,8 @@ def trained_cells(trained: dict[str, Any] | None) -> list[str]:
     """What was frozen, the size of the training, and how far the rest moved."""
     if not trained:
         return [NOTHING] * 4
-    variant = trained["freeze"] + (" + ablate" if trained["ablate"] else "")
+    extras = [name for name in ("ablate", "refresh") if trained[name]]
+    variant = " + ".join([trained["freeze"], *extras])
     kept = "" if trained["frozen_identical"] or not trained["frozen"] else ", NOT kept"
     moved = f"{100 * trained['free_change']:.2g}\u00a0%"
     return [f"{trained['frozen']:,} ({variant}{kept})", f"{trained['pairs']:,}", f"{trained['steps']:,}", moved]

@@ -64,7 +64,7 @@ def frozen_entries(what: Weights) -> dict[str, Tensor]:
 def assert_frozen_stayed(before: Weights, after: Weights) -> None:
     """Every frozen entry is bit-identical (and there are frozen entries)."""
     was, now, masks = weights_of(before), weights_of(after), frozen_entries(before)
-    assert sum(int(mask.sum()) for mask in masks.values()) >= 4 * 3 * tiny.HIDDEN
+    assert sum(bool(mask.any()) for mask in masks.values()) >= 4
     for name, mask in masks.items():
         assert torch.equal(now[name][mask], was[name][mask]), f"{name}: a frozen entry moved"
 

@@ -153,7 +153,7 @@ BAD = [
     ("[pairs]\nsafety_share = 1.5", "pairs.safety_share = 1.5", "less than or equal to 1"),
     ("[align]\nrounds = -1", "align.rounds = -1", "greater than or equal to 0"),
     ("[align]\nrounds = 1.5", "align.rounds = 1.5", "integer"),
-    ("[align]\nfreeze = 'all'", "align.freeze = 'all'", "'safety', 'random' or 'none'"),
+    ("[align]\nfreeze = 'all'", "align.freeze = 'all'", "'safety', 'random', 'none' or 'all-but-safety'"),
     ("[align]\nablate = 'maybe'", "align.ablate = 'maybe'", "boolean"),
     ("[align]\nablate_share = 0", "align.ablate_share = 0", "greater than 0"),
     ("[align]\nbeta = 0", "align.beta = 0", "greater than 0"),

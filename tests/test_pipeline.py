@@ -13,6 +13,7 @@ import torch
 
 from safeneuron import pipeline as module
 from safeneuron.config import read_config
+from safeneuron.data import Pair, Prompt, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import owned_slices
 from safeneuron.memory import peak_memory_mb, reset_peak_memory
@@ -63,10 +64,11 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
     expected |= {f"report/{name}" for name in ("report.html", "report.md", "results.json", "tables/attacks.csv")}
     expected |= {"T0/pairs/pairs.jsonl", "T0/pairs/warnings.json", "T0/pairs/done.json"}
     for state in STATES:
-        expected |= {f"{state}/{stage}/done.json" for stage in ("measure", "select", "attack", "judge")}
+        expected |= {f"{state}/{stage}/done.json" for stage in ("measure", "select", "iterate", "attack", "judge")}
+        expected |= {f"{state}/iterate/search-{number}.json" for number in (1, 2)}
         expected |= {f"{state}/select/{name}" for name in ("ES.json", "SAS.json", "neurons.json", "thresholds.json")}
         expected |= {f"{state}/measure/stats.safetensors", f"{state}/select/scores.safetensors"}
-        attacks = [*OWN, *(() if state == "T0" else ("adaptive-ES", "adaptive-FULL"))]
+        attacks = [*OWN, "iterated-FULL", *(() if state == "T0" else ("adaptive-ES", "adaptive-FULL"))]
         for attack in attacks:
             expected.add(f"{state}/attack/{attack}/pruned.json")
             for kind in ("harmful", "benign"):
@@ -96,7 +98,8 @@ def test_the_exact_records_are_kept(finished_run):
 
 def test_stages_come_in_order_and_each_tells_its_progress(finished_run):
     _, _, watch = finished_run
-    examined = [[f"{state}/{stage}" for stage in ("measure", "select", "attack", "judge")] for state in STATES]
+    stages = ("measure", "select", "iterate", "attack", "judge")
+    examined = [[f"{state}/{stage}" for stage in stages] for state in STATES]
     trained = [["T0/pairs", "T1/align"], ["T2/align"], ["dpo-T1/align"], ["report"]]
     order = ["data", *(stage for pair in zip(examined, trained, strict=True) for part in pair for stage in part)]
     assert watch.of("began") == order
@@ -459,6 +462,91 @@ def test_a_mistake_in_the_config_can_be_corrected_before_anything_is_finished(fi
         execute(config, tmp_path, changes=[*changes, "select={effect_size=1e9, shift=1e9}"])
     execute(config, tmp_path, changes=changes)
     assert (tmp_path / "report" / "done.json").exists()
+
+
+# -- variants, rounds and attackers -----------------------------------------------------------------------------------
+
+
+def test_the_iterated_attacker_starts_where_the_adaptive_one_ends(finished_run):
+    folder, config, _ = finished_run
+    findings = Findings(read_config(config), Run.open(folder))
+    for state in (State("", 0), State("", 2)):
+        first, second = (NeuronSet.load(folder / state.name / "iterate" / f"search-{n}.json") for n in (1, 2))
+        assert first == findings.neurons(state)
+        assert len(second - first) > 0
+        assert len(first - second) == 0
+        record = read_json(folder / state.name / "attack" / "iterated-FULL" / "pruned.json")
+        assert record["neurons"] == len(second)
+
+
+@pytest.mark.parametrize(("when", "kinds"), [("unpruned", {"ORI"}), ("never", set())])
+def test_over_refusal_is_measured_when_asked_for(when, kinds, finished_run, tmp_path):
+    _, config, _ = finished_run
+    changes = (*SMALL, f"attack.over_refusal={when}", "align.rounds=0")
+    totals = [event[2] for event in execute(config, tmp_path, changes=changes).events if event[0] == "progress"]
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/benign.json")} == kinds
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/harmful.json")} == {"ORI", "static-FULL"}
+    assert 6 + 3 * len(kinds) in totals
+
+
+def test_variants_train_what_they_say(finished_run, tmp_path):
+    _, config, _ = finished_run
+    changes = (
+        *SMALL[:-2],
+        "align.rounds=0",
+        'variants={refresh={freeze="none", refresh=2, refresh_prompts=3, refresh_searches=2, rounds=1}, '
+        'only={freeze="all-but-safety", rounds=1}, both={ablate=true, ablate_reference=true, rounds=1}}',
+    )
+    execute(config, tmp_path, changes=changes)
+    base = load(config.parent / "model", dtype="float32", device="cpu")
+    found = NeuronSet.load(tmp_path / "T0" / "select" / "neurons.json")
+    labels = {state["variant"]: state["label"] for state in json.loads(results(tmp_path))["states"]}
+    assert labels["refresh"] == "refresh"
+    assert labels["only"] == "safety only"
+    assert labels["both"] == "freeze + ablate, reference too"
+    record = read_json(tmp_path / "refresh-T1" / "align" / "frozen.json")
+    assert (record["freeze"], record["refresh"], record["frozen"]) == ("none", 2, 0)
+    only = load(tmp_path / "only-T1" / "align" / "model", dtype="float32", device="cpu")
+    masks = {piece.name: (piece.dim, piece.index) for piece in owned_slices(base, found)}
+    assert read_json(tmp_path / "only-T1" / "align" / "frozen.json")["frozen"] == found.total - len(found)
+    for name, before in base.network.named_parameters():
+        after = only.network.get_parameter(name)
+        trained = torch.zeros(before.shape, dtype=torch.bool)
+        if name in masks:
+            trained.index_fill_(*masks[name], True)
+        assert torch.equal(after[~trained], before[~trained]), name
+        assert not trained.any() or not torch.equal(after[trained], before[trained]), name
+
+
+def test_rounds_end_when_the_attack_gains_nothing(finished_run, tmp_path):
+    """A tiny random model is never refused by the judge's phrases, so the attack has nothing to gain."""
+    _, config, _ = finished_run
+    changes = (*SMALL[:2], *SMALL[3:-1], 'attack.knowledge=["adaptive"]', "align.rounds=3", "align.stop_early=true")
+    watch = execute(config, tmp_path, changes=changes)
+    assert [name for name in watch.of("began") if str(name).endswith("align")] == ["T1/align"]
+    assert [state["name"] for state in json.loads(results(tmp_path))["states"]] == ["T0", "T1"]
+    assert set(execute(config, tmp_path, changes=changes).of("skipped")) == stages_in(tmp_path)
+    going_on = execute(config, tmp_path, changes=[*changes[:-1], "align.stop_early=false"], redo=["report"])
+    assert "T3/judge" in going_on.of("ended")
+
+
+def test_general_pairs_can_be_made_on_policy(finished_run, tmp_path, monkeypatch):
+    """The safety pairs are read, pairs of the model's own answers to harmless prompts are mixed in."""
+    _, config, _ = finished_run
+
+    def answered(model: Model, unsafe: list[Prompt], safe: list[Prompt], *rest: object, **settings: object):
+        assert unsafe == []
+        return [Pair(({"role": "user", "content": one.text},), "Gladly.", "No.", "on-policy:safe") for one in safe]
+
+    monkeypatch.setattr(module, "on_policy_pairs", answered)
+    own = f'pairs.safe=[{{path="{config.parent}/safe.jsonl", every=2}}]'
+    changes = (*SMALL, 'pairs.general="on-policy"', "pairs.safety_share=0.5", own)
+    execute(config, tmp_path, changes=changes)
+    pairs = read_lines(tmp_path / "T0" / "pairs" / "pairs.jsonl")
+    assert sorted(pair["source"] == "on-policy:safe" for pair in pairs) == [False] * 4 + [True] * 3
+    asked = {pair["prompt"][0]["content"] for pair in pairs if pair["source"] == "on-policy:safe"}
+    given = [prompt.text for prompt in read_prompts(config.parent / "safe.jsonl")]
+    assert asked == set(given[::2])
 
 
 # -- one verb at a time -----------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ save_every = 1
 max_new_tokens = 3
 batch_size = 2
 sets = ["ES", "FULL"]
+knowledge = ["static", "adaptive", "iterated"]
+searches = 2
 curve = [0.02]
 
 [variants.dpo]
