@@ -198,7 +198,8 @@ def _frozen(path: Path) -> Iterator[str]:
     kind = f"freeze = {record['freeze']!r}, ablate = {record['ablate']}"
     yield f"Proof of a training of {record['steps']} steps with {kind}."
     kept = "bit-identical to the start" if record["frozen_identical"] else "NOT identical to the start"
-    yield f"{record['frozen']:,} frozen neurons, {kept}."
+    start = "" if record.get("quantise", "none") == "none" else f" in {record['quantise']}"
+    yield f"{record['frozen']:,} frozen neurons, {kept}{start}."
     yield f"All other weights moved by {record['free_change']:.3%} (relative L2)."
 
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safeneuron import shards
+from safeneuron.adapters import adapter_slices
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, HasNetwork, config_of, fingerprint, network_of, owned_slices, require_trainable
 from safeneuron.neurons import NeuronSet
@@ -42,13 +43,16 @@ class Freeze:
     ``verify`` and ``digest``, which have one answer. Raises ``InputError`` for neurons of another model, for every
     neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN weights that are quantised, tied, or
     sharded in a way that is not understood.
+
+    LoRA adapters of PEFT are held where they are without effect on these neurons: their slices are set to zero, which
+    changes nothing that the model computes (see ``adapters.adapter_slices``, also for what is refused).
     """
 
     def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
         self.network = network_of(model)
         shards.settle(self.network)
         require_trainable(self.network)
-        self.slices = owned_slices(self.network, neurons)
+        self.slices = [*owned_slices(self.network, neurons), *adapter_slices(self.network, neurons)]
         if not whole_layers:
             _require_free(neurons)
         self.parts = self._parts_in(self.network)

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from safeneuron import embedded, ranks
+from safeneuron import embedded, quantising, ranks
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, feed_forwards, fingerprint
+from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -70,7 +70,12 @@ class Model:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has."""
+        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
+
+        Raises ``InputError`` for a model that is quantised in memory.
+        """
+        if quantising.has_four_bits(self.network):
+            raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; expected the model it was made from")
         setattr(self.network.config, LINEAGE, self.fingerprint)
         if ranks.is_main():
             with whole_folder(folder) as neighbour:
@@ -84,11 +89,14 @@ def load(
     device: str = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
+    quantise: str = "none",
 ) -> Model:
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own. ``quantise``
+    is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device (NF4, by
+    bitsandbytes); its neurons stay those of the model as stored.
 
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.
@@ -97,6 +105,8 @@ def load(
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
     place = _device(device)
     precision = _dtype(dtype, place)
+    if quantise not in ("none", "4bit"):
+        raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         stored = AutoConfig.from_pretrained(source, **options).dtype or torch.float32
@@ -120,7 +130,11 @@ def load(
     network, loading = loaded
     feed_forwards(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
-    network.eval().to(place)
+    network.eval()
+    if quantise == "4bit":
+        setattr(network.config, LINEAGE, fingerprint(network))
+        quantising.quantise(network, decoder_of(network), place)
+    network.to(place)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     return Model(network, tokenizer, label, source, stored)
 

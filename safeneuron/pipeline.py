@@ -89,7 +89,7 @@ class Pipeline:
         )
         self.keys: dict[str, str] = {}
         self.missing: list[str] = []
-        self._loaded: tuple[tuple[str, str], Model] | None = None
+        self._loaded: tuple[tuple[str, str, str], Model] | None = None
 
     def execute(self) -> None:
         """Do whatever is not done yet, in order."""
@@ -294,7 +294,7 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             found = self.findings.found(chain)
-            start = self.model(before, dtype="float32")
+            start = self.model(before, "float32" if table.quantise == "none" else "", table.quantise)
             self._loaded = None
             pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
             with writing(folder / "checkpoints"):
@@ -317,6 +317,7 @@ class Pipeline:
                     "freeze": table.freeze,
                     "ablate": table.ablate,
                     "refresh": table.refresh,
+                    "quantise": table.quantise,
                     "frozen": result.frozen_count,
                     "frozen_identical": result.frozen_identical,
                     "frozen_sha256": result.frozen_sha256,
@@ -391,15 +392,15 @@ class Pipeline:
         """The stage that made the state's weights, if any."""
         return [f"{state.name}/align"] if state.round > 0 else []
 
-    def model(self, state: State, dtype: str = "") -> Model:
+    def model(self, state: State, dtype: str = "", quantise: str = "none") -> Model:
         """The state's model in the given precision, or the config's; the last one loaded is kept."""
         table = self.config.model
         source = table.name if state.round == 0 else str(self.run.folder / state.name / "align" / "model")
-        key = (source, dtype or table.dtype)
+        key = (source, dtype or table.dtype, quantise)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             revision = table.revision if state.round == 0 else ""
-            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code))
+            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code, quantise))
         return self._loaded[1]
 
     def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:

@@ -30,7 +30,20 @@ LAYERS = (
         "pushing",
     },
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
-    {"models", "ffn", "freezing", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
+    {
+        "models",
+        "quantising",
+        "ffn",
+        "adapters",
+        "shards",
+        "freezing",
+        "training",
+        "dpo",
+        "batching",
+        "ablating",
+        "refreshing",
+        "judges",
+    },
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
     {"cli", "__main__"},
@@ -39,7 +52,9 @@ LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in 
 STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
-MAY_IMPORT_TRANSFORMERS = {"models", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning"}
+MAY_IMPORT_TRANSFORMERS = {
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
+}  # fmt: skip
 
 
 def imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[str]:
