@@ -23,7 +23,7 @@ from safeneuron.neurons import NeuronSet
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
-# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+# Under these names wrappers keep the one module they wrap: torch.compile, activation checkpointing, DDP and DeepSpeed.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,7 +69,7 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare, as a ``Model``, or wrapped by ``torch.compile``, DDP or DeepSpeed."""
+    """The torch module itself, whether it came bare, as a ``Model``, or in a wrapper (``WRAPPED``)."""
     return _unwrapped(model if isinstance(model, nn.Module) else model.network)
 
 
@@ -241,11 +241,11 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
                         "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
                         "adapters on it"
                     )
-                expected = (module.out_features, module.in_features)[: max(1, len(shards.shape_of(parameter)))]
-                if tuple(shards.shape_of(parameter)) != expected:
+                shape, expected = tuple(shards.shape_of(parameter)), (module.out_features, module.in_features)
+                if shape != (expected[:1] if parameter is module.bias else expected):
                     raise InputError(
-                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
-                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                        f"{name} has the shape {shape} in a layer of {expected[0]} x {expected[1]}, so it is flattened or "
+                        "split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
                     )
                 if others:
                     raise InputError(

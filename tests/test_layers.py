@@ -17,7 +17,7 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 LAYERS = (
     {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded", "licences", "pushing"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
-    {"models", "ffn", "freezing", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
+    {"models", "ffn", "freezing", "shards", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
     {"cli", "__main__"},
