@@ -27,7 +27,13 @@ pairs = [
 trainer = DPOTrainer(
     model.network,
     args=DPOConfig(
-        "out", max_steps=4, per_device_train_batch_size=2, learning_rate=2e-4, bf16=False, report_to="none", save_steps=4
+        "out",
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=2e-4,
+        bf16=False,
+        report_to="none",
+        save_steps=4,
     ),
     train_dataset=Dataset.from_list(pairs),
     processing_class=model.tokenizer,

@@ -75,7 +75,9 @@ class Model:
         Raises ``InputError`` for a model that is quantised in memory.
         """
         if quantising.has_four_bits(self.network):
-            raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; expected the model it was made from")
+            raise InputError(
+                f"{self.name} is in 4 bits here, which cannot be saved; expected the model it was made from"
+            )
         setattr(self.network.config, LINEAGE, self.fingerprint)
         if ranks.is_main():
             with whole_folder(folder) as neighbour:

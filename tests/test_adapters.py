@@ -235,7 +235,9 @@ def test_adapters_on_the_attention_alone_leave_the_neurons_alone():
         train(model, optimizer)
     after = snapshot(model.merge_and_unload())
     assert_frozen_stayed(before, after)
-    assert not torch.equal(before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("place", ["mlp", "down_proj", "up_proj"])
@@ -333,7 +335,9 @@ def test_a_model_of_peft_with_its_reference_in_a_second_adapter(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2e-3)
     merged = model.merge_and_unload(adapter_names=["default"])
     assert_frozen_stayed(before, snapshot(merged))
-    assert not torch.equal(snapshot(merged)["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
+    assert not torch.equal(
+        snapshot(merged)["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"]
+    )
 
 
 def test_several_active_adapters_are_all_held():
@@ -491,7 +495,9 @@ def test_alignment_with_adapters(family, targets, precision):
 
 def test_the_merged_model_is_the_one_that_was_trained_and_the_reference_the_given_one():
     model = tiny.model()
-    one, two = (lora(model, chosen_neurons(model), epochs=epochs, batch_size=8, micro_batch_size=4) for epochs in (1, 2))
+    one, two = (
+        lora(model, chosen_neurons(model), epochs=epochs, batch_size=8, micro_batch_size=4) for epochs in (1, 2)
+    )
     # The first step is the same in both, so the second loss is that of the first run's result.
     assert two.log[1]["loss"] == pytest.approx(dpo_loss(one.model, model), rel=1e-4)
     assert two.log[1]["loss"] < 0.69
@@ -541,7 +547,9 @@ def test_a_bfloat16_checkpoint_is_the_base_in_bfloat16_and_keeps_its_frozen_weig
     given, model = load(tmp_path / "base", "bfloat16", "cpu"), load(tmp_path / "base", "float32", "cpu")
     trained_on = []
     monkeypatch.setattr(
-        aligning, "lora_config", lambda policy, training: trained_on.append(policy.dtype) or lora_config(policy, training)
+        aligning,
+        "lora_config",
+        lambda policy, training: trained_on.append(policy.dtype) or lora_config(policy, training),
     )
     result = lora(model, chosen_neurons(model), precision="bfloat16", epochs=2)
     lora(model, chosen_neurons(model), precision="float32")
