@@ -98,6 +98,8 @@ def label_of(config: Config, state: State) -> str:
         return "base model"
     table = config.variant(state.variant)
     label = table.label or describe(table)
+    if table.lora_rank and not table.label:
+        label += f", {'LoRA' if table.quantise == 'none' else 'QLoRA'} of rank {table.lora_rank}"
     return f"{label}, round {state.round}" if table.rounds > 1 else label
 
 

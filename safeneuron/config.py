@@ -167,6 +167,19 @@ class AlignTable(Table):
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="0 trains all weights; above, only LoRA adapters of this rank, at about ten times the learning rate",
+    )
+    lora_alpha: Count = Field(32, description="the adapters are scaled by lora_alpha / lora_rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    lora_targets: Literal["ffn", "attention", "ffn+attention"] = Field(
+        "ffn+attention", description="the linear layers that get an adapter"
+    )
+    quantise: Literal["none", "4bit"] = Field(
+        "none", description="4bit trains the adapters on weights in 4 bits (QLoRA); the aligned model is not quantised"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of computing; the weights being trained are always float32"
     )
@@ -185,6 +198,17 @@ class AlignTable(Table):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_on_quantised_weights(self) -> AlignTable:
+        if self.quantise != "none" and not self.lora_rank:
+            raise ValueError(f"weights in {self.quantise} cannot be trained themselves; give a lora_rank, such as 16")
+        if self.quantise != "none" and self.rounds > 1:
+            raise ValueError(
+                f"each round would quantise the neurons anew that an earlier one has frozen, and so change them; use "
+                f"rounds = 1 with quantise = {self.quantise!r}, or lora_rank without quantise"
             )
         return self
 

@@ -3,13 +3,14 @@
 A gradient mask alone does not freeze: decoupled weight decay and stale momentum still move the weights. A restore alone
 does, but gradient clipping then counts gradients that will not be used. So both: the frozen slices' gradients are set
 to zero as soon as they are accumulated (before clipping), and the slices are put back after each optimizer step.
-Only the slices are stored and touched, never a mask of the size of the model.
+Only the slices are stored and touched, never a mask of the size of the model. Where several processes share a
+parameter, each holds and restores its own part of the slices (``shards``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,17 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeneuron import shards
+from safeneuron.adapters import adapter_slices
 from safeneuron.errors import InputError
-from safeneuron.ffn import (
-    LINEAGE,
-    HasNetwork,
-    Slice,
-    config_of,
-    fingerprint,
-    network_of,
-    owned_slices,
-    require_trainable,
-)
+from safeneuron.ffn import LINEAGE, HasNetwork, config_of, fingerprint, network_of, owned_slices, require_trainable
 from safeneuron.neurons import NeuronSet
 
 
@@ -44,29 +38,42 @@ class HasRunningModel(Protocol):
 class Freeze:
     """The slices of some neurons, held at the values they had when this object was made.
 
-    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted. Raises ``InputError`` for
-    neurons of another model, for every neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN
-    weights that are quantised or tied.
+    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted. Where processes share the
+    model, all of them make this object, once the model has been wrapped or sharded, and all ask for ``changed``,
+    ``verify`` and ``digest``, which have one answer. Raises ``InputError`` for neurons of another model, for every
+    neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN weights that are quantised, tied, or
+    sharded in a way that is not understood.
+
+    LoRA adapters of PEFT are held where they are without effect on these neurons: their slices are set to zero, which
+    changes nothing that the model computes (see ``adapters.adapter_slices``, also for what is refused).
     """
 
     def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
         self.network = network_of(model)
+        shards.settle(self.network)
         require_trainable(self.network)
-        self.slices = owned_slices(self.network, neurons)
+        self.slices = [*owned_slices(self.network, neurons), *adapter_slices(self.network, neurons)]
         if not whole_layers:
             _require_free(neurons)
-        self.saved = [self._values(piece) for piece in self.slices]
+        self.parts = self._parts_in(self.network)
+        self.saved = [part.values() for part in self.parts]
         self._handles: list[RemovableHandle] = []
         # Whatever trainer saves this network, its config now says whose neurons it has.
         setattr(config_of(self.network), LINEAGE, fingerprint(self.network))
 
-    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Mask gradients from now on, check that before every step of an optimizer, restore the slices after it."""
+    def attach(self, *optimizers: Any) -> None:
+        """Mask gradients from now on, check that before every step of an optimizer, restore the slices after it.
+
+        An optimizer may be one of torch, or what accelerate or DeepSpeed made of it; ``InputError`` if it steps in a
+        way that cannot be followed.
+        """
+        steppers = [shards.stepper(optimizer) for optimizer in optimizers]
+        self._require_same_layout()
         for piece in self.slices:
             if piece.parameter.requires_grad:
-                handle = piece.parameter.register_post_accumulate_grad_hook(_mask(piece))  # type: ignore[no-untyped-call]
+                handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index)
                 self._handles.append(handle)
-        for optimizer in optimizers:
+        for optimizer in steppers:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
 
@@ -77,20 +84,16 @@ class Freeze:
 
     def restore(self) -> None:
         """Put the frozen values back, exactly."""
-        with torch.no_grad():
-            for piece, saved in zip(self.slices, self.saved, strict=True):
-                piece.parameter.index_copy_(piece.dim, piece.index, saved)
+        for part, saved in zip(self.parts, self.saved, strict=True):
+            part.restore(saved)
 
     def restore_in(self, copy: nn.Module | HasNetwork) -> None:
         """Put the frozen values into a copy of the network, such as an average of its weights over the steps.
 
         Averaging values that never change rounds them, so that an average as it is has frozen neurons only nearly.
         """
-        network = network_of(copy)
-        with torch.no_grad():
-            for piece, saved in zip(self.slices, self.saved, strict=True):
-                target = network.get_parameter(piece.name)
-                target.index_copy_(piece.dim, piece.index.to(target.device), saved.to(target.device, target.dtype))
+        for part, saved in zip(self._parts_in(network_of(copy)), self.saved, strict=True):
+            part.restore(saved)
 
     def check_masked(self) -> None:
         """Fail unless the frozen parameters are still the model's own and their frozen gradients are zero.
@@ -98,10 +101,8 @@ class Freeze:
         A hook on a parameter that the trainer has replaced never fires, and would fail silently.
         """
         loose = [
-            piece.name
-            for piece in self.slices
-            if self.network.get_parameter(piece.name) is not piece.parameter or _has_gradient(piece)
-        ]
+            piece.name for piece in self.slices if self.network.get_parameter(piece.name) is not piece.parameter
+        ] + [part.name for part in self.parts if part.has_gradient()]
         if loose:
             raise RuntimeError(
                 f"the gradients of {len(loose)} frozen parameters were not masked (first: {loose[0]}); the trainer "
@@ -110,11 +111,10 @@ class Freeze:
 
     def changed(self) -> list[str]:
         """Names of the parameters whose frozen slices are not bit-identical to the values held; empty is the proof."""
-        return [
-            piece.name
-            for piece, saved in zip(self.slices, self.saved, strict=True)
-            if not _identical(self._values(piece), saved)
-        ]
+        now = self._require_same_layout()
+        here = {part.name for part, saved in zip(now, self.saved, strict=True) if not _identical(part.values(), saved)}
+        anywhere = shards.together([piece.name in here for piece in self.slices])
+        return [piece.name for piece, moved in zip(self.slices, anywhere, strict=True) if moved]
 
     def verify(self) -> None:
         """Raise ``RuntimeError`` if any frozen slice has changed by a single bit."""
@@ -123,16 +123,31 @@ class Freeze:
             raise RuntimeError(f"{len(changed)} frozen slices have changed (first: {changed[0]})")
 
     def digest(self) -> str:
-        """SHA-256 over the frozen slices as they are in the model now."""
+        """SHA-256 over the frozen slices as they are in the model now; the same on one device and on many."""
+        shards.settle(self.network)
         digest = hashlib.sha256()
         for piece in self.slices:
+            parameter = self.network.get_parameter(piece.name)
             digest.update(piece.name.encode())
-            digest.update(_bits(self._values(piece)).cpu().numpy().tobytes())
+            digest.update(_bits(shards.whole(piece.name, parameter, piece.dim, piece.index)).cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _values(self, piece: Slice) -> Tensor:
-        """A copy of the slice as it is in the model now, also where the parameter object is another one by now."""
-        return self.network.get_parameter(piece.name).detach().index_select(piece.dim, piece.index)
+    def _parts_in(self, network: nn.Module) -> list[shards.Part]:
+        """What is here of the slices of the network as it is now, also where a parameter object is another one by now."""
+        found = []
+        for piece in self.slices:
+            found += shards.parts(piece.name, network.get_parameter(piece.name), piece.dim, piece.index)
+        return found
+
+    def _require_same_layout(self) -> list[shards.Part]:
+        """The parts as they are now; ``RuntimeError`` if they are others than those that were saved."""
+        shards.settle(self.network)
+        now = self._parts_in(self.network)
+        if [part.shape for part in now] != [saved.shape for saved in self.saved]:
+            raise RuntimeError(
+                "the model was spread over devices after the neurons had been frozen; freeze them when it has been"
+            )
+        return now
 
 
 class FreezeNeurons(TrainerCallback):
@@ -168,7 +183,7 @@ class FreezeNeurons(TrainerCallback):
             raise InputError("FreezeNeurons needs a trainer that hands its model and optimizer to its callbacks")
         self.close()
         self._freeze = self._freeze_as_at_first(model, state)
-        self._freeze.attach(getattr(optimizer, "optimizer", optimizer))
+        self._freeze.attach(optimizer)
 
     def _freeze_as_at_first(self, model: nn.Module, state: TrainerState) -> Freeze:
         """The freeze, with its digest noted in the trainer's state at the first start and compared on every other."""
@@ -231,8 +246,8 @@ class FreezeNeurons(TrainerCallback):
 def frozen(
     model: nn.Module | HasNetwork,
     neurons: NeuronSet,
-    optimizer: torch.optim.Optimizer,
-    *more: torch.optim.Optimizer,
+    optimizer: Any,
+    *more: Any,
     whole_layers: bool = False,
 ) -> Iterator[Freeze]:
     """Freeze neurons within the block, for a hand-written loop with one optimizer or more; verified at its end.
@@ -264,20 +279,6 @@ def _name_of(neurons: NeuronSet) -> str:
     """What the set is called in a trainer's state; the label makes no difference."""
     content = f"{neurons.fingerprint} {neurons.widths} {neurons.flat.tolist()}"
     return f"safeneuron {hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _mask(piece: Slice) -> Callable[[nn.Parameter], None]:
-    def mask(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None, "the hook runs after the gradient was accumulated"
-        parameter.grad.index_fill_(piece.dim, piece.index, 0)
-
-    return mask
-
-
-def _has_gradient(piece: Slice) -> bool:
-    """Whether any entry would be moved; NaN is what clipping makes of zero when another gradient is not finite."""
-    gradient = piece.parameter.grad
-    return gradient is not None and bool((gradient.index_select(piece.dim, piece.index).abs() > 0).any())
 
 
 def _identical(first: Tensor, second: Tensor) -> bool:

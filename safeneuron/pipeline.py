@@ -9,6 +9,9 @@
 7. pairs     preference pairs, once, from T0
 8. align     train the next state with all neurons found so far frozen; back to 2
 9. report    tables and figures over all states
+
+With many processes, all of them go through the same stages. Rank 0 decides what is to be done, and only its files are
+written (``runs``); the stages that compute with the model are done by all together, the others by rank 0 alone.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from safeneuron import ranks
 from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
@@ -48,7 +52,7 @@ from safeneuron.runs import (
 from safeneuron.selecting import choose, resolve_thresholds, score, select
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
-from safeneuron.training import Training
+from safeneuron.training import Training, require_trainable
 
 TRAINING = {field.name for field in fields(Training)} - {"seed"}
 """The keys of [align] that are settings of the training itself."""
@@ -85,13 +89,15 @@ class Pipeline:
         )
         self.keys: dict[str, str] = {}
         self.missing: list[str] = []
-        self._loaded: tuple[tuple[str, str], Model] | None = None
+        self._loaded: tuple[tuple[str, str, str], Model] | None = None
 
     def execute(self) -> None:
         """Do whatever is not done yet, in order."""
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)
+        for state in trained:
+            require_trainable(self.training(state))
         self.examine(base)
         if trained:
             self.pairs()
@@ -158,7 +164,7 @@ class Pipeline:
             stats.save(folder / "stats.safetensors")
 
         settings = {"measure": table.model_dump(), "model": self.config.model.model_dump()}
-        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work)
+        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work, together=True)
 
     def select(self, state: State) -> None:
         """Scores of all neurons and the safety neurons (Eq. 5-10)."""
@@ -195,7 +201,8 @@ class Pipeline:
                 neurons.save(folder / f"search-{number}.json")
 
         settings = {name: value.model_dump() for name, value in self.finding().items()} | {"searches": table.searches}
-        self.stage(f"{state.name}/iterate", settings, ["data", *self.made_by(state), f"{state.name}/select"], work)
+        inputs = ["data", *self.made_by(state), f"{state.name}/select"]
+        self.stage(f"{state.name}/iterate", settings, inputs, work, together=True)
 
     def attack(self, state: State) -> None:
         """Answers of the state under every pruning, and the perplexity of a benign text."""
@@ -226,14 +233,14 @@ class Pipeline:
                 with pruned(model, pruning.neurons):
                     for kind, prompts in asked.items():
                         done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
-                    if not (here / "pruned.json").exists():
+                    if not ranks.from_main((here / "pruned.json").exists):
                         record = {"neurons": len(pruning.neurons) if pruning.neurons is not None else 0}
                         write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
 
         inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
         if "iterated" in table.knowledge:
             inputs.append(f"{state.name}/iterate")
-        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work)
+        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work, together=True)
 
     def judge(self, state: State) -> None:
         """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
@@ -277,7 +284,7 @@ class Pipeline:
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
             self.warn(folder, self.leaks(pairs))
 
-        self.stage("T0/pairs", settings, inputs, work)
+        self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
     def align(self, state: State) -> None:
         """Train the state from the previous one, with every neuron found so far frozen (Eq. 11-13)."""
@@ -287,7 +294,7 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             found = self.findings.found(chain)
-            start = self.model(before, dtype="float32")
+            start = self.model(before, "float32" if table.quantise == "none" else "", table.quantise)
             self._loaded = None
             pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
             with writing(folder / "checkpoints"):
@@ -295,7 +302,7 @@ class Pipeline:
                     start,
                     [Pair.from_record(record) for record in pairs],
                     frozen=self.findings.frozen(table, found),
-                    training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
+                    training=self.training(state),
                     ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
                     refresh=self.refresh(table) if table.refresh else None,
                     freeze_rest=table.freeze == "all-but-safety",
@@ -310,6 +317,7 @@ class Pipeline:
                     "freeze": table.freeze,
                     "ablate": table.ablate,
                     "refresh": table.refresh,
+                    "quantise": table.quantise,
                     "frozen": result.frozen_count,
                     "frozen_identical": result.frozen_identical,
                     "frozen_sha256": result.frozen_sha256,
@@ -325,7 +333,7 @@ class Pipeline:
         if table.refresh:
             settings |= {name: value.model_dump() for name, value in self.finding().items()}
             inputs.append("data")
-        self.stage(f"{state.name}/align", settings, inputs, work)
+        self.stage(f"{state.name}/align", settings, inputs, work, together=True)
 
     def report(self) -> None:
         """Tables and figures over all states."""
@@ -341,59 +349,78 @@ class Pipeline:
     # -- what the stages share ----------------------------------------------------------------------------------
 
     def stage(
-        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[str],
+        work: Callable[[Path], None],
+        together: bool = False,
     ) -> None:
-        """Do one stage unless it is done, or not asked for, or cannot be done yet."""
+        """Do one stage unless it is done, not asked for, or cannot be done yet; all ranks ``together``, or rank 0."""
         absent = [needed for needed in inputs if needed not in self.keys]
         if absent:
             self.missing.append(absent[0])
             return
         stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
-        if stage.done:
+        if ranks.from_main(lambda: stage.done):
             self.keys[name] = stage.key
             self.watcher.ended(name, 0.0, skipped=True)
             return
         if self.kinds and name.split("/")[-1] not in self.kinds:
             return
         self.watcher.began(name)
-        stage.start()
+        ranks.from_main(stage.start)
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        work(stage.folder)
+        if together:
+            work(stage.folder)
+        else:
+            ranks.from_main(lambda: work(stage.folder))
         seconds = time.monotonic() - begun
-        stage.finish(seconds, peak_memory_mb())
+        ranks.from_main(lambda: stage.finish(seconds, peak_memory_mb()))
         self.keys[name] = stage.key
         self.run.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} done in {seconds:.1f} s")
         self.watcher.ended(name, seconds, skipped=False)
+
+    def training(self, state: State) -> Training:
+        """How the state is trained."""
+        table = self.config.variant(state.variant)
+        return Training(**table.model_dump(include=TRAINING), seed=self.config.seed)
 
     def made_by(self, state: State) -> list[str]:
         """The stage that made the state's weights, if any."""
         return [f"{state.name}/align"] if state.round > 0 else []
 
-    def model(self, state: State, dtype: str = "") -> Model:
+    def model(self, state: State, dtype: str = "", quantise: str = "none") -> Model:
         """The state's model in the given precision, or the config's; the last one loaded is kept."""
         table = self.config.model
         source = table.name if state.round == 0 else str(self.run.folder / state.name / "align" / "model")
-        key = (source, dtype or table.dtype)
+        key = (source, dtype or table.dtype, quantise)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             revision = table.revision if state.round == 0 else ""
-            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code))
+            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code, quantise))
         return self._loaded[1]
 
     def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
         """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
         size = self.config.attack.batch_size
-        have = read_lines(path)
-        if len(have) < len(prompts):
-            have = have[: len(have) // size * size]
-            write_lines(path, have)
-            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
+
+        def kept() -> int:
+            have = read_lines(path)
+            if len(have) < len(prompts):
+                have = have[: len(have) // size * size]
+                write_lines(path, have)
+            return len(have)
+
+        have = ranks.from_main(kept)
+        if have < len(prompts):
+            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=have):
                 append_lines(path, (response.to_record() for response in batch))
                 done += len(batch)
-                self.watcher.progress(done + len(have), total)
-        return done + len(have)
+                self.watcher.progress(done + have, total)
+        return done + have
 
     def warn(self, folder: Path, warnings: Sequence[str]) -> None:
         """Tell the user, and keep the warnings for the report."""

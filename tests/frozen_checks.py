@@ -55,7 +55,7 @@ def frozen_entries(what: Weights) -> dict[str, Tensor]:
                 if "down_proj.weight" in name:
                     mask[:, channel] = True
                 elif "gate_up_proj" in name:
-                    mask[channel] = mask[tiny.WIDTH + channel] = True
+                    mask[channel] = mask[len(mask) // 2 + channel] = True
                 elif "gate_proj" in name or "up_proj" in name:
                     mask[channel] = True
     return masks
@@ -64,7 +64,7 @@ def frozen_entries(what: Weights) -> dict[str, Tensor]:
 def assert_frozen_stayed(before: Weights, after: Weights) -> None:
     """Every frozen entry is bit-identical (and there are frozen entries)."""
     was, now, masks = weights_of(before), weights_of(after), frozen_entries(before)
-    assert sum(int(mask.sum()) for mask in masks.values()) >= 4 * 3 * tiny.HIDDEN
+    assert sum(bool(mask.any()) for mask in masks.values()) >= 4
     for name, mask in masks.items():
         assert torch.equal(now[name][mask], was[name][mask]), f"{name}: a frozen entry moved"
 

@@ -23,7 +23,8 @@ from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.training import COMPLETE, Training
 from tests import tiny
-from tests.test_freezing import assert_only_frozen_stayed, frozen_entries, hooks_on, some_neurons
+from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, snapshot, some_neurons
+from tests.test_freezing import hooks_on
 
 LN2 = math.log(2)
 REFUSALS = ["I cannot help.", "No.", "Sorry, no way."]
@@ -94,7 +95,7 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 
 def assert_frozen_alone(before: Model, after: Model) -> None:
     """Bit for bit the same where the chosen neurons are, and something else elsewhere in the same parameters."""
-    for name, mask in frozen_entries(before.network).items():
+    for name, mask in frozen_entries(snapshot(before.network)).items():
         if mask.any():
             old, new = before.network.get_parameter(name), after.network.get_parameter(name)
             assert torch.equal(old[mask], new[mask]), name
@@ -152,7 +153,7 @@ def test_all_free_weights_move():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     before = {name: value.detach().clone() for name, value in model.network.named_parameters()}
     result = run(model, chosen_neurons(model), weight_decay=0.1, epochs=2)
-    assert_only_frozen_stayed(before, result.model.network)
+    assert_only_frozen_stayed(before, snapshot(result.model.network))
 
 
 def test_losses_are_those_of_the_formula():
@@ -213,7 +214,7 @@ def test_free_change_is_that_of_the_free_weights_alone():
     model = tiny.model()
     result = run(model, chosen_neurons(model))
     change = size = 0.0
-    for name, mask in frozen_entries(model.network).items():
+    for name, mask in frozen_entries(snapshot(model.network)).items():
         before = model.network.get_parameter(name).detach().double()[~mask]
         after = result.model.network.get_parameter(name).detach().double()[~mask]
         change += float(((after - before) ** 2).sum())

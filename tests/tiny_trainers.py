@@ -87,9 +87,10 @@ def sft_trainer(network: nn.Module, folder: Path, callbacks: Callbacks, **change
 
 
 def dpo_trainer(network: nn.Module, folder: Path, callbacks: Callbacks, **changes: object) -> Trainer:
+    reference = changes.pop("ref_model", None) or copy.deepcopy(network)
     return DPOTrainer(
         model=network,
-        ref_model=copy.deepcopy(network),
+        ref_model=reference,
         # TRL turns gradient checkpointing off and on around the reference, which leaves a hook of its own each time.
         args=arguments(DPOConfig, folder, **{"max_length": 32, "gradient_checkpointing": False, **changes}),
         train_dataset=pairs(),
