@@ -117,7 +117,9 @@ def test_a_plain_network_is_returned_as_it_is():
 @four_bits
 def test_rows_that_the_library_unpacks_wrongly_on_a_processor_are_refused(tmp_path):
     tiny.model().save(tmp_path)
-    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj has 32 inputs.*expected to have a multiple of 64"):
+    with pytest.raises(
+        InputError, match=r"layers\.0\.self_attn\.q_proj has 32 inputs.*expected to have a multiple of 64"
+    ):
         load(tmp_path, device="cpu", quantise="4bit")
 
 
@@ -247,7 +249,7 @@ def test_alignment_in_four_bits(stored, dtype, tmp_path):
 @four_bits
 def test_the_merged_model_is_the_one_that_was_trained_in_four_bits(stored):
     model = load(stored, "float32", "cpu", quantise="4bit")
-    one, two = (lora(model, chosen_neurons(model), epochs=epochs, batch_size=8, micro_batch_size=4) for epochs in (1, 2))
+    one, two = (lora(model, chosen_neurons(model), epochs=n, batch_size=8, micro_batch_size=4) for n in (1, 2))
     assert two.log[1]["loss"] == pytest.approx(dpo_loss(one.model, plain_of(model)), rel=1e-4)
     assert two.log[1]["loss"] < 0.69
 
