@@ -44,9 +44,9 @@ PLAIN_STARTS = (True, False, "gaussian", "eva")
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter on one matrix: the matrix becomes W + ``scaling`` * ``up`` ``down``, its bias b + ``scaling`` * ``bias``.
+    """One adapter on one matrix: it adds ``scaling * up @ down`` to the matrix and ``scaling * bias`` to its bias.
 
-    ``down`` is ``[rank, input]`` and ``up`` ``[output, rank]``; ``matrix`` names the module in the network without adapters.
+    ``down`` is ``[rank, input]`` and ``up`` ``[output, rank]``; ``matrix`` names the module in the bare network.
     """
 
     matrix: str
@@ -195,9 +195,9 @@ def _owned(
         acts = _whole(counterpart).any()
     if acts:
         raise InputError(
-            f"{piece.name} already changes neurons that are to be frozen, so that they are not the base model's; expected "
-            "a new adapter, or one that was trained with the same neurons frozen: merge this one into the model and "
-            "train another"
+            f"{piece.name} already changes neurons that are to be frozen, so that they are not the base model's; "
+            "expected a new adapter, or one that was trained with the same neurons frozen: merge this one into the "
+            "model and train another"
         )
     return piece
 

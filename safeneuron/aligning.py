@@ -74,8 +74,8 @@ def align(
     does so with neurons that are found again while it is trained. ``freeze_rest`` also freezes what belongs to no
     neuron, so that with the complement of a set as ``frozen`` the set alone is trained (SN-Tune).
 
-    With ``training.lora_rank`` adapters are trained, in float32, and merged in float32. The given model may then be in 4
-    bits: it counts as the plain model that it computes as, and the result, which is plain, is on the CPU.
+    With ``training.lora_rank`` adapters are trained, in float32, and merged in float32. The given model may then be in
+    4 bits: it counts as the plain model that it computes as, and the result, which is plain, is on the CPU.
 
     With ``checkpoints`` and ``training.save_every``, interrupted training continues from the last checkpoint there.
     Several ranks, which must see the same folder there, share each batch (DDP), or also the weights being trained
@@ -98,8 +98,8 @@ def align(
         )
     if freeze_rest and training.lora_rank and training.lora_targets != "ffn":
         raise InputError(
-            f"with everything but the safety neurons frozen, adapters have no place outside the FFNs; use lora_targets = "
-            f"'ffn', found {training.lora_targets!r}"
+            f"with everything but the safety neurons frozen, adapters have no place outside the FFNs; expected "
+            f"lora_targets = 'ffn', found {training.lora_targets!r}; change it"
         )
     if ablation is not None:
         ablation.neurons.require(model.fingerprint, model.widths)

@@ -170,7 +170,7 @@ class AlignTable(Table):
     lora_rank: int = Field(
         0,
         ge=0,
-        description="0 trains all weights; above, only LoRA adapters of this rank, at about ten times the learning rate",
+        description="0 trains all weights; above, LoRA adapters of this rank; they want ten times the learning rate",
     )
     lora_alpha: Count = Field(32, description="the adapters are scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")

@@ -39,7 +39,7 @@ class HasNetwork(Protocol):
 
 
 class Rows(NamedTuple):
-    """A matrix that writes into the FFN: neuron ``j`` is its row ``first + j``; ``linear_in(module)`` has the weights."""
+    """A matrix that writes into the FFN, within a module: neuron ``j`` is its row ``first + j``."""
 
     module: nn.Module
     first: int
@@ -81,7 +81,7 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare, as a ``Model``, or wrapped (``WRAPPED``, and PEFT's models)."""
+    """The model itself, be it bare, a ``Model``, or wrapped by PEFT, ``torch.compile``, DDP or DeepSpeed."""
     return _unwrapped(model if isinstance(model, nn.Module) else model.network)
 
 

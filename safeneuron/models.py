@@ -75,9 +75,7 @@ class Model:
         Raises ``InputError`` for a model that is quantised in memory.
         """
         if quantising.has_four_bits(self.network):
-            raise InputError(
-                f"{self.name} is in 4 bits here, which cannot be saved; expected the model it was made from"
-            )
+            raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; save what it was made from")
         setattr(self.network.config, LINEAGE, self.fingerprint)
         if ranks.is_main():
             with whole_folder(folder) as neighbour:
@@ -96,9 +94,9 @@ def load(
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own. ``quantise``
-    is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device (NF4, by
-    bitsandbytes); its neurons stay those of the model as stored.
+    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+    ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
+    (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.

@@ -34,8 +34,8 @@ def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device)
             if device.type == "cpu" and module.in_features % BLOCK:
                 # bitsandbytes 0.50 unpacks such weights into wrong ones there.
                 raise InputError(
-                    f"{name} has {module.in_features} inputs, and on a processor weights in 4 bits are expected to have "
-                    f"a multiple of {BLOCK}; use a GPU, or LoRA without quantise"
+                    f"{name} has {module.in_features} inputs, and on a processor weights in 4 bits are expected to "
+                    f"have a multiple of {BLOCK}; use a GPU, or LoRA without quantise"
                 )
             precision = module.weight.dtype
             small = library.nn.Linear4bit(

@@ -249,9 +249,7 @@ def test_alignment_in_four_bits(stored, dtype, tmp_path):
 @four_bits
 def test_the_merged_model_is_the_one_that_was_trained_in_four_bits(stored):
     model = load(stored, "float32", "cpu", quantise="4bit")
-    one, two = (
-        lora(model, chosen_neurons(model), epochs=epochs, batch_size=8, micro_batch_size=4) for epochs in (1, 2)
-    )
+    one, two = (lora(model, chosen_neurons(model), epochs=n, batch_size=8, micro_batch_size=4) for n in (1, 2))
     assert two.log[1]["loss"] == pytest.approx(dpo_loss(one.model, plain_of(model)), rel=1e-4)
     assert two.log[1]["loss"] < 0.69
 
