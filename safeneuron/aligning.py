@@ -31,6 +31,7 @@ class Alignment:
     """What a round of alignment did: the new model, its training log, and the proof of the freeze.
 
     ``free_change`` is |theta_after - theta_before| / |theta_before| over all parameters outside the frozen slices.
+    ``warnings`` says what of the data was not used.
     """
 
     model: Model
@@ -40,6 +41,7 @@ class Alignment:
     frozen_identical: bool
     frozen_sha256: str
     free_change: float
+    warnings: tuple[str, ...] = ()
 
 
 def align(
@@ -68,7 +70,8 @@ def align(
     from safeneuron.refreshing import RefreshTrainer
 
     quiet()
-    _check_pairs(model, pairs, training.max_length)
+    _check_pairs(model, pairs)
+    given, pairs = len(pairs), _with_room(model, pairs, training.max_length)
     if ablation is not None:
         ablation.neurons.require(model.fingerprint, model.widths)
     set_seed(training.seed)
@@ -123,21 +126,40 @@ def align(
         frozen_identical=identical,
         frozen_sha256=digest,
         free_change=change,
+        warnings=_warnings(given - len(pairs), given, training.max_length),
     )
 
 
-def _check_pairs(model: Model, pairs: Sequence[Pair], max_length: int) -> None:
+def _check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
     if not pairs:
         raise InputError("there are no preference pairs to train on; check [pairs] in the config")
     if not model.tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {model.name} has no chat template, which the pairs need; set one or use a chat model"
         )
-    if not any(len(model.encode(pair.prompt)) < max_length for pair in pairs):
+    for number, pair in enumerate(pairs, start=1):
+        if pair.chosen == pair.rejected:
+            raise InputError(
+                f"pair {number} of {len(pairs)}{f' (from {pair.source})' if pair.source else ''} has the same chosen "
+                "and rejected answer, from which nothing can be learnt; leave it out"
+            )
+
+
+def _with_room(model: Model, pairs: Sequence[Pair], max_length: int) -> list[Pair]:
+    """The pairs whose prompt leaves room for an answer; TRL would leave the others out without a word."""
+    roomy = [pair for pair in pairs if len(model.encode(pair.prompt)) < max_length]
+    if not roomy:
         raise InputError(
             f"none of the {len(pairs)} prompts leaves room for an answer within max_length = {max_length} tokens; "
             "use a larger one"
         )
+    return roomy
+
+
+def _warnings(long: int, given: int, max_length: int) -> tuple[str, ...]:
+    if not long:
+        return ()
+    return (f"{long} of {given} pairs were not trained on: their prompt alone fills max_length = {max_length} tokens",)
 
 
 def _lasting_dtype(model: Model) -> torch.dtype:

@@ -15,7 +15,7 @@ PACKAGE = Path(safeneuron.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 
 LAYERS = (
-    {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
+    {"errors", "memory", "config", "runs", "rows", "data", "forms", "catalogue", "pairs", "shares", "embedded"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
     {"models", "ffn", "freezing", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},

@@ -77,7 +77,9 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
         expected |= {f"{state}/attack/curve-0.02/{name}" for name in ("harmful.jsonl", "pruned.json")}
         expected |= {f"{state}/judge/curve-0.02/harmful.{end}" for end in ("json", "jsonl")}
         if state != "T0":
-            expected |= {f"{state}/align/{name}" for name in ("done.json", "frozen.json", "train.jsonl")}
+            expected |= {
+                f"{state}/align/{name}" for name in ("done.json", "frozen.json", "train.jsonl", "warnings.json")
+            }
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     models = {name for name in found if "/align/model/" in name}
     figures = {name for name in found if name.startswith(("report/figures/", "report/tables/"))}
@@ -201,6 +203,22 @@ def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monke
         assert (harmful["n"], harmful["cannot say"], harmful["complied"], harmful["rate"]) == (3, 2, 1, 1.0)
         assert attack["benign"]["rate"] == 0.0
     assert "annot say" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
+    """Rows left out while pairs are read, and pairs left out of the training; the report repeats both."""
+    _, config, _ = finished_run
+    pairs = [{"prompt": f"how to do {i}", "chosen": f"No, not {i}.", "rejected": f"Yes, {i}."} for i in range(4)]
+    pairs += [{"prompt": "why " * 30, "chosen": "No.", "rejected": "Yes."}, pairs[0] | {"rejected": "No, not 0."}]
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = [*SMALL, f'pairs.safety=[{{path="{path}"}}]', "align.max_length=64"]
+    watch = execute(config, tmp_path / "run", changes=changes)
+    told = [f"{path}: 1 row was left out, 1 with equal answers; 5 pairs are used"]
+    told += ["1 of 5 pairs were not trained on: their prompt alone fills max_length = 64 tokens"]
+    assert [text for text in watch.of("warned") if text in told] == told
+    report = (tmp_path / "run/report/report.md").read_text().replace("\\", "")
+    assert all(text in report for text in told)
 
 
 def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
