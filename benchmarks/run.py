@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md quotes: python benchmarks/run.py [measure|memory|freeze|precision|pooling|demo ...]
+"""What docs/benchmarks.md quotes: python benchmarks/run.py [measure|memory|freeze|training|precision|pooling|demo ...]
 
 Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed
 with its range. Every number is of the embedded model on this machine's CPU.
@@ -6,6 +6,7 @@ with its range. Every number is of the embedded model on this machine's CPU.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import statistics
@@ -14,20 +15,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from safeneuron.aligning import align
-from safeneuron.data import Pair, Prompt, read_prompts
+from safeneuron.data import Pair, Prompt, benign_text, read_prompts
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.measuring import POOLINGS, length_batches, measure
 from safeneuron.memory import peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
+from safeneuron.pairing import refusal
 from safeneuron.selecting import choose, score, thresholds_for
 from safeneuron.training import Training
 
-PARTS = ("measure", "memory", "freeze", "precision", "pooling", "demo")
+PARTS = ("measure", "memory", "freeze", "training", "precision", "pooling", "demo")
 
 
 def prompts(kind: str, count: int) -> list[Prompt]:
@@ -97,10 +100,14 @@ def bench_memory() -> None:
     """The memory of (b), each figure in a process of its own."""
     for how in ("measure", "research"):
         for count in (100, 400, 1600):
-            line = subprocess.run(
-                [sys.executable, __file__, "memory-of", how, str(count)], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            line = alone("memory-of", how, str(count))
             print(f"(b) peak memory above the loaded model, {how}, {count} prompts: {line}", flush=True)
+
+
+def alone(*words: str) -> str:
+    """The last line that this script prints in a process of its own, given these words."""
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def memory_of(how: str, count: int) -> None:
@@ -119,12 +126,21 @@ def memory_of(how: str, count: int) -> None:
     print(f"{peak_memory_mb() - before:.0f} MB")
 
 
+def preferences(count: int) -> list[Pair]:
+    """Pairs of very different lengths: bundled requests, refusals, and pieces of the bundled prose as answers."""
+    words = benign_text().split()
+    found = []
+    for number, prompt in enumerate(prompts("unsafe", count)):
+        answer = " ".join(words[number : number + 4 + 7 * number % 60])
+        found.append(Pair(({"role": "user", "content": prompt.text},), refusal(prompt, 0), answer))
+    return found
+
+
 def bench_freeze() -> None:
-    """(c) step time of DPO with 1 % of the neurons frozen over plain DPO, trainings taking turns."""
+    """(c) step time and peak memory of DPO with 1 % of the neurons frozen over plain DPO, trainings taking turns."""
     reuse_memory()
     model = load("embedded", dtype="float32")
-    answers = ("I can't help with that.", "Here is how it is done, step by step, with everything that you need for it.")
-    pairs = [Pair(({"role": "user", "content": prompt.text},), *answers) for prompt in prompts("unsafe", 24)]
+    pairs = preferences(24)
     first_ones = {layer: range(width // 100) for layer, width in enumerate(model.widths)}
     one_percent = NeuronSet.of(first_ones, model.widths, model.fingerprint).random_like(0)
 
@@ -135,11 +151,68 @@ def bench_freeze() -> None:
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
     found = []
-    for _ in range(2):
+    steps(None)
+    for _ in range(3):
         plain = steps(None)
         found.append(steps(one_percent) / plain)
     print(f"(c) step time, 1 % of the neurons frozen / plain TRL: {statistics.median(found):.3f} "
-          f"({min(found):.3f} to {max(found):.3f}, 2 pairs of trainings of 12 steps)")  # fmt: skip
+          f"({min(found):.3f} to {max(found):.3f}, 3 pairs of trainings of 12 steps)")  # fmt: skip
+    peaks = {how: alone("peak-of", how) for how in ("plain", "frozen")}
+    print(f"(c) peak memory, 1 % frozen / plain TRL: {float(peaks['frozen']) / float(peaks['plain']):.3f} "
+          f"({float(peaks['frozen']):.0f} MB / {float(peaks['plain']):.0f} MB, processes of their own)")  # fmt: skip
+
+
+def peak_of(how: str) -> None:
+    """One figure of bench_freeze: the peak memory in MB of a process that trains three steps."""
+    model = load("embedded", dtype="float32")
+    first_ones = {layer: range(width // 100) for layer, width in enumerate(model.widths)}
+    one_percent = NeuronSet.of(first_ones, model.widths, model.fingerprint).random_like(0)
+    training = Training(learning_rate=1e-6, epochs=1, batch_size=4, micro_batch_size=4)
+    align(model, preferences(12), one_percent if how == "frozen" else None, training)
+    print(f"{peak_memory_mb():.1f}")
+
+
+def bench_training() -> None:
+    """Our DPO over TRL's defaults on the same pairs and steps: seconds from the pairs to the trained model."""
+    ours, theirs = [], []
+    losses: dict[str, list[float]] = {}
+    for _ in range(2):
+        for how, times in (("ours", ours), ("trl", theirs)):
+            record = json.loads(alone("train-of", how))
+            times.append(record["seconds"])
+            losses[how] = record["losses"]
+    ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
+    print(f"DPO of 64 pairs in 8 steps, TRL's defaults / ours: {min(ratios):.2f} to {max(ratios):.2f}, 2 pairs of runs")
+    means = {how: statistics.mean(values) for how, values in losses.items()}
+    print(f"    mean loss {means['trl']:.4f} and {means['ours']:.4f}, last {losses['trl'][-1]:.4f} and "
+          f"{losses['ours'][-1]:.4f}")  # fmt: skip
+
+
+def train_of(how: str) -> None:
+    """One training of bench_training, in a process of its own."""
+    from trl import DPOConfig, DPOTrainer
+
+    from safeneuron.dpo import dataset_of
+
+    reuse_memory()
+    model = load("embedded", dtype="float32")
+    pairs = preferences(64)
+    begun = time.perf_counter()
+    if how == "ours":
+        training = Training(learning_rate=1e-5, epochs=1, batch_size=8, micro_batch_size=8, weight_decay=0.0,
+                            warmup_share=0.0)  # fmt: skip
+        losses = [entry["loss"] for entry in align(model, pairs, None, training).log]
+    else:
+        with TemporaryDirectory() as folder:
+            settings = DPOConfig(
+                folder, max_steps=8, learning_rate=1e-5, lr_scheduler_type="cosine", report_to="none", use_cpu=True,
+                logging_steps=1, save_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            trainer = DPOTrainer(model=model.network, ref_model=copy.deepcopy(model.network), args=settings,
+                                 train_dataset=dataset_of(pairs), processing_class=model.tokenizer)  # fmt: skip
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps({"seconds": time.perf_counter() - begun, "losses": losses}))
 
 
 def bench_precision() -> None:
@@ -188,10 +261,14 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["memory-of"]:
         memory_of(arguments[1], int(arguments[2]))
         return
+    if arguments[:1] in (["peak-of"], ["train-of"]):
+        (peak_of if arguments[0] == "peak-of" else train_of)(arguments[1])
+        return
     parts = {
         "measure": bench_measure,
         "memory": bench_memory,
         "freeze": bench_freeze,
+        "training": bench_training,
         "precision": bench_precision,
         "pooling": bench_pooling,
         "demo": bench_demo,

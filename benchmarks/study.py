@@ -1,8 +1,8 @@
 """The study of docs/results.md: python benchmarks/study.py CONFIG [--seeds 0 1 2] [--out runs/study] [--write PAGE]
 
 Each seed is a run of its own, made or continued by the command line. Rates are means over seeds; their intervals come
-from a bootstrap over seeds and, within them, over prompts, so that both kinds of chance are in them. A difference from
-plain DPO is taken prompt by prompt within a seed.
+from a bootstrap over seeds and, within them, over prompts, so that both kinds of chance are in them. T1, the main
+training of the config, is plain DPO; a difference from it is taken prompt by prompt within a seed.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def tables(folders: Sequence[Path]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name, label in states:
-        if name in ("T0", "dpo-T1"):
+        if name in ("T0", "T1"):
             continue
         cells = []
         for attack in ("adaptive-FULL", "iterated-FULL"):
             for verdict in ("complied", "refused"):
-                gap = table_of(folders, name, attack, verdict) - table_of(folders, "dpo-T1", attack, verdict)
+                gap = table_of(folders, name, attack, verdict) - table_of(folders, "T1", attack, verdict)
                 low, high = interval(gap)
                 cells.append(f"{100 * gap.mean():+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")

@@ -1,5 +1,6 @@
-"""``python -m safeneuron`` is the program ``safeneuron``, for launchers that start modules."""
+"""``python -m safeneuron`` is the program ``safeneuron``: what torchrun and ``accelerate launch`` start."""
 
 from safeneuron.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from safeneuron import ranks
 from safeneuron.ablating import AblateSteps, Ablation, Refresh
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
@@ -21,7 +23,17 @@ from safeneuron.ffn import LINEAGE, parameters_of_no_neuron, pruned
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.models import Model, quiet
 from safeneuron.neurons import NeuronSet
-from safeneuron.training import Progress, Training, Watch, arguments_of, borrowed, last_checkpoint, training_log
+from safeneuron.training import (
+    Progress,
+    Training,
+    Watch,
+    arguments_of,
+    borrowed,
+    is_sharded,
+    last_checkpoint,
+    require_trainable,
+    training_log,
+)
 
 DEFAULT = Training()
 
@@ -63,6 +75,9 @@ def align(
     neuron, so that with the complement of a set as ``frozen`` the set alone is trained (SN-Tune).
 
     With ``checkpoints`` and ``training.save_every``, interrupted training continues from the last checkpoint there.
+    Several ranks, which must see the same folder there, share each batch (DDP), or also the weights being trained
+    (FSDP2, when accelerate says so); all of them get the whole result.
+
     Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a loss or weights that are
     not finite, or training that changed nothing.
     """
@@ -70,6 +85,8 @@ def align(
     from safeneuron.refreshing import RefreshTrainer
 
     quiet()
+    require_trainable(training)
+    ranks.start_group()
     _check_pairs(model, pairs)
     given, pairs = len(pairs), _with_room(model, pairs, training.max_length)
     if ablation is not None:
@@ -80,7 +97,7 @@ def align(
         policy = copy.deepcopy(model.network).train(False)
         _store_in(torch.float32, policy)
         setattr(policy.config, LINEAGE, model.fingerprint)
-        proof = Freeze(policy, frozen) if frozen is not None else None
+        proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         cleanup.enter_context(answers_scored_alone())
@@ -88,26 +105,35 @@ def align(
         cleanup.enter_context(_untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
-            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen))))
+            callbacks.append(cleanup.enter_context(closing(FreezeNeurons(frozen, whole_layers=freeze_rest))))
         if ablation is not None:
             callbacks.append(cleanup.enter_context(closing(AblateSteps(ablation))))
         # The last one, so that a checkpoint is marked as whole only after the freeze has been proved.
         callbacks.append(Watch(folder, progress))
-        # The reference's log-probabilities are computed while the trainer is made, with the policy as it was given.
-        with pruned(policy, ablation.neurons if ablation is not None and ablation.reference else None):
+        # The reference's log-probabilities are computed while the trainer is made, with the policy as it was given. To
+        # weights that will be spread over the ranks TRL wants another object, or it loads one by the model's name.
+        reference = _sharing_weights(policy) if is_sharded() else None
+        judged_by = policy if reference is None else reference
+        with pruned(judged_by, ablation.neurons if ablation is not None and ablation.reference else None):
             trainer = (PreferenceTrainer if refresh is None else RefreshTrainer)(
                 model=policy,
+                ref_model=reference,
                 args=arguments_of(training, len(pairs), model.device, folder, checkpoints is not None),
                 train_dataset=dataset_of(pairs),
                 processing_class=model.tokenizer,
                 callbacks=callbacks,
             )
-        assert trainer.ref_model is None, "TRL has loaded another reference than the given model"
+        assert reference is not None or trainer.ref_model is None, (
+            "TRL has loaded another reference than the given model"
+        )
+        trainer.ref_model = reference = None
         if isinstance(trainer, RefreshTrainer):
             assert refresh is not None, "the class was chosen by it"
             trainer.refresh = refresh
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder)))
+    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        policy, proof = _gathered(policy, model, frozen)
     _store_in(_lasting_dtype(model), policy)
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
@@ -160,6 +186,28 @@ def _warnings(long: int, given: int, max_length: int) -> tuple[str, ...]:
     if not long:
         return ()
     return (f"{long} of {given} pairs were not trained on: their prompt alone fills max_length = {max_length} tokens",)
+
+
+def _sharing_weights(network: PreTrainedModel) -> PreTrainedModel:
+    """The same model as another object whose weights are the same memory."""
+    weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in network.parameters()}
+    return copy.deepcopy(network, dict(weights))
+
+
+def _gathered(trained: nn.Module, model: Model, frozen: NeuronSet | None) -> tuple[PreTrainedModel, Freeze | None]:
+    """The trained weights, which are spread over the ranks, as a plain network on each, and the proof of its freeze.
+
+    One parameter after the other is gathered; the proof compares with the values of the given ``model``.
+    """
+    whole = copy.deepcopy(model.network).train(False)
+    _store_in(torch.float32, whole)
+    setattr(whole.config, LINEAGE, model.fingerprint)
+    proof = Freeze(whole, frozen) if frozen is not None else None
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            now = trained.get_parameter(name)
+            parameter.copy_(now.full_tensor() if isinstance(now, DTensor) else now)
+    return whole, proof
 
 
 def _lasting_dtype(model: Model) -> torch.dtype:

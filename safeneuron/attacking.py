@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from safeneuron import ranks
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
@@ -82,7 +84,10 @@ def outcome(verdicts: Sequence[str], counted: str) -> dict[str, float]:
 def respond(
     model: Model, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32, skip: int = 0
 ) -> Iterator[list[Response]]:
-    """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches."""
+    """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
+
+    All ranks get all answers; each of them generates its share of the batches.
+    """
     encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
     for batch in generate(model, encoded, max_new_tokens, batch_size, skip):
         yield [Response(index, prompts[index].text, text) for index, text in batch]
@@ -96,11 +101,15 @@ def attack(
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> Attack:
-    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes."""
+    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
+
+    Of several ranks each answers its share; the first one judges, and all get the result.
+    """
     with pruned(model, neurons):
         found = [response for batch in respond(model, prompts, max_new_tokens, batch_size) for response in batch]
     found.sort(key=lambda response: response.index)
-    verdicts = judge([response.prompt for response in found], [response.response for response in found])
+    asked, answered = [response.prompt for response in found], [response.response for response in found]
+    verdicts = ranks.from_main(lambda: judge(asked, answered))
     return Attack(found, verdicts, share_of("complied", verdicts))
 
 
@@ -113,12 +122,12 @@ def perplexity(model: Model, text: str, window: int = 512) -> float:
     ids = torch.tensor(list(model.tokenizer(text)["input_ids"]), device=model.device)
     if len(ids) < 2:
         raise InputError(f"perplexity needs a text of at least two tokens, found {text[:60]!r}; give a longer text")
-    loss, count = 0.0, 0
-    for start in range(0, len(ids) - 1, window):
-        piece = ids[start : start + window + 1]
+
+    def loss_of(piece: Tensor) -> float:
         with torch.inference_mode():
             logits = model.network(input_ids=piece[None, :-1], use_cache=False).logits[0].float()
-        loss += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
-        count += len(piece) - 1
-    mean = loss / count
+        return float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
+
+    pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
+    mean = sum(ranks.deal(pieces, loss_of)) / (len(ids) - 1)
     return math.exp(mean if mean < 700 else 700)

@@ -1,8 +1,9 @@
 """Which pairs share a forward pass: those of like length, in an order that is a new one in every epoch.
 
-TRL puts both sides of all pairs of a micro-batch into one batch, as long as its longest conversation, so one long answer
-among short ones makes most of it padding. What an order cannot help is a pair whose own answers differ in length. The
-order is drawn from the seed and the epoch alone: the same on every process, and in training that is resumed.
+TRL puts both sides of all pairs of a micro-batch into one batch, as long as its longest conversation, so one long
+answer among short ones makes most of it padding. What an order cannot help is a pair whose own answers differ in
+length. The order is drawn from the seed and the epoch alone: the same on every process, and in training that is
+resumed.
 """
 
 from __future__ import annotations

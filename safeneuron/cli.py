@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,14 +27,19 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
+from safeneuron import ranks
 from safeneuron.errors import InputError
 
 if TYPE_CHECKING:
     from safeneuron.config import Config
+    from safeneuron.publishing import Publication
     from safeneuron.runs import Run
 
-# Texts and paths are printed as they are: none of their characters is markup.
-out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+# Texts and paths are printed as they are: none of their characters is markup. Of many processes the first one speaks.
+out = Console(
+    highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not ranks.is_main(),
+    force_terminal=None if ranks.is_main() else False,
+)  # fmt: skip
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
@@ -41,19 +48,35 @@ def _explained() -> Iterator[None]:
     """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
     try:
         yield
+        ranks.leave()
     except InputError as error:
-        err.print(Text.assemble(("error: ", "red"), str(error)))
-        sys.exit(2)
+        _end(2, Text.assemble(("error: ", "red"), str(error)))
     except KeyboardInterrupt:
-        err.print("stopped; what is finished is kept, and the same command goes on from here")
-        sys.exit(130)
+        _end(130, Text("stopped; what is finished is kept, and the same command goes on from here"))
+    except (typer.Exit, typer.Abort):
+        raise
+    except typer.TyperException as error:
+        # Every process was given the same words; what is wrong with them is said once.
+        if not ranks.is_main():
+            sys.exit(error.exit_code)
+        raise
     except Exception as error:
         from safeneuron.runs import FREE_SPACE, disk_full
 
-        if not disk_full(error):
-            raise
-        err.print(Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
-        sys.exit(2)
+        if disk_full(error):
+            _end(2, Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
+        code = ranks.first_to_fail(1)
+        if code is not None:
+            sys.exit(code)
+        raise
+
+
+def _end(code: int, sentence: Text) -> NoReturn:
+    """End the program; of many processes the one that fails first says why, and the others end as it does."""
+    first = ranks.first_to_fail(code)
+    if first is None:
+        err.print(sentence)
+    sys.exit(code if first is None else first)
 
 
 class Verbs(TyperGroup):
@@ -144,6 +167,43 @@ def report(run_folder: RunFolder, changes: Changes = None, out_folder: Out = Non
 
 
 @app.command()
+def publish(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    state: Annotated[str, typer.Option("--state", metavar="STATE", help="T1, T2, ..., or VARIANT-T1.")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; RUN/publish/STATE if not given.")
+    ] = None,
+    hub: Annotated[
+        str, typer.Option("--hub", metavar="OWNER/NAME", help="Push it to this repository on the Hub; needs a token.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let the files go that the repository holds already.")
+    ] = False,
+    licence: Annotated[
+        str, typer.Option("--license", metavar="ID", help="The base model's licence, as the Hub names it.")
+    ] = "",
+    base: Annotated[
+        str, typer.Option("--base", metavar="OWNER/NAME", help="The base model on the Hub, if the run read a folder.")
+    ] = "",
+) -> None:
+    """Write a trained state as a Hugging Face folder with model card, neurons and record; push it if asked to."""
+    if (private or replace) and not hub:
+        raise InputError("--private and --replace say how to push; give the repository too, with --hub OWNER/NAME")
+    from safeneuron.pushing import check_repository, push
+
+    if hub:
+        check_repository(hub)
+    done = _write_publication(run_folder, state, out_folder, hub, licence, base)
+    if hub:
+        try:
+            url = push(done.folder, hub, f"{state}, published by safeneuron", private, replace)
+        except InputError as error:
+            raise InputError(f"{error}; the folder is written and kept: {done.folder}") from error
+        out.print(f"pushed to {url}")
+
+
+@app.command()
 def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
     """Print a complete config, every key with its meaning."""
     from safeneuron.config import presets, read_config, to_toml
@@ -209,11 +269,15 @@ class Bars:
 
     def warned(self, text: str) -> None:
         """Print a warning."""
-        err.print(Text.assemble(("warning: ", "yellow"), text))
+        if ranks.is_main():
+            err.print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def main() -> None:
     """The program ``safeneuron``: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
+    if ranks.world() > 1:
+        # A launcher ends the processes with this signal, when it is stopped itself or when one of them has failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     finally:
@@ -249,13 +313,35 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
         from safeneuron.preparing import prepare
 
         bars = Bars()
-        for name in prepare(settings, opened, bars, names):
+        for name in ranks.from_main(lambda: prepare(settings, opened, bars, names)):
             out.print(f"{name}: deleted, will be made again")
         pipeline = Pipeline(settings, opened, bars, verb)
         with bars.bars:
             pipeline.execute()
         pipeline.require_work()
-    _tell(opened)
+    if ranks.is_main():
+        _tell(opened)
+
+
+def _write_publication(folder: Path, state: str, target: Path | None, hub: str, licence: str, base: str) -> Publication:
+    from safeneuron.runs import Run
+
+    opened = Run.open(folder)
+    if not err.is_terminal:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with opened.locked():
+        from safeneuron.publishing import publish as write
+
+        bars = Bars()
+        began = time.monotonic()
+        with bars.bars:
+            bars.began(f"{state}/publish")
+            done = write(opened, state, target, hub, licence, base, bars.progress)
+            bars.ended(f"{state}/publish", time.monotonic() - began, skipped=False)
+    for warning in done.warnings:
+        bars.warned(warning)
+    out.print(f"wrote {done.folder}: {len(done.files)} files, {done.size / 1e6:,.1f} MB")
+    return done
 
 
 def _tell(opened: Run) -> None:

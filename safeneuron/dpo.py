@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -55,13 +56,25 @@ class PreferenceTrainer(DPOTrainer):
         return LengthBuckets(lengths, args.train_batch_size, args.seed, lambda: int(self.state.epoch or 0))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The data set with the reference's log-probabilities of both answers, which all ranks compute together.
+
+        TRL's own hands them to the other ranks in a file that these cannot see when the pairs come from memory.
+        """
         args: Any = self.args
         if args.train_sampling_strategy == BY_LENGTH:
-            # TRL goes through the data set as it lies. The longest pairs come first: memory that suffices for them
+            # The longest pairs come first: memory that suffices for them
             # suffices for all.
             lengths = padded_lengths(dataset, args.max_length)
             dataset = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for batch in self.accelerator.prepare(loader):
+            own = self.compute_ref_log_probs(self.ref_model or self.model, batch)  # type: ignore[no-untyped-call]
+            for logps, more in zip(found, self.accelerator.gather_for_metrics(tuple(own)), strict=True):
+                logps.append(more.cpu())
+        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), found, strict=True):
+            dataset = dataset.add_column(column, torch.cat(values).numpy())
+        return dataset
 
 
 def padded_lengths(dataset: Any, max_length: int | None) -> list[int]:

@@ -10,8 +10,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+from safeneuron import ranks
 from safeneuron.errors import InputError
-from safeneuron.runs import sha256_of, whole_folder
+from safeneuron.runs import one_at_a_time, sha256_of, whole_folder
 
 NAME = "embedded"
 LABEL = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
@@ -36,7 +37,10 @@ def embedded_folder() -> Path:
     """
     folder = cache_folder() / FOLDER
     if not (folder / "config.json").exists():
-        _convert(_gguf_file(), folder)
+        gguf = _gguf_file()
+        with one_at_a_time(folder):
+            if not (folder / "config.json").exists():
+                _convert(gguf, folder)
     return folder
 
 
@@ -60,7 +64,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with ranks.whole_weights():
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if shown:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]

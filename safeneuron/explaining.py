@@ -103,6 +103,9 @@ def _model(path: Path) -> Iterator[str]:
     yield f"A model in Hugging Face form: {', '.join(config.get('architectures') or ['unknown architecture'])}."
     lineage = config.get("safeneuron_lineage")
     yield f"Its neurons are those of fingerprint {lineage}." if lineage else "It was not trained by safeneuron."
+    record = path / "reproduce" / "record.json"
+    if record.exists():
+        yield from _published(record)
 
 
 def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
@@ -118,11 +121,13 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         "run.json": lambda _: iter(["Marks a folder as a run of safeneuron."]),
         "config.toml": _config,
         "neurons.json": _neurons,
+        "frozen_neurons.json": _neurons,
         "ES.json": _neurons,
         "SAS.json": _neurons,
         "thresholds.json": _thresholds,
         "frozen.json": _frozen,
         "pruned.json": _pruned,
+        "record.json": _published,
         "results.json": lambda path: result_table(read_json(path)),
         "train.jsonl": _training,
         "pairs.jsonl": _pairs,
@@ -136,6 +141,8 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     }
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]
+    if path.name.startswith("search-") and path.suffix == ".json":
+        return _neurons
     return _counts if path.name in ("harmful.json", "benign.json") else None
 
 
@@ -193,6 +200,13 @@ def _frozen(path: Path) -> Iterator[str]:
     kept = "bit-identical to the start" if record["frozen_identical"] else "NOT identical to the start"
     yield f"{record['frozen']:,} frozen neurons, {kept}."
     yield f"All other weights moved by {record['free_change']:.3%} (relative L2)."
+
+
+def _published(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    yield f"Published as the state {record['state']} of the run {record['run']!r} by safeneuron {record['safeneuron']}."
+    yield f"Trained from {record['base']['name']} (licence: {record['base']['license']}). To make it again:"
+    yield from (f"  {command}" for command in record["commands"])
 
 
 def _pruned(path: Path) -> Iterator[str]:

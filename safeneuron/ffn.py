@@ -12,16 +12,20 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from safeneuron import shards
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
+# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HasNetwork(Protocol):
@@ -52,7 +56,11 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``."""
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``.
+
+    In the coordinates of the whole parameter, also where it is spread over processes; ``shards.parts`` says what of it
+    is here.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -61,8 +69,26 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare or as a ``Model``."""
-    return model if isinstance(model, nn.Module) else model.network
+    """The torch module itself, whether it came bare, as a ``Model``, or wrapped by ``torch.compile``, DDP or DeepSpeed."""
+    return _unwrapped(model if isinstance(model, nn.Module) else model.network)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a wrapper, with the same parameters; any other module as it is."""
+    # Asking for the wrappers' own classes would import the whole compiler, and DeepSpeed.
+    if len(module._modules) == 1:
+        ((name, inner),) = module._modules.items()
+        if name in WRAPPED and inner is not None:
+            return _unwrapped(inner)
+    return module
+
+
+def _names_in(network: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
+    return found
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
@@ -81,7 +107,12 @@ def decoder_of(network: nn.Module) -> nn.Module:
     find = getattr(network, "get_decoder", None)
     decoder = find() if callable(find) else network
     assert isinstance(decoder, nn.Module), "transformers returns a module"
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    if decoder is network and not _has_layers(network):
+        # A module of the user's own around a model, with a value head for example, has one part that has a decoder.
+        inner = [part for part in network.children() if hasattr(part, "get_decoder") or _has_layers(part)]
+        if len(inner) == 1:
+            return decoder_of(inner[0])
+    if not _has_layers(decoder):
         raise InputError(
             f"{type(network).__name__} has no text decoder with a list of layers: expected get_decoder().layers, found "
             f"{type(decoder).__name__} with {_names(decoder.named_children())}; use a Llama-like causal language model"
@@ -89,9 +120,14 @@ def decoder_of(network: nn.Module) -> nn.Module:
     return decoder
 
 
+def _has_layers(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layers", None), nn.ModuleList)
+
+
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
+    layer = _unwrapped(layer)
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
-    found = [block for module in layer.children() if (block := _gated(index, module)) is not None]
+    found = [block for module in layer.children() if (block := _gated(index, _unwrapped(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
     if len(found) == 1 and not experts:
         return found[0]
@@ -126,6 +162,11 @@ def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
     return tuple(block.width for block in feed_forwards(model))
 
 
+def config_of(network: nn.Module) -> Any:
+    """The transformers config of the network, or of its decoder where it is a module of the user's own around one."""
+    return vars(network).get("config") or vars(decoder_of(network))["config"]
+
+
 def fingerprint(model: nn.Module | HasNetwork) -> str:
     """Sixteen hexadecimal digits that say whose neurons these are.
 
@@ -134,16 +175,18 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     are the same in every floating-point precision.
     """
     network = network_of(model)
-    config = vars(network)["config"]
+    config = config_of(network)
     lineage = vars(config).get(LINEAGE)
     if lineage:
         return str(lineage)
     digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
         weight = block.output.weight
-        digest.update(f"{tuple(weight.shape)}".encode())
+        assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
+        shape = shards.shape_of(weight)
+        digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-        sample = weight.detach()[:16, :256].to(torch.float16)
+        sample = shards.first_rows(f"down_proj.weight of layer {block.layer}", weight, 16)[:, :256].to(torch.float16)
         digest.update((sample > 0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -155,7 +198,7 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
     """
     network = network_of(model)
     neurons.require(fingerprint(network), widths_of(network))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = _names_in(network)
     slices = []
     for block in feed_forwards(network):
         channels = neurons.layer(block.layer)
@@ -182,6 +225,35 @@ def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]
     return [parameter for parameter in network.parameters() if id(parameter) not in owned]
 
 
+def require_trainable(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too."""
+    network = network_of(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for block in feed_forwards(network):
+        for module in (block.output, *(rows.module for rows in block.inputs)):
+            for parameter in module.parameters():
+                name, *others = names[id(parameter)]
+                if parameter.dtype not in TRAINABLE:
+                    raise InputError(
+                        f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
+                        "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
+                        "adapters on it"
+                    )
+                expected = (module.out_features, module.in_features)[: max(1, len(shards.shape_of(parameter)))]
+                if tuple(shards.shape_of(parameter)) != expected:
+                    raise InputError(
+                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
+                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                    )
+                if others:
+                    raise InputError(
+                        f"{name} and {others[0]} are one parameter, so that a neuron frozen in one place would be "
+                        "frozen in the other too; expected FFN weights that are tied to nothing, give each a copy"
+                    )
+
+
 @dataclass
 class Recording:
     """What ``recorded`` collects in the last forward pass: layer -> activations, or what ``reduce`` made of them."""
@@ -205,6 +277,7 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
         return keep
 
+    _require_eager(model)
     handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
     try:
         yield recording
@@ -223,6 +296,7 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
     """
     handles = []
     if neurons is not None:
+        _require_eager(model)
         network = network_of(model)
         neurons.require(fingerprint(network), widths_of(network))
         for block in feed_forwards(network):
@@ -235,6 +309,16 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_eager(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
+    network = model if isinstance(model, nn.Module) else model.network
+    if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):
+        raise InputError(
+            "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
+            "expected the model as it was before torch.compile, use and call that one"
+        )
 
 
 def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -3,48 +3,75 @@
 A gradient mask alone does not freeze: decoupled weight decay and stale momentum still move the weights. A restore alone
 does, but gradient clipping then counts gradients that will not be used. So both: the frozen slices' gradients are set
 to zero as soon as they are accumulated (before clipping), and the slices are put back after each optimizer step.
-Only the slices are stored and touched, never a mask of the size of the model.
+Only the slices are stored and touched, never a mask of the size of the model. Where several processes share a
+parameter, each holds and restores its own part of the slices (``shards``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeneuron import shards
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, HasNetwork, Slice, fingerprint, network_of, owned_slices
+from safeneuron.ffn import LINEAGE, HasNetwork, config_of, fingerprint, network_of, owned_slices, require_trainable
 from safeneuron.neurons import NeuronSet
+
+
+class HasRunningModel(Protocol):
+    """A callback that keeps an average of the model over the steps in ``running_model``, as TRL's BEMACallback does."""
+
+    @property
+    def running_model(self) -> nn.Module | None:
+        """The average; ``None`` before training."""
+        ...
 
 
 class Freeze:
     """The slices of some neurons, held at the values they had when this object was made.
 
-    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted.
+    ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted. Where processes share the
+    model, all of them make this object, once the model has been wrapped or sharded, and all ask for ``changed``,
+    ``verify`` and ``digest``, which have one answer. Raises ``InputError`` for neurons of another model, for every
+    neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN weights that are quantised, tied, or
+    sharded in a way that is not understood.
     """
 
-    def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet) -> None:
+    def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
         self.network = network_of(model)
+        shards.settle(self.network)
+        require_trainable(self.network)
         self.slices = owned_slices(self.network, neurons)
-        self.saved = [self._values(piece) for piece in self.slices]
+        if not whole_layers:
+            _require_free(neurons)
+        self.parts = self._parts_in(self.network)
+        self.saved = [part.values() for part in self.parts]
         self._handles: list[RemovableHandle] = []
         # Whatever trainer saves this network, its config now says whose neurons it has.
-        setattr(self.network.config, LINEAGE, fingerprint(self.network))
+        setattr(config_of(self.network), LINEAGE, fingerprint(self.network))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask gradients from now on, check that before every step of ``optimizer``, restore the slices after it."""
+    def attach(self, *optimizers: Any) -> None:
+        """Mask gradients from now on, check that before every step of an optimizer, restore the slices after it.
+
+        An optimizer may be one of torch, or what accelerate or DeepSpeed made of it; ``InputError`` if it steps in a
+        way that cannot be followed.
+        """
+        steppers = [shards.stepper(optimizer) for optimizer in optimizers]
+        self._require_same_layout()
         for piece in self.slices:
             if piece.parameter.requires_grad:
-                handle = piece.parameter.register_post_accumulate_grad_hook(_mask(piece))  # type: ignore[no-untyped-call]
+                handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index)
                 self._handles.append(handle)
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
+        for optimizer in steppers:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
 
     def detach(self) -> None:
         """Take all hooks away again."""
@@ -53,9 +80,16 @@ class Freeze:
 
     def restore(self) -> None:
         """Put the frozen values back, exactly."""
-        with torch.no_grad():
-            for piece, saved in zip(self.slices, self.saved, strict=True):
-                piece.parameter.index_copy_(piece.dim, piece.index, saved)
+        for part, saved in zip(self.parts, self.saved, strict=True):
+            part.restore(saved)
+
+    def restore_in(self, copy: nn.Module | HasNetwork) -> None:
+        """Put the frozen values into a copy of the network, such as an average of its weights over the steps.
+
+        Averaging values that never change rounds them, so that an average as it is has frozen neurons only nearly.
+        """
+        for part, saved in zip(self._parts_in(network_of(copy)), self.saved, strict=True):
+            part.restore(saved)
 
     def check_masked(self) -> None:
         """Fail unless the frozen parameters are still the model's own and their frozen gradients are zero.
@@ -63,10 +97,8 @@ class Freeze:
         A hook on a parameter that the trainer has replaced never fires, and would fail silently.
         """
         loose = [
-            piece.name
-            for piece in self.slices
-            if self.network.get_parameter(piece.name) is not piece.parameter or _has_gradient(piece)
-        ]
+            piece.name for piece in self.slices if self.network.get_parameter(piece.name) is not piece.parameter
+        ] + [part.name for part in self.parts if part.has_gradient()]
         if loose:
             raise RuntimeError(
                 f"the gradients of {len(loose)} frozen parameters were not masked (first: {loose[0]}); the trainer "
@@ -75,11 +107,10 @@ class Freeze:
 
     def changed(self) -> list[str]:
         """Names of the parameters whose frozen slices are not bit-identical to the values held; empty is the proof."""
-        return [
-            piece.name
-            for piece, saved in zip(self.slices, self.saved, strict=True)
-            if not _identical(self._values(piece), saved)
-        ]
+        now = self._require_same_layout()
+        here = {part.name for part, saved in zip(now, self.saved, strict=True) if not _identical(part.values(), saved)}
+        anywhere = shards.together([piece.name in here for piece in self.slices])
+        return [piece.name for piece, moved in zip(self.slices, anywhere, strict=True) if moved]
 
     def verify(self) -> None:
         """Raise ``RuntimeError`` if any frozen slice has changed by a single bit."""
@@ -88,28 +119,50 @@ class Freeze:
             raise RuntimeError(f"{len(changed)} frozen slices have changed (first: {changed[0]})")
 
     def digest(self) -> str:
-        """SHA-256 over the frozen slices as they are in the model now."""
+        """SHA-256 over the frozen slices as they are in the model now; the same on one device and on many."""
+        shards.settle(self.network)
         digest = hashlib.sha256()
         for piece in self.slices:
+            parameter = self.network.get_parameter(piece.name)
             digest.update(piece.name.encode())
-            digest.update(_bits(self._values(piece)).cpu().numpy().tobytes())
+            digest.update(_bits(shards.whole(piece.name, parameter, piece.dim, piece.index)).cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _values(self, piece: Slice) -> Tensor:
-        """A copy of the slice as it is in the model now, also where the parameter object is another one by now."""
-        return self.network.get_parameter(piece.name).detach().index_select(piece.dim, piece.index)
+    def _parts_in(self, network: nn.Module) -> list[shards.Part]:
+        """What is here of the slices of the network as it is now, also where a parameter object is another one by now."""
+        found = []
+        for piece in self.slices:
+            found += shards.parts(piece.name, network.get_parameter(piece.name), piece.dim, piece.index)
+        return found
+
+    def _require_same_layout(self) -> list[shards.Part]:
+        """The parts as they are now; ``RuntimeError`` if they are others than those that were saved."""
+        shards.settle(self.network)
+        now = self._parts_in(self.network)
+        if [part.shape for part in now] != [saved.shape for saved in self.saved]:
+            raise RuntimeError(
+                "the model was spread over devices after the neurons had been frozen; freeze them when it has been"
+            )
+        return now
 
 
 class FreezeNeurons(TrainerCallback):
     """Freeze neurons in any transformers or TRL trainer: ``Trainer(..., callbacks=[FreezeNeurons(neurons)])``.
 
     The frozen slices keep the values they have when training begins, bit for bit, and a proof is made at every save and
-    at the end. Raises ``InputError`` when the neurons belong to another model, ``RuntimeError`` when the trainer does
-    not let them be frozen. After training that ended with an exception, ``close`` takes the hooks off the model.
+    at the end. Checkpoints carry a digest of them: training that goes on from one proves first that they are still the
+    first ones. ``averages`` are callbacks that keep an averaged copy of the model, which is then made exact too.
+    Raises ``InputError`` as ``Freeze`` does and for a checkpoint of another training, ``RuntimeError`` when the trainer
+    does not let the neurons be frozen. After training that ended with an exception, ``close`` takes the hooks off the
+    model.
     """
 
-    def __init__(self, neurons: NeuronSet) -> None:
+    def __init__(
+        self, neurons: NeuronSet, *, whole_layers: bool = False, averages: Sequence[HasRunningModel] = ()
+    ) -> None:
         self.neurons = neurons
+        self.whole_layers = whole_layers
+        self.averages = averages
         self._freeze: Freeze | None = None
 
     def on_train_begin(
@@ -125,8 +178,38 @@ class FreezeNeurons(TrainerCallback):
         if model is None or optimizer is None:
             raise InputError("FreezeNeurons needs a trainer that hands its model and optimizer to its callbacks")
         self.close()
-        self._freeze = Freeze(model, self.neurons)
-        self._freeze.attach(getattr(optimizer, "optimizer", optimizer))
+        self._freeze = self._freeze_as_at_first(model, state)
+        self._freeze.attach(optimizer)
+
+    def _freeze_as_at_first(self, model: nn.Module, state: TrainerState) -> Freeze:
+        """The freeze, with its digest noted in the trainer's state at the first start and compared on every other."""
+        # What transformers declares as a list of callbacks is a mapping from names to what they want to be saved.
+        notes: Any = state.stateful_callbacks
+        name = _name_of(self.neurons)
+        first = notes.get(name)
+        if state.global_step and first is None:
+            raise InputError(
+                f"the checkpoint of step {state.global_step} was not trained with these {len(self.neurons)} neurons "
+                "frozen, so they may have moved; resume with the neurons that it was started with, or begin a new "
+                "training from its weights"
+            )
+        if first is not None:
+            # The network was made anew, and its weights, which have been trained since, do not say whose they are.
+            setattr(config_of(network_of(model)), LINEAGE, self.neurons.fingerprint)
+        freeze = Freeze(model, self.neurons, whole_layers=self.whole_layers)
+        digest = freeze.digest()
+        if first not in (None, digest):
+            raise InputError(
+                f"the frozen neurons in the checkpoint of step {state.global_step} are not those of the first start "
+                f"(expected sha256 {first}, found {digest}); resume from an earlier checkpoint, with the model in the "
+                "precision that it was started in"
+            )
+        notes[name] = digest
+        return freeze
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep averages exact, whichever callback comes first."""
+        self._restore_averages()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prove that what is being saved is frozen."""
@@ -135,12 +218,18 @@ class FreezeNeurons(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Prove it a last time, and leave the model without hooks."""
         self.close()
+        self._restore_averages()
         self.freeze.verify()
 
     def close(self) -> None:
         """Leave the model without hooks."""
         if self._freeze is not None:
             self._freeze.detach()
+
+    def _restore_averages(self) -> None:
+        for average in self.averages:
+            if average.running_model is not None:
+                self.freeze.restore_in(average.running_model)
 
     @property
     def freeze(self) -> Freeze:
@@ -150,10 +239,19 @@ class FreezeNeurons(TrainerCallback):
 
 
 @contextmanager
-def frozen(model: nn.Module | HasNetwork, neurons: NeuronSet, optimizer: torch.optim.Optimizer) -> Iterator[Freeze]:
-    """Freeze neurons within the block, for a hand-written training loop; verified at its end."""
-    freeze = Freeze(model, neurons)
-    freeze.attach(optimizer)
+def frozen(
+    model: nn.Module | HasNetwork,
+    neurons: NeuronSet,
+    optimizer: Any,
+    *more: Any,
+    whole_layers: bool = False,
+) -> Iterator[Freeze]:
+    """Freeze neurons within the block, for a hand-written loop with one optimizer or more; verified at its end.
+
+    Raises ``InputError`` as ``Freeze`` does, ``RuntimeError`` when the loop does not let the neurons be frozen.
+    """
+    freeze = Freeze(model, neurons, whole_layers=whole_layers)
+    freeze.attach(optimizer, *more)
     try:
         yield freeze
     finally:
@@ -161,18 +259,22 @@ def frozen(model: nn.Module | HasNetwork, neurons: NeuronSet, optimizer: torch.o
     freeze.verify()
 
 
-def _mask(piece: Slice) -> Callable[[nn.Parameter], None]:
-    def mask(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None, "the hook runs after the gradient was accumulated"
-        parameter.grad.index_fill_(piece.dim, piece.index, 0)
+def _require_free(neurons: NeuronSet) -> None:
+    """Raise ``InputError`` where no neuron of a layer is left to be trained."""
+    whole = [layer for layer, channels in neurons.layers().items() if len(channels) == neurons.widths[layer]]
+    if whole:
+        where = f"layer{'s' * (len(whole) > 1)} {', '.join(map(str, whole))}"
+        raise InputError(
+            f"the neuron set covers every neuron of {'all layers' if len(whole) == len(neurons.widths) else where}, so "
+            "that nothing of the FFN there could be trained; freeze fewer neurons (a smaller density or higher "
+            "thresholds), or say with whole_layers=True that it is meant"
+        )
 
-    return mask
 
-
-def _has_gradient(piece: Slice) -> bool:
-    """Whether any entry would be moved; NaN is what clipping makes of zero when another gradient is not finite."""
-    gradient = piece.parameter.grad
-    return gradient is not None and bool((gradient.index_select(piece.dim, piece.index).abs() > 0).any())
+def _name_of(neurons: NeuronSet) -> str:
+    """What the set is called in a trainer's state; the label makes no difference."""
+    content = f"{neurons.fingerprint} {neurons.widths} {neurons.flat.tolist()}"
+    return f"safeneuron {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _identical(first: Tensor, second: Tensor) -> bool:

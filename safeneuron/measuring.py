@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, pruned, recorded
@@ -33,7 +34,8 @@ def measure(
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
-    The LM head is never run. ``progress(done, total)`` is called after each batch.
+    The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
+    in turn, and all get the statistics over all of them.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
@@ -43,21 +45,20 @@ def measure(
     total, done = len(unsafe) + len(safe), 0
     moments = []
     for prompts in (unsafe, safe):
-        merged = Moments.zero((sum(model.widths),))
+        own, problem = Moments.zero((sum(model.widths),)), ""
         encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
-        for batch in length_batches(encoded, batch_tokens):
-            vectors = pooled(model, [encoded[index] for index in batch], pooling)
-            if not torch.isfinite(vectors).all():
-                bad = batch[int((~torch.isfinite(vectors)).any(dim=1).nonzero()[0])]
-                raise InputError(
-                    f"the model's activations are not finite on the prompt {prompts[bad].text[:60]!r}; "
-                    "load it with dtype = 'float32', or use another checkpoint"
-                )
-            merged = merged.merge(Moments.of(vectors))
+        for number, batch in enumerate(length_batches(encoded, batch_tokens)):
+            if number % ranks.world() == ranks.rank():
+                vectors = pooled(model, [encoded[index] for index in batch], pooling)
+                problem = _not_finite(vectors, [prompts[index] for index in batch])
+                if problem:
+                    break
+                own = own.merge(Moments.of(vectors))
             done += len(batch)
             if progress is not None:
                 progress(done, total)
-        moments.append(merged)
+        ranks.agree(problem)
+        moments.append(_of_all_ranks(own))
     return ActivationStats(moments[0], moments[1], model.widths, model.fingerprint, pooling)
 
 
@@ -92,6 +93,26 @@ def search(
 def _part(progress: Progress, number: int, parts: int) -> Progress:
     """Progress of one part as progress of the whole, of which it is the part with this number."""
     return lambda done, total: progress(number * total + done, parts * total)
+
+
+def _not_finite(vectors: Tensor, prompts: Sequence[Prompt]) -> str:
+    """What is wrong with the activation vectors of these prompts, if anything."""
+    bad = (~torch.isfinite(vectors)).any(dim=1).nonzero()
+    if not len(bad):
+        return ""
+    return (
+        f"the model's activations are not finite on the prompt {prompts[int(bad[0])].text[:60]!r}; "
+        "load it with dtype = 'float32', or use another checkpoint"
+    )
+
+
+def _of_all_ranks(own: Moments) -> Moments:
+    """The moments over what all ranks have seen, merged in the order of the ranks: the same on each of them."""
+    counts = ranks.gather(own.count)
+    merged = Moments.zero(tuple(own.mean.shape))
+    for count, (mean, m2) in zip(counts, ranks.each_tensor(torch.stack([own.mean, own.m2])), strict=True):
+        merged = merged.merge(Moments(count, mean, m2))
+    return merged
 
 
 def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from safeneuron import embedded
+from safeneuron import embedded, ranks
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, feed_forwards, fingerprint
 from safeneuron.runs import whole_folder
@@ -72,9 +72,10 @@ class Model:
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has."""
         setattr(self.network.config, LINEAGE, self.fingerprint)
-        with whole_folder(folder) as neighbour:
-            self.network.save_pretrained(neighbour)
-            self.tokenizer.save_pretrained(neighbour)
+        if ranks.is_main():
+            with whole_folder(folder) as neighbour:
+                self.network.save_pretrained(neighbour)
+                self.tokenizer.save_pretrained(neighbour)
 
 
 def load(
@@ -87,8 +88,10 @@ def load(
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one. Raises ``InputError`` when the model
-    cannot be found, has no FFN that safeneuron knows, or its weights are incomplete or not finite.
+    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+
+    Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
+    incomplete or not finite.
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
@@ -100,9 +103,10 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Sizes that do not fit are reported below, with the missing weights; the library would only log their names.
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, use_safetensors=True, **report, **options
-        )
+        with ranks.whole_weights():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=precision, use_safetensors=True, **report, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
@@ -154,6 +158,8 @@ def generate(
 ) -> Iterator[list[tuple[int, str]]]:
     """Greedy answers to encoded prompts, batch by batch, as (index of the prompt, text).
 
+    All ranks get all answers; each of them generates its share of the batches.
+
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
     at any end token of the model's generation settings, or at the tokenizer's own.
@@ -170,13 +176,17 @@ def generate(
         use_cache=True,
     )
     answer = cast("Callable[..., Tensor]", model.network.generate)
-    for start in range(skip, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+    def texts_of(batch: list[int]) -> list[str]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
         with torch.inference_mode():
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        yield [(index, text.strip()) for index, text in zip(batch, texts, strict=True)]
+        return [text.strip() for text in texts]
+
+    batches = [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
+    for batch, texts in zip(batches, ranks.deal(batches, texts_of), strict=True):
+        yield list(zip(batch, texts, strict=True))
 
 
 def _end_tokens(model: Model) -> list[int] | None:
@@ -187,17 +197,34 @@ def _end_tokens(model: Model) -> list[int] | None:
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(wanted)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
     except RuntimeError as error:
         raise InputError(f"device {wanted!r} is unknown; expected auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and ranks.world() > 1:
+        return _own_gpu(wanted)
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {wanted!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; "
             "use device = 'auto'"
         )
+    return place
+
+
+def _own_gpu(wanted: str) -> torch.device:
+    """The GPU of this rank, which is made the current one, so that nothing strays to another rank's."""
+    gpus, number = torch.cuda.device_count(), ranks.local_rank()
+    if torch.device("cuda" if wanted == "auto" else wanted).index is not None:
+        raise InputError(
+            f"device {wanted!r} was asked for by {ranks.world()} processes, which need a GPU each; use device = 'auto'"
+        )
+    if number >= gpus:
+        raise InputError(
+            f"this is process {number + 1} on a machine where torch {torch.__version__} sees {gpus} GPUs; start no "
+            "more processes than there are GPUs"
+        )
+    place = torch.device("cuda", number)
+    torch.cuda.set_device(place)
     return place
 
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
+from safeneuron import ranks
 from safeneuron.data import Pair, Prompt, fitting_refusal
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
@@ -46,7 +47,7 @@ def on_policy_pairs(
     incoherent or a refusal, the intact model's own answer takes its place, if it complies. For a benign prompt,
     chosen is the intact model's own answer and rejected is a refusal. Answers are cut at the end of a sentence. A
     prompt without an answer that is coherent and no refusal gives no pair. The result has unsafe and safe pairs in
-    turn.
+    turn. All ranks get all pairs; each of them generates its share of the answers.
 
     Raises ``InputError`` when no pair at all comes out.
     """
@@ -62,7 +63,7 @@ def on_policy_pairs(
             done += len(batch)
             if progress is not None:
                 progress(done, len(unsafe) + len(asked))
-        verdicts = judge([prompt.text for prompt in prompts], texts)
+        verdicts = ranks.from_main(lambda: judge([prompt.text for prompt in prompts], texts))
         return [text if verdict in USABLE else "" for text, verdict in zip(texts, verdicts, strict=True)]
 
     with pruned(model, neurons):

@@ -9,6 +9,9 @@
 7. pairs     preference pairs, once, from T0
 8. align     train the next state with all neurons found so far frozen; back to 2
 9. report    tables and figures over all states
+
+With many processes, all of them go through the same stages. Rank 0 decides what is to be done, and only its files are
+written (``runs``); the stages that compute with the model are done by all together, the others by rank 0 alone.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from safeneuron import ranks
 from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
@@ -49,7 +53,7 @@ from safeneuron.runs import (
 from safeneuron.selecting import choose, resolve_thresholds, score, select
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
-from safeneuron.training import Training
+from safeneuron.training import Training, require_trainable
 
 TRAINING = {field.name for field in fields(Training)} - {"seed"}
 """The keys of [align] that are settings of the training itself."""
@@ -93,6 +97,8 @@ class Pipeline:
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)
+        for state in trained:
+            require_trainable(self.training(state))
         self.examine(base)
         if trained:
             self.pairs()
@@ -159,7 +165,7 @@ class Pipeline:
             stats.save(folder / "stats.safetensors")
 
         settings = {"measure": table.model_dump(), "model": self.config.model.model_dump()}
-        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work)
+        self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work, together=True)
 
     def select(self, state: State) -> None:
         """Scores of all neurons and the safety neurons (Eq. 5-10)."""
@@ -196,7 +202,8 @@ class Pipeline:
                 neurons.save(folder / f"search-{number}.json")
 
         settings = {name: value.model_dump() for name, value in self.finding().items()} | {"searches": table.searches}
-        self.stage(f"{state.name}/iterate", settings, ["data", *self.made_by(state), f"{state.name}/select"], work)
+        inputs = ["data", *self.made_by(state), f"{state.name}/select"]
+        self.stage(f"{state.name}/iterate", settings, inputs, work, together=True)
 
     def attack(self, state: State) -> None:
         """Answers of the state under every pruning, and the perplexity of a benign text."""
@@ -227,14 +234,14 @@ class Pipeline:
                 with pruned(model, pruning.neurons):
                     for kind, prompts in asked.items():
                         done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
-                    if not (here / "pruned.json").exists():
+                    if not ranks.from_main((here / "pruned.json").exists):
                         record = {"neurons": len(pruning.neurons) if pruning.neurons is not None else 0}
                         write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
 
         inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
         if "iterated" in table.knowledge:
             inputs.append(f"{state.name}/iterate")
-        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work)
+        self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work, together=True)
 
     def judge(self, state: State) -> None:
         """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
@@ -263,7 +270,7 @@ class Pipeline:
         ]
         inputs = []
         if "on-policy" in (table.safety, table.general):
-            settings["judge"] = self.config.judge.model_dump()
+            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
             sources += [*table.unsafe, *table.safe]
         settings["files"] = _file_hashes(sources)
@@ -280,7 +287,7 @@ class Pipeline:
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
             self.warn(folder, [*warnings, *self.leaks(pairs)])
 
-        self.stage("T0/pairs", settings, inputs, work)
+        self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
     def align(self, state: State) -> None:
         """Train the state from the previous one, with every neuron found so far frozen (Eq. 11-13)."""
@@ -298,7 +305,7 @@ class Pipeline:
                     start,
                     [Pair.from_record(record) for record in pairs],
                     frozen=self.findings.frozen(table, found),
-                    training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
+                    training=self.training(state),
                     ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
                     refresh=self.refresh(table) if table.refresh else None,
                     freeze_rest=table.freeze == "all-but-safety",
@@ -329,7 +336,7 @@ class Pipeline:
         if table.refresh:
             settings |= {name: value.model_dump() for name, value in self.finding().items()}
             inputs.append("data")
-        self.stage(f"{state.name}/align", settings, inputs, work)
+        self.stage(f"{state.name}/align", settings, inputs, work, together=True)
 
     def report(self) -> None:
         """Tables and figures over all states."""
@@ -345,31 +352,44 @@ class Pipeline:
     # -- what the stages share ----------------------------------------------------------------------------------
 
     def stage(
-        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[str],
+        work: Callable[[Path], None],
+        together: bool = False,
     ) -> None:
-        """Do one stage unless it is done, or not asked for, or cannot be done yet."""
+        """Do one stage unless it is done, not asked for, or cannot be done yet; all ranks ``together``, or rank 0."""
         absent = [needed for needed in inputs if needed not in self.keys]
         if absent:
             self.missing.append(absent[0])
             return
         stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
-        if stage.done:
+        if ranks.from_main(lambda: stage.done):
             self.keys[name] = stage.key
             self.watcher.ended(name, 0.0, skipped=True)
             return
         if self.kinds and name.split("/")[-1] not in self.kinds:
             return
         self.watcher.began(name)
-        stage.start()
+        ranks.from_main(stage.start)
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        work(stage.folder)
+        if together:
+            work(stage.folder)
+        else:
+            ranks.from_main(lambda: work(stage.folder))
         seconds = time.monotonic() - begun
-        stage.finish(seconds, peak_memory_mb())
+        ranks.from_main(lambda: stage.finish(seconds, peak_memory_mb()))
         self.keys[name] = stage.key
         self.run.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} done in {seconds:.1f} s")
         self.watcher.ended(name, seconds, skipped=False)
+
+    def training(self, state: State) -> Training:
+        """How the state is trained."""
+        table = self.config.variant(state.variant)
+        return Training(**table.model_dump(include=TRAINING), seed=self.config.seed)
 
     def made_by(self, state: State) -> list[str]:
         """The stage that made the state's weights, if any."""
@@ -389,15 +409,21 @@ class Pipeline:
     def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
         """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
         size = self.config.attack.batch_size
-        have = read_lines(path)
-        if len(have) < len(prompts):
-            have = have[: len(have) // size * size]
-            write_lines(path, have)
-            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=len(have)):
+
+        def kept() -> int:
+            have = read_lines(path)
+            if len(have) < len(prompts):
+                have = have[: len(have) // size * size]
+                write_lines(path, have)
+            return len(have)
+
+        have = ranks.from_main(kept)
+        if have < len(prompts):
+            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=have):
                 append_lines(path, (response.to_record() for response in batch))
                 done += len(batch)
-                self.watcher.progress(done + len(have), total)
-        return done + len(have)
+                self.watcher.progress(done + have, total)
+        return done + have
 
     def warn(self, folder: Path, warnings: Sequence[str]) -> None:
         """Tell the user, and keep the warnings for the report."""
@@ -456,10 +482,23 @@ class Pipeline:
         table = self.config.pairs
         if sources != "on-policy":
             return [pair for source in sources for pair in _read_pairs(source, warnings)]
+        model, longest = self.model(BASE), self.config.align.max_length
+
+        def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
+            """Without the prompts that leave no room for an answer, which could not be trained on."""
+            prompts = _read_all(tables)
+            kept = [prompt for prompt in prompts if len(model.encode(_asked(prompt))) < longest]
+            if len(kept) < len(prompts):
+                warnings.append(
+                    f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
+                    f"they alone fill align.max_length = {longest} tokens"
+                )
+            return kept
+
         return on_policy_pairs(
-            self.model(BASE),
-            _read_all(unsafe),
-            _read_all(safe),
+            model,
+            fitting("harmful", unsafe),
+            fitting("harmless", safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -467,6 +506,10 @@ class Pipeline:
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
+
+
+def _asked(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt.text}]
 
 
 def _source(table: Any) -> Source:

@@ -20,7 +20,12 @@ class _Check(Pipeline):
         self.remade = remade
 
     def stage(
-        self, name: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[Path], None]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[str],
+        work: Callable[[Path], None],
+        together: bool = False,
     ) -> None:
         stage = self.run.stage(name, settings, {needed: self.keys[needed] for needed in inputs})
         if name not in self.remade:

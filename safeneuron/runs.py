@@ -1,4 +1,8 @@
-"""Files that are whole or absent, and the run directory, whose stages know when they are done and from what."""
+"""Files that are whole or absent, and the run directory, whose stages know when they are done and from what.
+
+Where several processes work together, they see one folder: the first of them writes for all, and on the others the
+functions that write do nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safeneuron import ranks
 from safeneuron.errors import InputError
 
 SCHEMA = 1
@@ -28,6 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises ``InputError`` when the disk is full or the folder cannot be written.
     """
+    if not ranks.is_main():
+        return
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
@@ -44,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new neighbour of ``folder`` to fill within the block; at its end, it takes the folder's place.
+    """A new neighbour of ``folder`` to fill within the block, in any process; at its end, it takes the folder's place.
 
     For libraries that write folders of their own: wherever they are stopped, ``folder`` is whole or absent.
     """
@@ -120,8 +127,9 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records to a JSONL stream."""
     text = _jsonl(records, path)
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    if ranks.is_main():
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -257,6 +265,8 @@ class Run:
     @staticmethod
     def create(folder: Path) -> Run:
         """Open the run in ``folder``, making it first if it is new."""
+        if not ranks.is_main():
+            return Run(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             found = [path.name for path in folder.iterdir() if path.suffix != ".part"]
@@ -282,21 +292,26 @@ class Run:
 
     def remove(self, name: str) -> None:
         """Delete a stage's folder, all of it at once, so that an interruption cannot leave a part that looks whole."""
-        with writing(self.folder / name):
-            _discard(self.folder / name)
+        if ranks.is_main():
+            with writing(self.folder / name):
+                _discard(self.folder / name)
 
     def log(self, line: str) -> None:
         """Append one line to the run's log."""
         path = self.folder / "log.txt"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if ranks.is_main():
+            with writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process, and clear away what a killed one left half-written.
+        """Hold the run for this process and those that work with it; clear away what a killed one left half-written.
 
         Raises ``InputError`` if another process is working on it.
         """
+        if not ranks.is_main():
+            yield
+            return
         # The lock's file stays: if it were deleted, two processes could hold locks on two files of this name.
         path = self.folder / ".lock"
         with writing(path):
@@ -312,6 +327,18 @@ class Run:
                 for leftover in list(self.folder.rglob(".*.part")):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             yield
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in such a block for the same path."""
+    lock = path.with_name(f".{path.name}.lock")
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    with closing(file):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _discard(folder: Path) -> None:

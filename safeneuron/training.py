@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeneuron import ranks
 from safeneuron.errors import InputError
 from safeneuron.models import bfloat16_pays
 
@@ -26,11 +28,11 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 class Training:
     """The settings of one training; the defaults are the paper's where it has any.
 
-    One optimizer step sees ``batch_size`` pairs, ``micro_batch_size`` of them at a time. ``sft_weight`` adds so many
-    times the mean negative log-likelihood of a chosen answer's token to DPO's loss. ``precision`` is that of computing:
-    ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are
-    always float32. With ``bucketing`` pairs of like length share a micro-batch. Raises ``InputError`` for values that
-    do not go together.
+    One optimizer step sees ``batch_size`` pairs, those of all ranks counted, and each rank at most ``micro_batch_size``
+    of them at a time. ``sft_weight`` adds so many times the mean negative log-likelihood of a chosen answer's token to
+    DPO's loss. ``precision`` is that of computing: ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses
+    by the device; the weights being trained are always float32. With ``bucketing`` pairs of like length share a
+    micro-batch. Raises ``InputError`` for values that do not go together.
     """
 
     beta: float = 0.1
@@ -57,6 +59,19 @@ class Training:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision {self.precision!r} is unknown; expected auto, bfloat16 or float32")
 
+    def micro_batch(self) -> int:
+        """Pairs in one forward pass of this rank: as near to ``micro_batch_size`` as divides its share of a batch.
+
+        Raises ``InputError`` if the ranks cannot have equal shares.
+        """
+        share, left = divmod(self.batch_size, ranks.world())
+        if left:
+            raise InputError(
+                f"batch_size ({self.batch_size}) must be a multiple of the number of processes ({ranks.world()}) that "
+                "share each batch; change align.batch_size or the number of processes"
+            )
+        return max(size for size in range(1, min(share, self.micro_batch_size) + 1) if share % size == 0)
+
     def steps(self, pair_count: int) -> int:
         """Number of optimizer steps over so many pairs."""
         return max(1, round(self.epochs * pair_count / self.batch_size))
@@ -74,6 +89,7 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
     from trl.trainer.dpo_config import DPOConfig
 
     steps = training.steps(pair_count)
+    micro_batch = training.micro_batch()
     saving = save and training.save_every > 0
     return DPOConfig(
         output_dir=str(folder),
@@ -83,8 +99,8 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_steps=steps,
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.batch_size // training.micro_batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=training.batch_size // (micro_batch * ranks.world()),
         warmup_steps=round(training.warmup_share * steps),
         lr_scheduler_type="cosine",
         max_length=training.max_length,
@@ -94,7 +110,7 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         bf16=training.computes_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=training.micro_batch_size,
+        precompute_ref_batch_size=micro_batch,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",
@@ -103,9 +119,34 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
         seed=training.seed,
         data_seed=training.seed,
     )
+
+
+def is_sharded() -> bool:
+    """Whether accelerate was told to spread the weights of what is trained over the ranks, with FSDP."""
+    return ranks.world() > 1 and _asked("ACCELERATE_USE_FSDP")
+
+
+def require_trainable(training: Training) -> None:
+    """Raise ``InputError`` if the ranks, as they were launched, cannot train with these settings."""
+    training.micro_batch()
+    if ranks.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "align does not work with DeepSpeed, whose copies of the weights it cannot put together exactly; use FSDP2 "
+            "or plain DDP, or FreezeNeurons in a trainer of your own"
+        )
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "align does not work with FSDP1, whose flat parameters have no neurons that could be frozen; set "
+            "fsdp_version: 2 in the config of accelerate"
+        )
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
 
 class Watch(TrainerCallback):
@@ -124,8 +165,10 @@ class Watch(TrainerCallback):
             self.progress(state.global_step, state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint as written to its end."""
-        (self.folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        """Mark the checkpoint as written to its end, by all ranks."""
+        ranks.barrier()
+        if ranks.is_main():
+            (self.folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_log(
         self,

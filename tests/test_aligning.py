@@ -452,8 +452,8 @@ def test_no_hook_stays_after_an_exception_within_a_step(monkeypatch):
     model, policies = tiny.model(), []
 
     class Spy(Freeze):
-        def __init__(self, network: nn.Module, neurons: NeuronSet) -> None:
-            super().__init__(network, neurons)
+        def __init__(self, network: nn.Module, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
+            super().__init__(network, neurons, whole_layers=whole_layers)
             policies.append(network)
 
             def fail(module: nn.Module, inputs: object) -> None:
@@ -592,8 +592,8 @@ def test_gradient_that_is_not_a_number_is_never_saved(tmp_path, monkeypatch):
     model = tiny.model()
 
     class Damage(Freeze):
-        def __init__(self, network: nn.Module, neurons: NeuronSet) -> None:
-            super().__init__(network, neurons)
+        def __init__(self, network: nn.Module, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
+            super().__init__(network, neurons, whole_layers=whole_layers)
             network.get_parameter("model.norm.weight").register_hook(lambda gradient: gradient * float("nan"))
 
     monkeypatch.setattr(aligning, "Freeze", Damage)

@@ -21,7 +21,7 @@ from safeneuron.config import parse_config, presets, read_config
 from safeneuron.errors import InputError
 from tests.tiny_run import results
 
-VERBS = ("run", "audit", "measure", "select", "align", "attack", "report", "config", "show")
+VERBS = ("run", "audit", "measure", "select", "align", "attack", "report", "publish", "config", "show")
 PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
 SMALL = [
@@ -70,7 +70,7 @@ def test_every_verb_explains_itself(verb):
     done = invoke(verb, "--help")
     assert done.exit_code == 0
     assert "Usage: " in done.stdout
-    options = {"--set", "--out", "--redo"} if verb not in ("config", "show") else {"--help"}
+    options = {"--set", "--out", "--redo"} if verb not in ("publish", "config", "show") else {"--help"}
     assert options <= set(re.findall(r"--\w+", done.stdout))
     assert not re.search(r"\[/?(dim|red|bold)\]", done.stdout)
 

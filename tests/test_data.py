@@ -89,6 +89,7 @@ def test_twins_by_class_and_split() -> None:
     assert read_prompts("twins:safe", split="test") == [Prompt("good test", "garden", "test-1")]
     assert [prompt.text for prompt in read_prompts("twins:safe")] == ["good discovery", "good training", "good test"]
     assert len(read_prompts("twins:safe", count=2)) == 2
+    assert read_prompts(Source("twins:safe", every=3, count=4)) == read_prompts("twins:safe")[:12:3]
 
 
 @pytest.mark.usefixtures("small_bundle")

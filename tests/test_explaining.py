@@ -34,7 +34,7 @@ def test_every_artefact_of_a_run_is_explained(finished_run):
 def test_a_run_tells_its_stages_and_its_results(finished_run):
     folder, _, _ = finished_run
     text = told(folder)
-    assert "A run: 22 finished stages, 0 unfinished." in text
+    assert "A run: 26 finished stages, 0 unfinished." in text
     assert all(f"  {state}/attack: " in text for state in ("T0", "T1", "T2", "dpo-T1"))
     assert all(label in text for label in ("base model", "freeze, round 2", "plain DPO"))
 

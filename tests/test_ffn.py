@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from torch import nn
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import (
     LINEAGE,
+    config_of,
     decoder_of,
     feed_forwards,
     fingerprint,
@@ -326,6 +328,73 @@ def test_bare_network_and_model_are_the_same(tiny_model):
     assert network_of(tiny_model.network) is tiny_model.network
     assert fingerprint(tiny_model) == fingerprint(tiny_model.network) == tiny_model.fingerprint
     assert widths_of(tiny_model) == tiny_model.widths
+
+
+def test_neurons_of_the_language_model_are_those_of_its_classifier(family, tmp_path):
+    network = tiny.network(family)
+    network.save_pretrained(tmp_path)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert fingerprint(classifier) == fingerprint(network)
+    names = [piece.name for piece in owned_slices(network, neurons_of(network))]
+    assert [piece.name for piece in owned_slices(classifier, neurons_of(network))] == names
+
+
+class ValueHead(nn.Module):
+    """A module of somebody's own around a model, without its methods."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.model = inner
+        self.head = nn.Linear(tiny.HIDDEN, 1)
+
+
+@pytest.mark.parametrize("part", ["language model", "decoder"])
+def test_model_within_a_module_of_somebody_else(part):
+    network = tiny.network()
+    wrapper = ValueHead(network if part == "language model" else network.model)
+    assert decoder_of(wrapper) is network.model
+    assert fingerprint(wrapper) == fingerprint(network)
+    assert config_of(wrapper) is network.config
+    (first, *_) = owned_slices(wrapper, neurons_of(network))
+    assert wrapper.get_parameter(first.name) is first.parameter
+    wrapper.second = tiny.network(seed=1)
+    with pytest.raises(InputError, match=r"ValueHead has no text decoder.*model \(Llama\w+\), head \(Linear\), second"):
+        decoder_of(wrapper)
+
+
+@pytest.mark.parametrize("how", [torch.compile, compile_regions])
+def test_compiled_model_is_seen_through(how):
+    network = tiny.network()
+    compiled = how(network)
+    assert fingerprint(compiled) == fingerprint(network)
+    pieces = zip(owned_slices(compiled, neurons_of(network)), owned_slices(network, neurons_of(network)), strict=True)
+    assert all(found.parameter is piece.parameter for found, piece in pieces)
+
+
+def test_a_compiled_graph_asks_no_hooks():
+    """Why compiled models are refused below. If this fails, they could be pruned."""
+    network = tiny.network()
+    compiled = torch.compile(network, backend="aot_eager")
+    before = logits(compiled)
+    with pruned(network, neurons_of(network)):
+        assert torch.equal(logits(compiled), before)
+        assert not torch.equal(logits(network), before)
+
+
+def compiled_in_place(network: nn.Module) -> nn.Module:
+    network.model.layers[1].compile()
+    return network
+
+
+@pytest.mark.parametrize("how", [torch.compile, compile_regions, compiled_in_place])
+def test_hooks_are_refused_where_they_would_not_be_asked(how):
+    network = tiny.network()
+    neurons, compiled = neurons_of(network), how(network)
+    for use in (pruned(compiled, neurons), recorded(compiled)):
+        with pytest.raises(InputError, match=r"compiled model.*use and call that one"), use:
+            pass
+    with pruned(compiled, None):
+        assert hooks_in(network) == 0
 
 
 @pytest.mark.parametrize("use", [owned_slices, lambda network, neurons: pruned(network, neurons).__enter__()])

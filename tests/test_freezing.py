@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import pytest
 import torch
-from datasets import Dataset
+from accelerate.utils import compile_regions
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint, widths_of
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from safeneuron.neurons import NeuronSet
 from tests import tiny
+from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
+from tests.tiny_trainers import dpo_trainer, plain_trainer, sft_trainer
 
-# The first and the last channel are among them, and one layer has none.
-CHANNELS = {0: [0, 7, tiny.WIDTH - 1], 2: [3]}
 ANATOMIES = [*((family, {}) for family in tiny.CONFIGS), ("llama", {"mlp_bias": True, "attention_bias": True})]
 MODES = ["plain", "gradient checkpointing", "bfloat16 autocast"]
-
-
-def network_with_noise(family: str = "llama", **changes: object) -> nn.Module:
-    """No weight is zero, so that weight decay alone moves every one, also the embeddings of unused tokens."""
-    network = tiny.network(family, **changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network.train()
-
-
-def some_neurons(network: nn.Module) -> NeuronSet:
-    return NeuronSet.of(CHANNELS, widths_of(network), fingerprint(network))
-
-
-def frozen_entries(network: nn.Module) -> dict[str, Tensor]:
-    """Which entries of each parameter the neurons own, by name, the slow and obvious way."""
-    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in network.named_parameters()}
-    for layer, channels in CHANNELS.items():
-        for channel in channels:
-            for name, mask in masks.items():
-                if f"layers.{layer}.mlp." not in name:
-                    continue
-                if "down_proj.weight" in name:
-                    mask[:, channel] = True
-                elif "gate_up_proj" in name:
-                    mask[channel] = mask[tiny.WIDTH + channel] = True
-                elif "gate_proj" in name or "up_proj" in name:
-                    mask[channel] = True
-    return masks
-
-
-def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-
-
-def assert_only_frozen_stayed(before: dict[str, Tensor], network: nn.Module) -> None:
-    masks = frozen_entries(network)
-    assert sum(int(mask.sum()) for mask in masks.values()) >= 4 * 3 * tiny.HIDDEN
-    for name, parameter in network.named_parameters():
-        mask, after = masks[name], parameter.detach()
-        assert torch.equal(after[mask], before[name][mask]), f"{name}: a frozen entry moved"
-        assert (after != before[name])[~mask].all(), f"{name}: a free entry did not move"
 
 
 def hooks_on(network: nn.Module) -> int:
@@ -197,64 +150,111 @@ def test_gradients_that_are_not_numbers_cannot_reach_frozen_neurons():
     assert network.lm_head.weight.isnan().any()
 
 
+# -- hand-written loops -----------------------------------------------------------------------------------------
+
+
+def test_several_optimizers():
+    network = network_with_noise()
+    before = snapshot(network)
+    parameters = list(network.parameters())
+    optimizers = [torch.optim.AdamW(parameters[:9], lr=1e-2), torch.optim.AdamW(parameters[9:], lr=1e-2)]
+    with frozen(network, some_neurons(network), *optimizers):
+        for step in range(3):
+            loss_of(network, step).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_only_frozen_stayed(before, network)
+    assert not any(each._optimizer_step_post_hooks or each._optimizer_step_pre_hooks for each in optimizers)
+
+
+def test_optimizer_that_computes_the_loss_itself():
+    """LBFGS evaluates the loss many times in one step; the hooks around the step see only its beginning and end."""
+    network = network_with_noise()
+    before = snapshot(network)
+    optimizer = torch.optim.LBFGS(network.parameters(), lr=0.1, max_iter=4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(network, 0)
+        loss.backward()
+        return loss
+
+    with frozen(network, some_neurons(network), optimizer) as freeze:
+        for _ in range(2):
+            optimizer.step(closure)
+            assert freeze.changed() == []
+    assert_only_frozen_stayed(before, network, every_entry=False)
+
+
+def test_step_without_a_backward_pass():
+    network = network_with_noise()
+    optimizer = adamw(network)
+    before = snapshot(network)
+    with frozen(network, some_neurons(network), optimizer):
+        optimizer.step()
+        assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+        train(network, optimizer, steps=2)
+        optimizer.step()
+    assert_only_frozen_stayed(before, network)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["step not called", "step called with a flag"])
+def test_loss_scaling_that_skips_a_step(fused):
+    """float16 as on a GPU: gradients that overflow are thrown away, by not stepping or, if fused, inside the step."""
+    network = network_with_noise()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    before, skipped = snapshot(network), []
+    with frozen(network, some_neurons(network), optimizer):
+        for step in range(4):
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = loss_of(network, step)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            skipped.append(all(torch.equal(value, before[name]) for name, value in network.named_parameters()))
+    assert skipped == [True, False, False, False]
+    assert_only_frozen_stayed(before, network)
+
+
+@pytest.mark.parametrize("compiler", ["whole", "layer by layer", "in place"])
+def test_compiled_network(compiler):
+    network = network_with_noise()
+    neurons, before = some_neurons(network), snapshot(network)
+    # The graphs are the compiled ones; only the code generator, which takes a minute, is left out.
+    if compiler == "whole":
+        compiled = torch.compile(network, backend="aot_eager")
+    elif compiler == "layer by layer":
+        compiled = compile_regions(network, backend="aot_eager")
+    else:
+        network.compile(backend="aot_eager")
+        compiled = network
+    loss_of(compiled, 0).backward()  # The graph, with its backward pass, is there before the hooks are.
+    optimizer = adamw(network)
+    optimizer.zero_grad()
+    with frozen(compiled, neurons, optimizer):
+        train(compiled, optimizer, steps=3)
+    assert_only_frozen_stayed(before, network)
+
+
+@pytest.mark.parametrize("kind", ["moving average", "plain average"])
+def test_averages_of_torch_are_exact(kind):
+    network = network_with_noise()
+    before, optimizer = snapshot(network), adamw(network)
+    rule = get_ema_multi_avg_fn(0.9) if kind == "moving average" else None
+    average = AveragedModel(network, multi_avg_fn=rule)
+    with frozen(network, some_neurons(network), optimizer):
+        for _ in range(3):
+            train(network, optimizer, steps=1)
+            average.update_parameters(network)
+    assert_only_frozen_stayed(before, average.module)
+
+
 # -- trainers ---------------------------------------------------------------------------------------------------
-
-
-def arguments(kind: type[TrainingArguments], folder: Path, **changes: object) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": True,
-        "gradient_checkpointing": True,
-        **changes,
-    }
-    return kind(**settings)
-
-
-def plain_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback], **changes: object) -> Trainer:
-    ids = torch.randint(4, 260, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-    settings = arguments(TrainingArguments, folder, **changes)
-    return Trainer(model=network, args=settings, train_dataset=rows, callbacks=callbacks)
-
-
-def sft_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    rows = Dataset.from_list([{"messages": message("user", f"say {i}") + message("assistant", "no")} for i in range(8)])
-    return SFTTrainer(
-        model=network,
-        args=arguments(SFTConfig, folder, max_length=32),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def dpo_trainer(network: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    answers = {"chosen": message("assistant", "no"), "rejected": message("assistant", "yes")}
-    rows = Dataset.from_list([{"prompt": message("user", f"say {i}"), **answers} for i in range(8)])
-    return DPOTrainer(
-        model=network,
-        ref_model=copy.deepcopy(network),
-        # TRL turns gradient checkpointing off and on around the reference, which leaves a hook of its own each time.
-        args=arguments(DPOConfig, folder, max_length=32, gradient_checkpointing=False),
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        callbacks=callbacks,
-    )
-
-
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -391,6 +391,124 @@ def test_replaced_gradient_is_an_error():
         with pytest.raises(RuntimeError, match="were not masked"):
             optimizer.step()
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+
+
+def test_parameter_that_is_trained_only_later_is_an_error():
+    network = network_with_noise()
+    weight = network.get_decoder().layers[0].mlp.gate_proj.weight.requires_grad_(False)
+    optimizer = adamw(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=1)
+        weight.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.gate_proj.*cannot be frozen exactly"):
+            train(network, optimizer, steps=1)
+
+
+def tie_two_layers(network: nn.Module) -> None:
+    layers = network.get_decoder().layers
+    layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+
+
+def tie_to_something_else(network: nn.Module) -> None:
+    network.register_parameter("also", network.get_decoder().layers[1].mlp.down_proj.weight)
+
+
+def share_a_module(network: nn.Module) -> None:
+    layers = network.get_decoder().layers
+    layers[2].mlp = layers[1].mlp
+
+
+@pytest.mark.parametrize(
+    ("tie", "found"),
+    [
+        (tie_two_layers, r"model\.layers\.0\.mlp\.up_proj\.weight and model\.layers\.2\.mlp\.up_proj\.weight are one"),
+        (tie_to_something_else, r"also and model\.layers\.1\.mlp\.down_proj\.weight are one parameter"),
+        (share_a_module, r"model\.layers\.1\.mlp\.\w+\.weight and model\.layers\.2\.mlp\.\w+\.weight are one"),
+    ],
+)
+def test_tied_weights_are_refused(tie, found, tmp_path):
+    network = network_with_noise()
+    tie(network)
+    optimizer = adamw(network)
+    with pytest.raises(InputError, match=found):
+        Freeze(network, some_neurons(network))
+    with pytest.raises(InputError, match=found), frozen(network, some_neurons(network), optimizer):
+        pass
+    with pytest.raises(InputError, match=found):
+        plain_trainer(network, tmp_path, [FreezeNeurons(some_neurons(network))]).train()
+
+
+def test_tied_embeddings_are_no_obstacle():
+    network = network_with_noise(tie_word_embeddings=True)
+    optimizer = adamw(network)
+    before = snapshot(network)
+    with frozen(network, some_neurons(network), optimizer):
+        train(network, optimizer, steps=2)
+    assert_only_frozen_stayed(before, network)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype):
+    network = network_with_noise()
+    neurons = some_neurons(network)
+    projection = network.get_decoder().layers[1].mlp.up_proj
+    projection.weight = nn.Parameter(projection.weight.detach().to(dtype), requires_grad=False)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(InputError, match=rf"quantised \(model\.layers\.1\.mlp\.up_proj\.weight is {kind}\).*LoRA"):
+        Freeze(network, neurons)
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_weights_quantised_by_bitsandbytes_are_refused(kind):
+    modules = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
+    network = network_with_noise()
+    neurons = some_neurons(network)
+    for layer in network.get_decoder().layers:
+        for name, projection in list(layer.mlp.named_children()):
+            if isinstance(projection, nn.Linear):
+                sizes = (projection.in_features, projection.out_features)
+                four = modules.Linear4bit(*sizes, bias=False)
+                eight = modules.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                quantised = four if kind == "Linear4bit" else eight
+                quantised.load_state_dict(projection.state_dict())
+                layer.mlp.add_module(name, quantised.to("cpu"))
+    with pytest.raises(InputError, match=r"quantised \(model\.layers\.0\.mlp\.\w+\.weight is u?int8\).*LoRA"):
+        Freeze(network, neurons)
+
+
+WHOLE = {0: range(tiny.WIDTH), 2: [3]}
+EVERYTHING = dict.fromkeys(range(tiny.LAYERS), range(tiny.WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        (WHOLE, "every neuron of layer 0,"),
+        ({**WHOLE, 1: range(tiny.WIDTH)}, "layers 0, 1,"),
+        (EVERYTHING, "all layers,"),
+    ],
+)
+def test_sets_that_leave_no_neuron_free_are_refused(layers, found, tmp_path):
+    network = network_with_noise()
+    neurons = NeuronSet.of(layers, widths_of(network), fingerprint(network))
+    with pytest.raises(InputError, match=f"{found}.*smaller density.*whole_layers=True"):
+        Freeze(network, neurons)
+    with pytest.raises(InputError, match=found), frozen(network, neurons, adamw(network)):
+        pass
+    with pytest.raises(InputError, match=found):
+        plain_trainer(network, tmp_path, [FreezeNeurons(neurons)]).train()
+    assert hooks_on(network) == 0
+
+
+def test_whole_layers_can_be_frozen_where_that_is_meant(tmp_path):
+    network = network_with_noise()
+    neurons = NeuronSet.of(EVERYTHING, widths_of(network), fingerprint(network))
+    before, optimizer = snapshot(network), adamw(network)
+    with frozen(network, neurons, optimizer, whole_layers=True):
+        train(network, optimizer, steps=2)
+    plain_trainer(network, tmp_path, [FreezeNeurons(neurons, whole_layers=True)]).train()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".mlp." in name), name
 
 
 def test_parameters_without_gradient_are_no_error():

@@ -15,11 +15,26 @@ PACKAGE = Path(safeneuron.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 
 LAYERS = (
-    {"errors", "memory", "config", "runs", "rows", "data", "forms", "catalogue", "pairs", "shares", "embedded"},
+    {
+        "errors",
+        "ranks",
+        "memory",
+        "config",
+        "runs",
+        "rows",
+        "data",
+        "forms",
+        "catalogue",
+        "pairs",
+        "shares",
+        "embedded",
+        "licences",
+        "pushing",
+    },
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
     {"models", "ffn", "freezing", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

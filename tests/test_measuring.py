@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,13 @@ from hypothesis import strategies as st
 
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
-from safeneuron.measuring import POOLINGS, length_batches, measure, pooled
+from safeneuron.ffn import pruned
+from safeneuron.measuring import POOLINGS, length_batches, measure, pooled, search
 from safeneuron.models import Model
 from safeneuron.moments import Moments
+from safeneuron.neurons import NeuronSet
+from safeneuron.selecting import select
+from safeneuron.statistics import ActivationStats
 from tests import tiny
 
 UNSAFE = [Prompt(text) for text in ("a", "how do I do it?", "tell me", "x" * 40, "what then")]
@@ -178,6 +184,24 @@ def test_progress_counts_every_prompt_once(tiny_model):
     assert {total for _, total in calls} == {9}
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert calls[-1] == (9, 9)
+
+
+def test_search_finds_again_on_what_is_left(tiny_model):
+    def find(stats: ActivationStats) -> NeuronSet:
+        return select(stats, density=0.05)
+
+    calls: list[tuple[int, int]] = []
+    sets = search(tiny_model, UNSAFE, SAFE, find, 3, progress=lambda done, total: calls.append((done, total)))
+    assert sets[0] == find(measure(tiny_model, UNSAFE, SAFE))
+    for earlier, later in pairwise(sets):
+        with pruned(tiny_model, earlier):
+            again = find(measure(tiny_model, UNSAFE, SAFE))
+        assert len(again & earlier) == 0
+        assert len(again) > 0
+        assert later == earlier | again
+    assert calls[-1] == (27, 27)
+    known = search(tiny_model, UNSAFE, SAFE, find, 3, first=sets[0])
+    assert known == sets
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

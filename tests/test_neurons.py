@@ -50,6 +50,12 @@ def test_algebra_is_that_of_sets(left, right):
 
 
 @quick
+@given(some_pairs)
+def test_complement_is_all_the_rest(pairs):
+    assert pairs_of(of_pairs(pairs).complement()) == set(ALL) - pairs
+
+
+@quick
 @given(some_pairs, some_pairs)
 def test_sizes(left, right):
     a, b = of_pairs(left), of_pairs(right)

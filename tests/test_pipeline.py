@@ -224,17 +224,23 @@ def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
 def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
     monkeypatch.setattr(module, "make_judge", lambda _: Answers())
-    leaky = [f"pairs.{kind}=[{{path='{config.parent}/test_{kind}.jsonl'}}]" for kind in ("unsafe", "safe")]
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "why " * 30}) + "\n")
+    leaky = [
+        f"pairs.{kind}=[{{path='{config.parent}/test_{kind}.jsonl'}}, {{path='{long}'}}]" for kind in ("unsafe", "safe")
+    ]
     twice = f"data.test_unsafe=[{', '.join([f'''{{path='{config.parent}/test_unsafe.jsonl'}}'''] * 2)}]"
-    changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", *leaky, twice]
-    watch = execute(config, tmp_path, changes=changes)
+    changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", "align.max_length=64", *leaky, twice]
+    watch = execute(config, tmp_path / "run", changes=changes)
     warnings = [str(text) for text in watch.of("warned")]
     assert len(warnings) == len(set(warnings)), warnings
     assert sum("repeat an earlier one" in text for text in warnings) == 1
     assert sum("'pairs' and 'test_unsafe' share" in text for text in warnings) == 1, warnings
-    sources = [record["source"] for record in read_lines(tmp_path / "T0" / "pairs" / "pairs.jsonl")]
+    told = "1 of 4 {} prompts of on-policy pairs were left out: they alone fill align.max_length = 64 tokens"
+    assert {told.format("harmful"), told.format("harmless")} <= set(warnings)
+    sources = [record["source"] for record in read_lines(tmp_path / "run/T0" / "pairs" / "pairs.jsonl")]
     assert sorted(set(sources)) == ["on-policy:safe", "on-policy:unsafe"]
-    assert execute(config, tmp_path, changes=changes).of("warned") == []
+    assert execute(config, tmp_path / "run", changes=changes).of("warned") == []
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------
@@ -495,6 +501,16 @@ def test_the_iterated_attacker_starts_where_the_adaptive_one_ends(finished_run):
         assert len(first - second) == 0
         record = read_json(folder / state.name / "attack" / "iterated-FULL" / "pruned.json")
         assert record["neurons"] == len(second)
+
+
+@pytest.mark.parametrize(("when", "kinds"), [("unpruned", {"ORI"}), ("never", set())])
+def test_over_refusal_is_measured_when_asked_for(when, kinds, finished_run, tmp_path):
+    _, config, _ = finished_run
+    changes = (*SMALL, f"attack.over_refusal={when}", "align.rounds=0")
+    totals = [event[2] for event in execute(config, tmp_path, changes=changes).events if event[0] == "progress"]
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/benign.json")} == kinds
+    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/harmful.json")} == {"ORI", "static-FULL"}
+    assert 6 + 3 * len(kinds) in totals
 
 
 def test_variants_train_what_they_say(finished_run, tmp_path):

@@ -226,6 +226,18 @@ def test_every_cell_of_the_table_has_rate_interval_and_counts() -> None:
     assert table["T0"]["FULL adaptive"] == "85\u00a0% (= static)"
 
 
+def test_the_iterated_attack_has_a_column_where_it_was_run() -> None:
+    results = sample_results()
+    results["states"][1]["attacks"].append(attack("FULL", "iterated", 7000, 11, 20))
+    table = table_of(results)
+    assert list(table["T1"])[-3:] == ["FULL adaptive", "FULL iterated", "random"]
+    assert table["T1"]["FULL iterated"].endswith("11/47")
+    assert table["T0"]["FULL iterated"] == "\u2013"
+    page = render(results, [], sample_provenance())["report.html"]
+    assert page.count("FULL iterated</th>") == 2
+    assert "FULL iterated" not in render(sample_results(), [], sample_provenance())["report.html"]
+
+
 def test_an_attack_that_was_not_run_or_not_judged_is_a_dash_and_never_a_zero() -> None:
     results = sample_results()
     trained = results["states"][1]

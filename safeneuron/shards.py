@@ -1,0 +1,281 @@
+"""Where this process holds the entries of a parameter that many processes share, and how to see them whole again.
+
+Three ways of holding a parameter are understood. Whole: one device, or DDP. By rows: a DTensor of FSDP2, whose
+processes hold blocks of rows, all replicas alike (also hybrid, HSDP). Flat: DeepSpeed's ZeRO, whose optimizer steps on
+a master copy of its own, a run of the flattened parameter in each process, which the weights then follow. In each of
+them, what this process holds is ``index`` along ``dim`` of some tensor of its own: a ``Part``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.hooks import RemovableHandle
+
+from safeneuron.errors import InputError
+
+# DeepSpeed's optimizers whose own optimizer steps, in this process, on the master copy that ``_master`` finds.
+ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process holds of some entries: ``index`` along ``dim`` of ``tensor``, or of its own shard of that."""
+
+    name: str
+    tensor: Tensor
+    dim: int
+    index: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of ``values()``."""
+        shape = list(_local(self.tensor).shape)
+        shape[self.dim] = len(self.index)
+        return torch.Size(shape)
+
+    def values(self) -> Tensor:
+        """A copy of the entries as they are now."""
+        with torch.no_grad():
+            return _local(self.tensor).index_select(self.dim, self.index)
+
+    def restore(self, values: Tensor) -> None:
+        """Write the entries, in the precision that they have here."""
+        with torch.no_grad():
+            local = _local(self.tensor)
+            local.index_copy_(self.dim, self.index, values.to(local.device, local.dtype))
+
+    def clear_gradient(self) -> None:
+        """Set the gradient of the entries to zero."""
+        if self.tensor.grad is not None:
+            with torch.no_grad():
+                _local(self.tensor.grad).index_fill_(self.dim, self.index, 0)
+
+    def has_gradient(self) -> bool:
+        """Whether any entry would be moved; NaN is what clipping makes of zero when another gradient is not finite."""
+        if self.tensor.grad is None:
+            return False
+        with torch.no_grad():
+            gradient = _local(self.tensor.grad).index_select(self.dim, self.index)
+        return bool((gradient.abs() > 0).any())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Entries ``first`` to ``first + count`` of a flattened parameter, which stand from ``start`` on in ``flat``."""
+
+    flat: Tensor
+    start: int
+    first: int
+    count: int
+
+    def positions(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these entries of the flattened parameter are in the run, and where in ``flat`` they stand."""
+        here = ((numbers >= self.first) & (numbers < self.first + self.count)).nonzero().flatten()
+        return here, numbers[here] - self.first + self.start
+
+
+def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> list[Part]:
+    """What this process holds of the entries ``index`` along ``dim`` of the whole parameter.
+
+    The part of the weights themselves comes first; where the optimizer steps on a copy of them, the part of that copy
+    follows. ``InputError`` if the parameter is spread in a way that is not understood.
+    """
+    index = index.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        here, _ = _rows_here(name, parameter)
+        if dim == 0:
+            index = index[(index >= here.start) & (index < here.stop)] - here.start
+        return [Part(name, parameter, dim, index)]
+    runs = [run for run in (_partition(parameter), _master(name, parameter)) if run is not None]
+    weights = [] if _is_partitioned(parameter) else [Part(name, parameter, dim, index)]
+    if runs:
+        numbers = _numbers(shape_of(parameter), dim, index)
+        weights += [Part(name, run.flat, 0, run.positions(numbers)[1].to(run.flat.device)) for run in runs]
+    return weights
+
+
+def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> Tensor:
+    """The entries of the whole parameter, ``parameter.index_select(dim, index)``, in every process.
+
+    Only these entries are exchanged, never a whole parameter. All processes that share the parameter must call it.
+    """
+    index = index.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        here, group = _rows_here(name, parameter)
+        values = parts(name, parameter, dim, index)[0].values()
+        rows = torch.arange(here.start, here.stop, device=index.device)
+        if dim == 0:
+            rows = ((index >= here.start) & (index < here.stop)).nonzero().flatten()
+    elif (run := _partition(parameter)) is not None:
+        rows, places = run.positions(_numbers(shape_of(parameter), dim, index).to(run.flat.device))
+        values, group = run.flat.detach()[places], vars(parameter)["ds_process_group"]
+    else:
+        return parameter.detach().index_select(dim, index)
+    shape = list(shape_of(parameter))
+    shape[dim] = len(index)
+    gathered = values.new_zeros(shape if values.dim() == len(shape) else [math.prod(shape)])
+    gathered.index_copy_(0, rows.to(values.device), values)
+    return _sum_of_bits(gathered, group).view(shape)
+
+
+def first_rows(name: str, parameter: nn.Parameter, count: int) -> Tensor:
+    """The first rows of the whole parameter, in every process; see ``whole``."""
+    if not (isinstance(parameter, DTensor) or _is_partitioned(parameter)):
+        return parameter.detach()[:count]
+    rows = min(count, shape_of(parameter)[0])
+    return whole(name, parameter, 0, torch.arange(rows, device=parameter.device))
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, however it is spread."""
+    return torch.Size(vars(parameter)["ds_shape"]) if _is_partitioned(parameter) else parameter.shape
+
+
+def together(flags: Sequence[bool]) -> list[bool]:
+    """For each flag whether any process has raised it. All processes must call it, with as many flags."""
+    if not flags or not (dist.is_available() and dist.is_initialized()):
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32, device=_meeting_place(None))
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def settle(network: nn.Module) -> None:
+    """Bring the parameters of FSDP2 back to their shards, where a forward pass alone has left them whole.
+
+    ``InputError`` for FSDP1, whose flat parameters cannot be frozen by rows and columns.
+    """
+    for module in network.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise InputError(
+                f"{type(module.module).__name__} is wrapped in FSDP1, whose flat parameters have no rows and columns "
+                "that could be frozen; use FSDP2 (fsdp_version: 2 in the config of accelerate, fully_shard in torch)"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def stepper(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that changes the weights, or their master copies, when ``optimizer`` steps.
+
+    ``optimizer`` is that one itself, or what accelerate or DeepSpeed made of it. ``InputError`` if it steps in a way that
+    cannot be followed.
+    """
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if isinstance(inner, torch.optim.Optimizer):
+        return inner
+    if type(inner).__name__ not in ZERO or "backup_optimizer" in vars(inner):
+        raise InputError(
+            f"{type(inner).__name__} steps on weights that cannot be reached; expected a torch.optim.Optimizer, or one "
+            "that accelerate or DeepSpeed's ZeRO stage 1, 2 or 3 has wrapped (not ZeRO stage 0 in 16 bits, ZenFlow, "
+            "SuperOffload, or an offload ratio below 1)"
+        )
+    followed = vars(inner)["optimizer"]
+    assert isinstance(followed, torch.optim.Optimizer), "ZeRO steps with an optimizer of torch"
+    return followed
+
+
+def keep_gradient_zero(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> RemovableHandle:
+    """From now on the entries' gradients are zero as soon as they exist, before anything is made of them."""
+    if _is_partitioned(parameter) or "_hp_mapping" in vars(parameter):
+        # ZeRO takes the gradient away right after it was accumulated, so it is masked on its way there.
+        return parameter.register_hook(lambda gradient: gradient.index_fill(dim, index, 0))
+    # Under FSDP2 only this kind of hook sees the gradient of the shard; everywhere it comes before clipping.
+    (part,) = parts(name, parameter, dim, index)
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(lambda _: part.clear_gradient())  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor, or this process's shard of it; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _rows_here(name: str, parameter: DTensor) -> tuple[range, dist.ProcessGroup | None]:
+    """The rows of the parameter in this process, and the processes that hold the others (``None`` if it holds all)."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shared = [at for at, placement in enumerate(placements) if placement != Replicate()]
+    rows = parameter.shape[0]
+    if not shared:
+        return range(rows), None
+    chunk = -(-rows // mesh.size(shared[0]))
+    first = min(chunk * mesh.get_local_rank(shared[0]), rows)
+    here = range(first, min(first + chunk, rows))
+    usual = len(shared) == 1 and placements[shared[0]] == Shard(0) and len(here) == _local(parameter).shape[0]
+    if not usual:
+        raise InputError(
+            f"{name} is spread as {tuple(placements)} over a mesh of {tuple(mesh.shape)} devices; expected "
+            "blocks of rows (Shard(0), with Replicate for hybrid sharding), as FSDP2 makes them without tensor "
+            "parallelism"
+        )
+    return here, mesh.get_group(shared[0])
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has shared out the weights themselves."""
+    return "ds_tensor" in vars(parameter)
+
+
+def _partition(parameter: nn.Parameter) -> _Run | None:
+    """The weights of a parameter that ZeRO-3 has shared out, as far as they are here."""
+    if not _is_partitioned(parameter):
+        return None
+    facts = vars(parameter)
+    flat = facts["ds_tensor"]
+    first = flat.ds_numel * dist.get_rank(facts["ds_process_group"])
+    return _Run(flat, 0, first, max(0, min(flat.ds_numel, facts["ds_numel"] - first)))
+
+
+def _master(name: str, parameter: nn.Parameter) -> _Run | None:
+    """ZeRO's master copy of the parameter, as far as it is here."""
+    facts = vars(parameter)
+    if (mapping := facts.get("_hp_mapping")) is not None:  # ZeRO-1 and -2
+        flat, there, inside = mapping.hp_fragment._base, mapping.hp_fragment_address, mapping.lp_fragment_address
+        return _Run(flat, there.start, inside.start, inside.numel)
+    if (zero := facts.get("_z3_optimizer")) is not None and parameter.requires_grad:
+        if zero.swap_optimizer:
+            raise InputError(
+                f"the master weights of {name} are swapped to NVMe, where they cannot be frozen; use "
+                "offload_optimizer.device = cpu or none in the DeepSpeed config"
+            )
+        group, start, _ = zero.grad_position[zero.get_param_id(parameter)]
+        weights = _partition(parameter)
+        assert weights is not None, "ZeRO-3 shares out all of its parameters"
+        return _Run(zero.fp32_partitioned_groups_flat[group], start, weights.first, weights.count)
+    return None
+
+
+def _numbers(shape: torch.Size, dim: int, index: Tensor) -> Tensor:
+    """The entries ``index`` along ``dim`` of a parameter, as numbers in its flattened form, row after row."""
+    if len(shape) == 1:
+        return index
+    rows, columns = (torch.arange(size, device=index.device) for size in shape)
+    rows, columns = (index, columns) if dim == 0 else (rows, index)
+    return (rows[:, None] * shape[1] + columns).flatten()
+
+
+def _sum_of_bits(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the processes, of which all but one hold zero at each place: exact, for NaN and -0 too."""
+    if group is None:
+        return values
+    bits = values.view(torch.int8).to(_meeting_place(group))
+    dist.all_reduce(bits, group=group)
+    return bits.to(values.device).view(values.dtype)
+
+
+def _meeting_place(group: dist.ProcessGroup | None) -> torch.device:
+    """A device whose tensors these processes can exchange."""
+    if "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

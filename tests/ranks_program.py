@@ -1,0 +1,281 @@
+"""What tests/test_ranks.py starts in several processes: each writes down what it saw, and the tests judge it.
+
+``python -m tests.ranks_program functions FOLDER`` calls the functions of the package, with FSDP2 for the training.
+``python -m tests.ranks_program cli FOLDER FAULT ARGUMENTS...`` is the program safeneuron with a fault in rank 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeneuron import ranks
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What ``accelerate launch`` puts into the environment for FSDP2."""
+
+
+class Judge:
+    """Finds every answer usable; remembers how often it was asked."""
+
+    name = "judge"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        self.asked += 1
+        return ["complied" if response.strip() else "incoherent" for response in responses]
+
+
+def said(work: Callable[[], object]) -> object:
+    """What comes out, or what the InputError says."""
+    from safeneuron.errors import InputError
+
+    try:
+        return work()
+    except InputError as error:
+        return str(error)
+
+
+# -- what the functions give; also called by the tests, in their one process ------------------------------------------
+
+
+def computed() -> dict[str, Any]:
+    """Everything that must not depend on the number of processes."""
+    import torch
+
+    from safeneuron.attacking import attack, perplexity, respond
+    from safeneuron.data import Prompt, benign_text
+    from safeneuron.measuring import measure
+    from safeneuron.neurons import NeuronSet
+    from safeneuron.pairing import on_policy_pairs
+    from safeneuron.selecting import score
+    from tests import tiny
+
+    model = tiny.model()
+    unsafe = [Prompt(f"how to break {'it ' * (number % 4)}{number}") for number in range(7)]
+    safe = [Prompt(f"how to bake {'it ' * (number % 3)}{number}") for number in range(5)]
+    half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, model.widths, model.fingerprint)
+    facts: dict[str, Any] = {}
+    facts["progress"] = []
+    for name, batch_tokens in (("many batches", 1), ("few batches", 10**6)):
+        stats = measure(
+            model, unsafe, safe, batch_tokens=batch_tokens, progress=lambda *now: facts["progress"].append(now)
+        )
+        scores = score(stats)
+        facts[name] = {
+            "counts": [stats.unsafe.count, stats.safe.count],
+            "scores": [one.tolist() for one in (scores.d, scores.shift, scores.z, scores.t, scores.q)],
+        }
+    for skip in (0, 2):
+        facts[f"answers from {skip}"] = [
+            [one.to_record() for one in batch] for batch in respond(model, unsafe, 6, 2, skip=skip)
+        ]
+    facts["perplexity"] = perplexity(model, benign_text()[:300], window=64)
+    judge = Judge()
+    found = attack(model, half, unsafe, judge, max_new_tokens=6, batch_size=2)
+    facts["attack"] = [[one.to_record() for one in found.responses], found.verdicts, found.success.count]
+    pairs = on_policy_pairs(model, unsafe, safe, half, judge, max_new_tokens=6, batch_size=2)
+    facts["pairs"] = [pair.to_record() for pair in pairs]
+    model.network.get_input_embeddings().weight.data[model.tokenizer("z").input_ids[0]] = torch.nan
+    bad = [Prompt("x" * 30), Prompt("z" * 20), Prompt("x")]
+    facts["not finite"] = said(lambda: measure(model, bad, safe, batch_tokens=1))
+    return json.loads(json.dumps({**facts, "judged": judge.asked}))
+
+
+def aligned(folder: Path) -> dict[str, Any]:
+    """Two rounds of training, the second one interrupted and continued; the model that comes out, and the proof."""
+    import torch
+
+    from safeneuron.ablating import Ablation
+    from safeneuron.aligning import align
+    from safeneuron.data import Pair
+    from safeneuron.ffn import fingerprint
+    from safeneuron.neurons import NeuronSet
+    from safeneuron.training import Training
+    from tests import tiny
+
+    pairs = [
+        Pair(({"role": "user", "content": f"question {n}"},), f"No, not {n * 3}.", f"Sure, step {n * 7}.", "test")
+        for n in range(8)
+    ]
+    training = Training(
+        learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, max_length=64, precision="float32", save_every=1
+    )
+    facts: dict[str, Any] = {}
+    frozen, model = None, tiny.model()
+    half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, model.widths, model.fingerprint)
+    first = align(model, pairs, frozen, training, Ablation(half, reference=True))
+
+    def stop(done: int, _: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    for attempt in (1, 2):
+        try:
+            second = align(
+                first.model, pairs, frozen, training, checkpoints=folder, progress=stop if attempt == 1 else None
+            )
+        except KeyboardInterrupt:
+            facts["checkpoints"] = sorted(path.parent.name for path in folder.glob("checkpoint-*/complete"))
+    for name, result in (("first", first), ("second", second)):
+        weights = [weight.detach().numpy().tobytes() for weight in result.model.network.parameters()]
+        facts[name] = {
+            "losses": [entry["loss"] for entry in result.log],
+            "free_change": result.free_change,
+            "identical": result.frozen_identical,
+            "frozen": result.frozen_count,
+            "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
+            "plain": all(type(weight) is torch.nn.Parameter for weight in result.model.network.parameters()),
+            "fingerprint": fingerprint(result.model.network),
+        }
+    second.model.save(folder / "model")
+    ranks.barrier()
+    return facts
+
+
+# -- what only several processes have ---------------------------------------------------------------------------------
+
+
+def exchanged() -> dict[str, Any]:
+    """What each rank hears from the others."""
+    import torch
+
+    from safeneuron.errors import InputError
+    from safeneuron.training import Training
+
+    me = ranks.rank()
+
+    def refuse() -> None:
+        raise InputError("rank 0 says no")
+
+    with ranks.alone():
+        alone = [ranks.world(), ranks.rank(), ranks.is_main(), ranks.gather(me), list(ranks.deal([1, 2, 3], str))]
+    return {
+        "rank": [me, ranks.world(), ranks.local_rank(), ranks.is_main()],
+        "gathered": ranks.gather({"rank": me}),
+        "dealt": list(ranks.deal([10, 20, 30], lambda item: [item, me])),
+        "from main": ranks.from_main(lambda: [ranks.rank(), ranks.world(), os.getpid()]),
+        "refused": said(lambda: ranks.from_main(refuse)),
+        "agreed": said(lambda: ranks.agree("second" if me else "")),
+        "large": [len(text) for text in ranks.gather("é" * (2**21 + me))],
+        "tensors": [tensor.tolist() for tensor in ranks.each_tensor(torch.tensor([float(me), 0.5]))],
+        "alone": alone,
+        "micro-batches": [said(Training(batch_size=batch, micro_batch_size=micro).micro_batch)
+                          for batch, micro in ((8, 8), (8, 2), (24, 8), (6, 2), (3, 3))],
+    }  # fmt: skip
+
+
+def loaded(folder: Path) -> float:
+    """The size of the weights of a model that every rank loads, with accelerate told to let only one read them."""
+    from safeneuron.models import load
+
+    network = load(folder, "float32").network
+    return float(sum(weight.detach().double().square().sum() for weight in network.parameters()))
+
+
+def audited(config: Path, folder: Path) -> list[object]:
+    """A run without training, by all ranks; the stages that began, here."""
+    from safeneuron.config import read_config
+    from safeneuron.pipeline import Pipeline
+    from safeneuron.preparing import prepare
+    from safeneuron.runs import Run
+    from tests.tiny_run import Watch
+
+    settings, run, watch = read_config(config, ["align.rounds=0", "variants={}"]), Run.create(folder), Watch()
+    with run.locked():
+        ranks.from_main(lambda: prepare(settings, run, watch))
+        Pipeline(settings, run, watch).execute()
+    return watch.of("began")
+
+
+def functions(folder: Path) -> None:
+    """Write ``facts-RANK.json``."""
+    from accelerate.state import DistributedType, PartialState
+
+    from safeneuron import aligning
+
+    facts: dict[str, Any] = {"exchanged": exchanged(), "computed": computed()}
+    facts["audit"] = audited(folder / "tiny.toml", folder / "audit")
+    # accelerate shards only on GPUs, so it is told that these are some; the rest of FSDP2 is the real one.
+    os.environ.update(FSDP2)
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    gathered, sharded = aligning._gathered, []
+    aligning._gathered = lambda trained, *rest: sharded.append(type(trained).__name__) or gathered(trained, *rest)
+    facts["aligned"] = aligned(folder / "checkpoints")
+    facts["sharded"] = sharded
+    facts["loaded"] = loaded(folder / "checkpoints" / "model")
+    (folder / f"facts-{ranks.rank()}.json").write_text(json.dumps(facts))
+    ranks.leave()
+
+
+# -- the program with a fault -----------------------------------------------------------------------------------------
+
+
+def cli(folder: Path, fault: str, arguments: list[str]) -> None:
+    """Run the program, with the fault in rank 1; write the exit code of each rank into ``exit-RANK``."""
+    from safeneuron.cli import main
+
+    if ranks.rank() == 1:
+        FAULTS[fault]()
+    sys.argv = ["safeneuron", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        (folder / f"exit-{os.environ['RANK']}").write_text(str(end.code))
+        raise
+
+
+def _interrupt_while_answering() -> None:
+    """Ctrl-C reaches rank 1 when it has the first two answers, while rank 0 goes on to the third."""
+    from safeneuron import pipeline
+
+    calls: list[Path] = []
+
+    def interrupted(path: Path, _: object) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pipeline.append_lines = interrupted
+
+
+def _fail_while_training() -> None:
+    """Rank 1 finds a mistake after its second step, while rank 0 goes on to the third and waits for its gradients."""
+    from safeneuron.errors import InputError
+    from safeneuron.training import Watch
+
+    on_step_end = Watch.on_step_end
+
+    def failing(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if state.global_step == 3:
+            raise InputError("rank 1 has found a mistake")
+
+    Watch.on_step_end = failing
+
+
+FAULTS: dict[str, Callable[[], None]] = {"interrupt": _interrupt_while_answering, "mistake": _fail_while_training}
+
+
+if __name__ == "__main__":
+    kind, place, *rest = sys.argv[1:]
+    if kind == "functions":
+        functions(Path(place))
+    else:
+        cli(Path(place), rest[0], rest[1:])
