@@ -218,7 +218,7 @@ def _pruned(path: Path) -> Iterator[str]:
 
 def _warnings(path: Path) -> Iterator[str]:
     warnings = read_json(path)["warnings"]
-    yield f"{len(warnings)} warnings about the prompts{':' if warnings else '.'}"
+    yield f"{len(warnings)} warnings about the data{':' if warnings else '.'}"
     yield from (f"  {warning}" for warning in warnings)
 
 

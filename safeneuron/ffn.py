@@ -297,8 +297,8 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
                 shape, expected = tuple(shards.shape_of(parameter)), (linear.out_features, linear.in_features)
                 if shape != (expected[:1] if parameter is linear.bias else expected):
                     raise InputError(
-                        f"{name} has the shape {shape} in a layer of {expected[0]} x {expected[1]}, so it is flattened or "
-                        "split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                        f"{name} has the shape {shape} in a layer of {expected[0]} x {expected[1]}, so it is flattened "
+                        "or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
                     )
                 if others:
                     raise InputError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,7 +39,7 @@ from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memor
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
-from safeneuron.pairs import mix, read_pairs
+from safeneuron.pairs import left_out, mix, read_pairs
 from safeneuron.rows import Source
 from safeneuron.runs import (
     Run,
@@ -275,14 +276,16 @@ class Pipeline:
         settings["files"] = _file_hashes(sources)
 
         def work(folder: Path) -> None:
-            safety = self.read_or_made(table.safety, table.unsafe, table.safe if table.general != "on-policy" else ())
-            general = self.read_or_made(table.general, (), table.safe)
+            warnings: list[str] = []
+            safe = table.safe if table.general != "on-policy" else ()
+            safety = self.read_or_made(table.safety, table.unsafe, safe, warnings)
+            general = self.read_or_made(table.general, (), table.safe, warnings)
             if general:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
                 pairs = safety[: table.count]
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
-            self.warn(folder, self.leaks(pairs))
+            self.warn(folder, [*warnings, *self.leaks(pairs)])
 
         self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
@@ -325,6 +328,7 @@ class Pipeline:
                     "steps": result.steps,
                 },
             )
+            self.warn(folder, result.warnings)
             self.run.remove(f"{state.name}/align/checkpoints")
 
         settings = {"align": table.model_dump(exclude={"label", "rounds", "stop_early"}), "seed": self.config.seed}
@@ -472,21 +476,30 @@ class Pipeline:
 
         return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
 
-    def read_or_made(self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable]) -> list[Pair]:
-        """Pairs from the sources, or on-policy ones of these prompts."""
+    def read_or_made(
+        self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable], warnings: list[str]
+    ) -> list[Pair]:
+        """Pairs from the sources, or on-policy ones of these prompts; rows that gave no pair add a warning."""
         table = self.config.pairs
         if sources != "on-policy":
-            return [pair for source in sources for pair in read_pairs(_source(source))]
+            return [pair for source in sources for pair in _read_pairs(source, warnings)]
         model, longest = self.model(BASE), self.config.align.max_length
 
-        def fitting(tables: Sequence[SourceTable]) -> list[Prompt]:
+        def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
             """Without the prompts that leave no room for an answer, which could not be trained on."""
-            return [prompt for prompt in _read_all(tables) if len(model.encode(_asked(prompt))) < longest]
+            prompts = _read_all(tables)
+            kept = [prompt for prompt in prompts if len(model.encode(_asked(prompt))) < longest]
+            if len(kept) < len(prompts):
+                warnings.append(
+                    f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
+                    f"they alone fill align.max_length = {longest} tokens"
+                )
+            return kept
 
         return on_policy_pairs(
             model,
-            fitting(unsafe),
-            fitting(safe),
+            fitting("harmful", unsafe),
+            fitting("harmless", safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -506,6 +519,14 @@ def _source(table: Any) -> Source:
 
 def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
     return [prompt for table in tables for prompt in read_prompts(_source(table))]
+
+
+def _read_pairs(table: Any, warnings: list[str]) -> list[Pair]:
+    dropped: Counter[str] = Counter()
+    pairs = read_pairs(_source(table), dropped=dropped)
+    if dropped:
+        warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
+    return pairs
 
 
 def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:

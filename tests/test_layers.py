@@ -23,6 +23,8 @@ LAYERS = (
         "runs",
         "rows",
         "data",
+        "forms",
+        "catalogue",
         "pairs",
         "shares",
         "embedded",
@@ -38,6 +40,7 @@ LAYERS = (
         "shards",
         "freezing",
         "training",
+        "weights",
         "dpo",
         "batching",
         "ablating",
@@ -53,6 +56,7 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
+    "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
 }  # fmt: skip
 
