@@ -31,6 +31,8 @@ class Alignment:
     """What a round of alignment did: the new model, its training log, and the proof of the freeze.
 
     ``free_change`` is |theta_after - theta_before| / |theta_before| over all parameters outside the frozen slices.
+    ``at_once`` is the largest number of pairs in one pass at its end, 0 for a whole micro-batch; less than was asked for
+    if memory ran out.
     """
 
     model: Model
@@ -40,6 +42,7 @@ class Alignment:
     frozen_identical: bool
     frozen_sha256: str
     free_change: float
+    at_once: int
 
 
 def align(
@@ -91,6 +94,8 @@ def align(
                 processing_class=model.tokenizer,
                 callbacks=callbacks,
             )
+        # The reference may have shown already that fewer fit into memory.
+        trainer.at_once = min(filter(None, (training.at_once, trainer.at_once)), default=0)
         assert trainer.ref_model is None, "TRL has loaded another reference than the given model"
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -112,6 +117,7 @@ def align(
         frozen_identical=identical,
         frozen_sha256=digest,
         free_change=change,
+        at_once=trainer.at_once,
     )
 
 

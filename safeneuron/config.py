@@ -147,6 +147,11 @@ class AlignTable(Table):
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
+    fit_memory: bool = Field(
+        True,
+        description="where training would not fit into memory, fewer pairs at a time, then gradient checkpointing; "
+        "neither changes the results but by rounding",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of computing; the weights being trained are always float32"
     )

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from safeneuron.data import Pair
+from safeneuron.parts import PartsTrainer
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(PartsTrainer):
     """TRL's ``DPOTrainer``; the loss is TRL's own."""
 
 

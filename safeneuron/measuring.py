@@ -10,6 +10,7 @@ from torch import Tensor
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, recorded
+from safeneuron.halving import Halving
 from safeneuron.models import Model, pad
 from safeneuron.moments import Moments
 from safeneuron.statistics import ActivationStats
@@ -32,7 +33,8 @@ def measure(
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
-    The LM head is never run. ``progress(done, total)`` is called after each batch.
+    The LM head is never run. ``progress(done, total)`` is called after each batch. A batch that does not fit into memory
+    is run in halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
@@ -40,12 +42,15 @@ def measure(
         raise InputError(f"pooling {pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
     check_classes(list(unsafe), list(safe))
     total, done = len(unsafe) + len(safe), 0
+    advice = "use a smaller max_tokens, or a device with more memory"
+    halving: Halving[list[int]] = Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
     moments = []
     for prompts in (unsafe, safe):
         merged = Moments.zero((sum(model.widths),))
         encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
         for batch in length_batches(encoded, batch_tokens):
-            vectors = pooled(model, [encoded[index] for index in batch], pooling)
+            rows = [encoded[index] for index in batch]
+            vectors = torch.cat(halving.over(rows, lambda part: pooled(model, part, pooling)))
             if not torch.isfinite(vectors).all():
                 bad = batch[int((~torch.isfinite(vectors)).any(dim=1).nonzero()[0])]
                 raise InputError(

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from safeneuron import embedded
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, feed_forwards, fingerprint
+from safeneuron.halving import Halving
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -156,7 +157,8 @@ def generate(
 
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
-    at any end token of the model's generation settings, or at the tokenizer's own.
+    at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into memory
+    is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
@@ -170,13 +172,17 @@ def generate(
         use_cache=True,
     )
     answer = cast("Callable[..., Tensor]", model.network.generate)
-    for start in range(skip, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+    def answers(batch: Sequence[int]) -> list[tuple[int, str]]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
         with torch.inference_mode():
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        yield [(index, text.strip()) for index, text in zip(batch, texts, strict=True)]
+        return [(index, text.strip()) for index, text in zip(batch, texts, strict=True)]
+
+    halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
+    for start in range(skip, len(order), batch_size):
+        yield [found for part in halving.over(order[start : start + batch_size], answers) for found in part]
 
 
 def _end_tokens(model: Model) -> list[int] | None:
@@ -184,6 +190,11 @@ def _end_tokens(model: Model) -> list[int] | None:
     own = model.network.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
+
+
+def device_named(wanted: str) -> torch.device:
+    """The device that a config means, ``auto`` or one of torch's. Raises ``InputError`` if it is not there."""
+    return _device(wanted)
 
 
 def _device(wanted: str) -> torch.device:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,8 @@ from safeneuron.config import Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
+from safeneuron.foreseeing import plan_for, require_trainable, training_of
+from safeneuron.halving import shortage_told
 from safeneuron.judges import Judge, make_judge
 from safeneuron.measuring import measure
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
@@ -45,10 +46,6 @@ from safeneuron.runs import (
 from safeneuron.selecting import choose, resolve_thresholds, score
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
-from safeneuron.training import Training
-
-TRAINING = {field.name for field in fields(Training)} - {"seed"}
-"""The keys of [align] that are settings of the training itself."""
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
 
@@ -64,6 +61,9 @@ class Watcher(Protocol):
 
     def ended(self, stage: str, seconds: float, skipped: bool) -> None:
         """A stage has finished, or had finished before."""
+
+    def noted(self, text: str) -> None:
+        """Something is worth a line."""
 
     def warned(self, text: str) -> None:
         """Something deserves attention but does not stop the run."""
@@ -89,6 +89,7 @@ class Pipeline:
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)
+        self.foresee(trained)
         self.examine(base)
         if trained:
             self.pairs()
@@ -96,6 +97,13 @@ class Pipeline:
             self.align(state)
             self.examine(state)
         self.report()
+
+    def foresee(self, states: Sequence[State]) -> None:
+        """Say what the training of these states will need in memory, and end now if it can be no way that they fit."""
+        waiting = [state for state in states if not (self.run.folder / state.name / "align" / "done.json").exists()]
+        if waiting and (not self.kinds or "align" in self.kinds):
+            for state, plan in require_trainable(self.config, waiting).items():
+                self.watcher.noted(f"{state}/align will need about {plan.sentence()}")
 
     def examine(self, state: State) -> None:
         """Find the state's neurons and attack it."""
@@ -258,17 +266,22 @@ class Pipeline:
             found = self.findings.found(chain)
             start = self.model(before, dtype="float32")
             self._loaded = None
-            pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
+            records = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
+            pairs = [Pair.from_record(record) for record in records]
+            frozen = self.findings.frozen(table, found)
+            plan = plan_for(start, pairs, training_of(self.config, table), frozen, table.fit_memory)
+            self.watcher.noted(f"{state.name}/align needs about {plan.sentence()}")
             with writing(folder / "checkpoints"):
                 result = align(
                     start,
-                    [Pair.from_record(record) for record in pairs],
-                    frozen=self.findings.frozen(table, found),
-                    training=Training(**table.model_dump(include=TRAINING), seed=self.config.seed),
+                    pairs,
+                    frozen=frozen,
+                    training=plan.training,
                     ablation=Ablation(found, table.ablate_share) if table.ablate else None,
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
                 )
+            write_json(folder / "memory.json", {**plan.to_record(), "at_once_in_the_end": result.at_once})
             result.model.save(folder / "model")
             write_lines(folder / "train.jsonl", result.log)
             write_json(
@@ -285,7 +298,8 @@ class Pipeline:
             )
             self.run.remove(f"{state.name}/align/checkpoints")
 
-        settings = {"align": table.model_dump(exclude={"label", "rounds"}), "seed": self.config.seed}
+        # What a training needs in memory is not part of what it is.
+        settings = {"align": table.model_dump(exclude={"label", "rounds", "fit_memory"}), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
         self.stage(f"{state.name}/align", settings, inputs, work)
@@ -322,7 +336,8 @@ class Pipeline:
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        work(stage.folder)
+        with shortage_told(self.watcher.warned):
+            work(stage.folder)
         seconds = time.monotonic() - begun
         stage.finish(seconds, peak_memory_mb())
         self.keys[name] = stage.key

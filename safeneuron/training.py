@@ -29,7 +29,9 @@ class Training:
     One optimizer step sees ``batch_size`` pairs, ``micro_batch_size`` of them at a time. ``sft_weight`` adds so many
     times the mean negative log-likelihood of a chosen answer's token to DPO's loss. ``precision`` is that of computing:
     ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are
-    always float32. Raises ``InputError`` for values that do not go together.
+    always float32. ``at_once`` is the largest number of pairs of a micro-batch in one pass, 0 for all; like
+    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. Raises ``InputError``
+    for values that do not go together.
     """
 
     beta: float = 0.1
@@ -43,6 +45,7 @@ class Training:
     max_length: int = 1024
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    at_once: int = 0
     precision: str = "auto"
     save_every: int = 0
     seed: int = 0
@@ -91,7 +94,7 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         bf16=training.computes_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=training.micro_batch_size,
+        precompute_ref_batch_size=training.at_once or training.micro_batch_size,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",

@@ -15,18 +15,18 @@ PACKAGE = Path(safeneuron.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 
 LAYERS = (
-    {"errors", "memory", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
+    {"errors", "memory", "halving", "config", "runs", "rows", "data", "pairs", "shares", "embedded"},
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
-    {"models", "ffn", "freezing", "training", "dpo", "ablating", "judges"},
+    {"models", "ffn", "freezing", "training", "dpo", "parts", "planning", "fitting", "ablating", "judges"},
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing"},
     {"cli"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
-MAY_IMPORT_TRANSFORMERS = {"models", "freezing", "training", "ablating", "embedded", "judges", "aligning"}
+MAY_IMPORT_TRANSFORMERS = {"models", "freezing", "training", "ablating", "embedded", "judges", "aligning", "planning"}
 
 
 def imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[str]:

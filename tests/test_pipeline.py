@@ -75,7 +75,7 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
         expected |= {f"{state}/attack/curve-0.02/{name}" for name in ("harmful.jsonl", "pruned.json")}
         expected |= {f"{state}/judge/curve-0.02/harmful.{end}" for end in ("json", "jsonl")}
         if state != "T0":
-            expected |= {f"{state}/align/{name}" for name in ("done.json", "frozen.json", "train.jsonl")}
+            expected |= {f"{state}/align/{name}" for name in ("done.json", "frozen.json", "memory.json", "train.jsonl")}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     models = {name for name in found if "/align/model/" in name}
     figures = {name for name in found if name.startswith(("report/figures/", "report/tables/"))}
