@@ -57,7 +57,8 @@ class Alignment:
     """What a round of alignment did: the new model, its training log, and the proof of the freeze.
 
     ``free_change`` is |theta_after - theta_before| / |theta_before| over all parameters outside the frozen slices.
-    ``warnings`` says what of the data was not used.
+    ``warnings`` says what of the data was not used, ``at_once`` how many pairs were in one pass at its end, 0 for a
+    whole micro-batch: fewer than was asked for if memory ran out.
     """
 
     model: Model
@@ -67,6 +68,7 @@ class Alignment:
     frozen_identical: bool
     frozen_sha256: str
     free_change: float
+    at_once: int
     warnings: tuple[str, ...] = ()
 
 
@@ -151,6 +153,7 @@ def align(
         frozen_identical=identical,
         frozen_sha256=digest,
         free_change=change,
+        at_once=trainer.at_once,
         warnings=_warnings(len(pairs) - len(roomy), len(pairs), training.max_length),
     )
 
@@ -187,6 +190,8 @@ def _trainer(
         )
     assert reference is not None or trainer.ref_model is None, "TRL has loaded another reference than the given model"
     trainer.ref_model = None
+    # The reference may have shown already that fewer fit into memory.
+    trainer.at_once = min(filter(None, (training.at_once, trainer.at_once)), default=0)
     if isinstance(trainer, RefreshTrainer):
         assert refresh is not None, "the class was chosen by it"
         trainer.refresh = refresh

@@ -170,6 +170,11 @@ class AlignTable(Table):
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
+    fit_memory: bool = Field(
+        True,
+        description="where training would not fit into memory, fewer pairs at a time, then gradient checkpointing; "
+        "neither changes the results but by rounding",
+    )
     lora_rank: int = Field(
         0,
         ge=0,

@@ -19,6 +19,7 @@ LAYERS = (
         "errors",
         "ranks",
         "memory",
+        "halving",
         "config",
         "runs",
         "rows",
@@ -42,13 +43,16 @@ LAYERS = (
         "training",
         "weights",
         "dpo",
+        "parts",
+        "planning",
+        "fitting",
         "batching",
         "ablating",
         "refreshing",
         "judges",
     },
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -58,6 +62,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
+    "planning",
 }  # fmt: skip
 
 

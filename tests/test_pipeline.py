@@ -78,7 +78,8 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
         expected |= {f"{state}/judge/curve-0.02/harmful.{end}" for end in ("json", "jsonl")}
         if state != "T0":
             expected |= {
-                f"{state}/align/{name}" for name in ("done.json", "frozen.json", "train.jsonl", "warnings.json")
+                f"{state}/align/{name}"
+                for name in ("done.json", "frozen.json", "memory.json", "train.jsonl", "warnings.json")
             }
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     models = {name for name in found if "/align/model/" in name}
