@@ -65,8 +65,8 @@ def test_what_fits_in_no_way_is_explained():
         require_fit(made, "T1/align")
     assert str(refusal.value) == (
         "T1/align needs 11.0 GB (weights 9.5, activations 1.0) even with 1 pair at a time and gradient checkpointing "
-        "of 700 tokens each, and there are 5.5 GB; train adapters (lora_rank) instead of all weights, use more or larger "
-        "devices, or a smaller max_length"
+        "of 700 tokens each, and there are 5.5 GB; train adapters (lora_rank) instead of all weights, use more or "
+        "larger devices, or a smaller max_length"
     )
     require_fit(plan(ASKED, device(11), 700, need), "T1/align")
 
