@@ -83,7 +83,7 @@ def align(
     from safeneuron.refreshing import RefreshTrainer
 
     quiet()
-    require_trainable(training)
+    require_trainable(training, refresh is not None)
     ranks.start_group()
     _check_pairs(model, pairs, training.max_length)
     if ablation is not None:
@@ -130,7 +130,8 @@ def align(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder)))
     if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-        policy, proof = _gathered(policy, model, frozen)
+        policy, proof = _gathered(policy, model, frozen, freeze_rest)
+        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
     _store_in(_lasting_dtype(model), policy)
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
@@ -172,7 +173,9 @@ def _sharing_weights(network: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(network, dict(weights))
 
 
-def _gathered(trained: nn.Module, model: Model, frozen: NeuronSet | None) -> tuple[PreTrainedModel, Freeze | None]:
+def _gathered(
+    trained: nn.Module, model: Model, frozen: NeuronSet | None, whole_layers: bool
+) -> tuple[PreTrainedModel, Freeze | None]:
     """The trained weights, which are spread over the ranks, as a plain network on each, and the proof of its freeze.
 
     One parameter after the other is gathered; the proof compares with the values of the given ``model``.
@@ -180,7 +183,7 @@ def _gathered(trained: nn.Module, model: Model, frozen: NeuronSet | None) -> tup
     whole = copy.deepcopy(model.network).train(False)
     _store_in(torch.float32, whole)
     setattr(whole.config, LINEAGE, model.fingerprint)
-    proof = Freeze(whole, frozen) if frozen is not None else None
+    proof = Freeze(whole, frozen, whole_layers=whole_layers) if frozen is not None else None
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             now = trained.get_parameter(name)

@@ -97,7 +97,7 @@ class Pipeline:
         reuse_memory()
         base, *trained = states_of(self.config)
         for state in trained:
-            require_trainable(self.training(state))
+            require_trainable(self.training(state), bool(self.config.variant(state.variant).refresh))
         self.examine(base)
         if trained:
             self.pairs()
