@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from safeneuron.ablating import Ablation
+    from safeneuron.adapters import merge_adapters
     from safeneuron.aligning import Alignment, align
     from safeneuron.attacking import Attack, attack, perplexity
     from safeneuron.config import Config, read_config
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ablating": ("Ablation",),
+    "adapters": ("merge_adapters",),
     "aligning": ("Alignment", "align"),
     "attacking": ("Attack", "attack", "perplexity"),
     "config": ("Config", "read_config"),
@@ -77,6 +79,7 @@ __all__ = [
     "generate",
     "load",
     "measure",
+    "merge_adapters",
     "mix",
     "on_policy_pairs",
     "owned_slices",

@@ -98,6 +98,8 @@ def label_of(config: Config, state: State) -> str:
         return "base model"
     table = config.variant(state.variant)
     label = table.label or describe(table)
+    if table.lora_rank and not table.label:
+        label += f", {'LoRA' if table.quantise == 'none' else 'QLoRA'} of rank {table.lora_rank}"
     return f"{label}, round {state.round}" if table.rounds > 1 else label
 
 
@@ -163,7 +165,11 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
         "stages": stages,
         "warnings": [
             warning
-            for path in (run.folder / "data" / "warnings.json", run.folder / "T0" / "pairs" / "warnings.json")
+            for path in (
+                run.folder / "data" / "warnings.json",
+                run.folder / "T0" / "pairs" / "warnings.json",
+                *sorted(run.folder.glob("*/align/warnings.json")),
+            )
             if path.exists()
             for warning in read_json(path)["warnings"]
         ],

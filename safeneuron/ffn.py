@@ -9,6 +9,7 @@ neuron).
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from safeneuron import shards
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
+from safeneuron.quantising import dense, in_four_bits, is_quantised
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
-# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+# Under these names wrappers keep the one module they wrap: torch.compile, activation checkpointing, DDP and DeepSpeed.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
-TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HasNetwork(Protocol):
@@ -38,20 +39,31 @@ class HasNetwork(Protocol):
 
 
 class Rows(NamedTuple):
-    """A matrix that writes into the FFN: neuron ``j`` is its row ``first + j``."""
+    """A matrix that writes into the FFN, within a module: neuron ``j`` is its row ``first + j``."""
 
-    module: nn.Linear
+    module: nn.Module
     first: int
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The FFN of one decoder layer: the projection whose input is a(x), and the matrices that compute a(x)."""
+    """The FFN of one decoder layer: the projection whose input is a(x), and the matrices that compute a(x).
+
+    Each is the module that is called, which PEFT may have put around the linear layer; ``linear_in`` finds that one.
+    """
 
     layer: int
     width: int
-    output: nn.Linear
+    output: nn.Module
     inputs: tuple[Rows, ...]
+
+    def rows_of(self, channels: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Each module that writes into the FFN, once, with the rows of its matrix that belong to these neurons."""
+        rows: dict[nn.Module, list[Tensor]] = {}
+        for module, first in self.inputs:
+            rows.setdefault(module, []).append(channels + first)
+        for module, parts in rows.items():
+            yield module, torch.cat(parts).to(linear_in(module).weight.device)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Slice:
 
 
 def network_of(model: nn.Module | HasNetwork) -> nn.Module:
-    """The torch module itself, whether it came bare, as a ``Model``, or wrapped by ``torch.compile``, DDP or DeepSpeed."""
+    """The model itself, be it bare, a ``Model``, or wrapped by PEFT, ``torch.compile``, DDP or DeepSpeed."""
     return _unwrapped(model if isinstance(model, nn.Module) else model.network)
 
 
@@ -80,15 +92,45 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         ((name, inner),) = module._modules.items()
         if name in WRAPPED and inner is not None:
             return _unwrapped(inner)
+    # Who holds a model of PEFT has imported it; to import it here would cost seconds, and it may not be installed.
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(module, peft.PeftModel | peft.PeftMixedModel):
+        inner = module.base_model
+        return _unwrapped(inner.model if isinstance(inner, peft.tuners.tuners_utils.BaseTuner) else inner)
     return module
 
 
-def _names_in(network: nn.Module) -> dict[int, str]:
+def names_in(network: nn.Module) -> dict[int, str]:
     """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
     found = {}
     for name, parameter in network.named_parameters():
         found[id(parameter)] = ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
     return found
+
+
+def acting(module: nn.Module) -> nn.Module:
+    """The module that does the work there: itself, or the copy of it that PEFT trains in full (``modules_to_save``)."""
+    inner = _unwrapped(module)
+    copies = inner._modules.get("modules_to_save")
+    if not isinstance(copies, nn.ModuleDict):
+        return inner
+    wrapper: Any = inner
+    active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+    return copies[active[0]] if active else wrapper.original_module
+
+
+def linear_in(module: nn.Module) -> nn.Linear:
+    """The linear layer with the weights: the module itself, or what PEFT has put an adapter around."""
+    linear = _linear_in(module)
+    assert linear is not None, "feed_forwards has checked it"
+    return linear
+
+
+def _linear_in(module: nn.Module | None) -> nn.Linear | None:
+    inner = acting(module) if module is not None else None
+    while inner is not None and inner._modules.get("base_layer") is not None:
+        inner = inner._modules["base_layer"]
+    return inner if isinstance(inner, nn.Linear) else None
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
@@ -127,7 +169,7 @@ def _has_layers(module: nn.Module) -> bool:
 def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
     layer = _unwrapped(layer)
     # Only direct children are looked at: the shared expert of a mixture has the same names, but lies deeper.
-    found = [block for module in layer.children() if (block := _gated(index, _unwrapped(module))) is not None]
+    found = [block for module in layer.children() if (block := _gated(index, acting(module))) is not None]
     experts = any("expert" in name for name, _ in layer.named_modules())
     if len(found) == 1 and not experts:
         return found[0]
@@ -142,13 +184,14 @@ def _feed_forward(index: int, layer: nn.Module) -> FeedForward:
 def _gated(index: int, module: nn.Module) -> FeedForward | None:
     """The module as a gated FFN with separate or fused inputs, if that is what it is."""
     children = dict(module.named_children())
-    gate, up, fused, output = map(children.get, ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
-    if not isinstance(output, nn.Linear):
+    modules = [children.get(name) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")]
+    (gate, up, fused, output), (gate_in, up_in, fused_in, output_in) = modules, map(_linear_in, modules)
+    if output is None or output_in is None:
         return None
-    width = output.in_features
-    if isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and gate.out_features == up.out_features == width:
+    width = output_in.in_features
+    if gate and up and gate_in and up_in and gate_in.out_features == up_in.out_features == width:
         return FeedForward(index, width, output, (Rows(gate, 0), Rows(up, 0)))
-    if isinstance(fused, nn.Linear) and fused.out_features == 2 * width:
+    if fused and fused_in and fused_in.out_features == 2 * width:
         return FeedForward(index, width, output, (Rows(fused, 0), Rows(fused, width)))
     return None
 
@@ -181,8 +224,10 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
         return str(lineage)
     digest = hashlib.sha256(str(config.model_type).encode())
     for block in feed_forwards(network):
-        weight = block.output.weight
+        weight = linear_in(block.output).weight
         assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
+        if in_four_bits(weight):
+            weight = nn.Parameter(dense(weight))
         shape = shards.shape_of(weight)
         digest.update(f"{tuple(shape)}".encode())
         # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
@@ -194,26 +239,28 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
 def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slice]:
     """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
 
-    Raises ``InputError`` for a neuron set of another model.
+    Within a model of PEFT these are the weights that adapters are added to. Quantised weights, which do not change, are
+    left out. Raises ``InputError`` for a neuron set of another model.
     """
     network = network_of(model)
     neurons.require(fingerprint(network), widths_of(network))
-    names = _names_in(network)
+    names = names_in(network)
     slices = []
     for block in feed_forwards(network):
         channels = neurons.layer(block.layer)
         if not len(channels):
             continue
-        rows: dict[nn.Linear, list[Tensor]] = {}
-        for module, first in block.inputs:
-            rows.setdefault(module, []).append(channels + first)
-        for module, parts in rows.items():
-            index = torch.cat(parts).to(module.weight.device)
-            slices += [Slice(names[id(parameter)], parameter, 0, index) for parameter in module.parameters()]
-        weight = block.output.weight
+        for module, index in block.rows_of(channels):
+            slices += [Slice(names[id(own)], own, 0, index) for own in linear_in(module).parameters()]
+        weight = linear_in(block.output).weight
         assert isinstance(weight, nn.Parameter), "a linear layer of a loaded model"
         slices.append(Slice(names[id(weight)], weight, 1, channels.to(weight.device)))
-    return slices
+    return [piece for piece in slices if not is_quantised(piece.parameter)]
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
+    return bool(vars(network).get("peft_config"))
 
 
 def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
@@ -226,26 +273,32 @@ def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]
 
 
 def require_trainable(model: nn.Module | HasNetwork) -> None:
-    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too."""
+    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too.
+
+    Where there are adapters, which are trained in their place, the weights may be quantised.
+    """
     network = network_of(model)
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for block in feed_forwards(network):
         for module in (block.output, *(rows.module for rows in block.inputs)):
-            for parameter in module.parameters():
+            linear = linear_in(module)
+            for parameter in linear.parameters():
                 name, *others = names[id(parameter)]
-                if parameter.dtype not in TRAINABLE:
+                if is_quantised(parameter):
+                    if has_adapters(network):
+                        continue
                     raise InputError(
                         f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
                         "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
                         "adapters on it"
                     )
-                expected = (module.out_features, module.in_features)[: max(1, len(shards.shape_of(parameter)))]
-                if tuple(shards.shape_of(parameter)) != expected:
+                shape, expected = tuple(shards.shape_of(parameter)), (linear.out_features, linear.in_features)
+                if shape != (expected[:1] if parameter is linear.bias else expected):
                     raise InputError(
-                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
-                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                        f"{name} has the shape {shape} in a layer of {expected[0]} x {expected[1]}, so it is flattened "
+                        "or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
                     )
                 if others:
                     raise InputError(

@@ -22,9 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from safeneuron import embedded, ranks
+from safeneuron import embedded, quantising, ranks
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, feed_forwards, fingerprint
+from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
+from safeneuron.halving import Halving
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -70,7 +71,12 @@ class Model:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has."""
+        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
+
+        Raises ``InputError`` for a model that is quantised in memory.
+        """
+        if quantising.has_four_bits(self.network):
+            raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; save what it was made from")
         setattr(self.network.config, LINEAGE, self.fingerprint)
         if ranks.is_main():
             with whole_folder(folder) as neighbour:
@@ -84,11 +90,14 @@ def load(
     device: str = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
+    quantise: str = "none",
 ) -> Model:
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
     float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+    ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
+    (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.
@@ -97,6 +106,8 @@ def load(
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
     place = _device(device)
     precision = _dtype(dtype, place)
+    if quantise not in ("none", "4bit"):
+        raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         stored = AutoConfig.from_pretrained(source, **options).dtype or torch.float32
@@ -120,7 +131,11 @@ def load(
     network, loading = loaded
     feed_forwards(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
-    network.eval().to(place)
+    network.eval()
+    if quantise == "4bit":
+        setattr(network.config, LINEAGE, fingerprint(network))
+        quantising.quantise(network, decoder_of(network), place)
+    network.to(place)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     return Model(network, tokenizer, label, source, stored)
 
@@ -162,7 +177,8 @@ def generate(
 
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
-    at any end token of the model's generation settings, or at the tokenizer's own.
+    at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
+    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
@@ -177,15 +193,20 @@ def generate(
     )
     answer = cast("Callable[..., Tensor]", model.network.generate)
 
-    def texts_of(batch: list[int]) -> list[str]:
+    def texts_of(batch: Sequence[int]) -> list[str]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
         with torch.inference_mode():
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
+
+    def in_halves(batch: list[int]) -> list[str]:
+        return [text for part in halving.over(batch, texts_of) for text in part]
+
     batches = [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
-    for batch, texts in zip(batches, ranks.deal(batches, texts_of), strict=True):
+    for batch, texts in zip(batches, ranks.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
 
 
@@ -194,6 +215,11 @@ def _end_tokens(model: Model) -> list[int] | None:
     own = model.network.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
+
+
+def device_named(wanted: str) -> torch.device:
+    """The device that a config means, ``auto`` or one of torch's. Raises ``InputError`` if it is not there."""
+    return _device(wanted)
 
 
 def _device(wanted: str) -> torch.device:

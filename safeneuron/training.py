@@ -22,6 +22,7 @@ from safeneuron.models import bfloat16_pays
 Progress = Callable[[int, int], None]
 COMPLETE = "complete"
 PRECISIONS = ("auto", "bfloat16", "float32")
+TARGETS = ("ffn", "attention", "ffn+attention")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Training:
     of them at a time. ``sft_weight`` adds so many times the mean negative log-likelihood of a chosen answer's token to
     DPO's loss. ``precision`` is that of computing: ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses
     by the device; the weights being trained are always float32. With ``bucketing`` pairs of like length share a
-    micro-batch. Raises ``InputError`` for values that do not go together.
+    micro-batch. With a ``lora_rank`` only adapters of that rank are trained, on the matrices in ``lora_targets``
+    (``ffn``, ``attention`` or ``ffn+attention``), scaled by ``lora_alpha / lora_rank``; they want about ten times the
+    learning rate. ``at_once`` is the largest number of pairs of a micro-batch in one pass, 0 for all; like
+    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. Raises
+    ``InputError`` for values that do not go together.
     """
 
     beta: float = 0.1
@@ -47,6 +52,11 @@ class Training:
     bucketing: bool = True
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    at_once: int = 0
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_targets: str = "ffn+attention"
     precision: str = "auto"
     save_every: int = 0
     seed: int = 0
@@ -58,6 +68,8 @@ class Training:
             )
         if self.precision not in PRECISIONS:
             raise InputError(f"precision {self.precision!r} is unknown; expected auto, bfloat16 or float32")
+        if self.lora_targets not in TARGETS:
+            raise InputError(f"lora_targets {self.lora_targets!r} is unknown; expected {', '.join(TARGETS)}")
 
     def micro_batch(self) -> int:
         """Pairs in one forward pass of this rank: as near to ``micro_batch_size`` as divides its share of a batch.
@@ -107,10 +119,12 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         train_sampling_strategy="group_by_length" if training.bucketing else "random",
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
+        # TRL sets every dropout to zero unless it is told not to, that of the adapters too.
+        disable_dropout=not training.lora_dropout,
         bf16=training.computes_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=micro_batch,
+        precompute_ref_batch_size=training.at_once or micro_batch,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",
@@ -143,7 +157,6 @@ def require_trainable(training: Training, refresh: bool) -> None:
             "align does not work with FSDP1, whose flat parameters have no neurons that could be frozen; set "
             "fsdp_version: 2 in the config of accelerate"
         )
-
     if is_sharded() and refresh:
         raise InputError(
             "align.refresh does not work with FSDP2, under which the model cannot be measured while it is trained; use "

@@ -220,8 +220,8 @@ def functions(folder: Path) -> None:
     # accelerate shards only on GPUs, so it is told that these are some; the rest of FSDP2 is the real one.
     os.environ.update(FSDP2)
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    gathered, sharded = aligning._gathered, []
-    aligning._gathered = lambda trained, *rest: sharded.append(type(trained).__name__) or gathered(trained, *rest)
+    gathered, sharded = aligning.gathered, []
+    aligning.gathered = lambda trained, *rest: sharded.append(type(trained).__name__) or gathered(trained, *rest)
     facts["aligned"] = aligned(folder / "checkpoints")
     facts["sharded"] = sharded
     facts["loaded"] = loaded(folder / "checkpoints" / "model")

@@ -23,7 +23,8 @@ from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.training import COMPLETE, Training
 from tests import tiny
-from tests.test_freezing import assert_only_frozen_stayed, frozen_entries, hooks_on, some_neurons
+from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, snapshot, some_neurons
+from tests.test_freezing import hooks_on
 
 LN2 = math.log(2)
 REFUSALS = ["I cannot help.", "No.", "Sorry, no way."]
@@ -94,7 +95,7 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 
 def assert_frozen_alone(before: Model, after: Model) -> None:
     """Bit for bit the same where the chosen neurons are, and something else elsewhere in the same parameters."""
-    for name, mask in frozen_entries(before.network).items():
+    for name, mask in frozen_entries(snapshot(before.network)).items():
         if mask.any():
             old, new = before.network.get_parameter(name), after.network.get_parameter(name)
             assert torch.equal(old[mask], new[mask]), name
@@ -152,7 +153,7 @@ def test_all_free_weights_move():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     before = {name: value.detach().clone() for name, value in model.network.named_parameters()}
     result = run(model, chosen_neurons(model), weight_decay=0.1, epochs=2)
-    assert_only_frozen_stayed(before, result.model.network)
+    assert_only_frozen_stayed(before, snapshot(result.model.network))
 
 
 def test_losses_are_those_of_the_formula():
@@ -213,7 +214,7 @@ def test_free_change_is_that_of_the_free_weights_alone():
     model = tiny.model()
     result = run(model, chosen_neurons(model))
     change = size = 0.0
-    for name, mask in frozen_entries(model.network).items():
+    for name, mask in frozen_entries(snapshot(model.network)).items():
         before = model.network.get_parameter(name).detach().double()[~mask]
         after = result.model.network.get_parameter(name).detach().double()[~mask]
         change += float(((after - before) ** 2).sum())
@@ -548,6 +549,27 @@ def test_no_pairs():
     model = tiny.model()
     with pytest.raises(InputError, match="no preference pairs"):
         align(model, [], None)
+
+
+def test_equal_answers_are_named_by_their_place():
+    pairs = [*PAIRS[:2], Pair(PAIRS[2].prompt, "Maybe.", "Maybe.", "test.jsonl")]
+    with pytest.raises(InputError, match=r"pair 3 of 3 \(from test\.jsonl\) has the same chosen and rejected answer"):
+        align(tiny.model(), pairs, None)
+
+
+def test_prompts_that_fill_the_context_are_told():
+    model = tiny.model()
+    long = Pair(({"role": "user", "content": "why " * 40},), "No.", "Yes.", "test")
+    training = Training(
+        learning_rate=1e-2, epochs=1, batch_size=4, micro_batch_size=2, max_length=64, precision="float32"
+    )
+    result = align(model, [long, *PAIRS, long], None, training)
+    assert result.warnings == ("2 of 10 pairs were not trained on: their prompt alone fills max_length = 64 tokens",)
+    # The steps are those of the pairs that are left, and so is the training.
+    alone = align(model, PAIRS, None, training)
+    assert result.steps == alone.steps == 2
+    assert result.log == alone.log
+    assert alone.warnings == ()
 
 
 def test_no_chat_template():

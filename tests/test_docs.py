@@ -21,7 +21,8 @@ from safeneuron.embedded import FOLDER, cache_folder
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "safeneuron"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *PACKAGE.glob("prompts/*.md")])
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", PACKAGE / "prompts")
+PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERBS = get_command(app).commands
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -47,7 +47,8 @@ def test_example_runs_and_proves_the_freeze(script, shared, model_folder, tmp_pa
     neurons, held, moved, free = (int(number.replace(",", "")) for number in proof.groups())
     assert neurons > 0
     assert held == neurons * 3 * tiny.HIDDEN
-    assert moved > 0.99 * free
+    # Adapters are for the linear layers of the decoder; embeddings, LM head and norms have none.
+    assert moved > (0.99 if script != "lora" else 0.5) * free
     if script != "reward":
         assert held + free == sum(parameter.numel() for parameter in tiny.network().parameters())
 

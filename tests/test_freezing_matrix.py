@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import BEMACallback
 
 from safeneuron.errors import InputError
@@ -37,7 +37,7 @@ from tests.tiny_trainers import TRAINERS, classifier_of, plain_trainer
 
 FACTORS = {
     "trainer": tuple(TRAINERS),
-    "precision": ("float32", "bfloat16 autocast", "bfloat16 weights"),
+    "precision": ("float32", "bfloat16 autocast", "float16 autocast", "bfloat16 weights"),
     "clipping": ("clipped", "unclipped"),
     "decay": ("decay", "no decay"),
     "accumulation": ("one batch", "two batches"),
@@ -83,6 +83,7 @@ def test_matrix_has_every_pair_of_settings():
 def settings_of(row: Mapping[str, str]) -> dict[str, object]:
     return {
         "bf16": row["precision"] == "bfloat16 autocast",
+        "fp16": row["precision"] == "float16 autocast",
         "max_grad_norm": 0.5 if row["clipping"] == "clipped" else 0.0,
         "weight_decay": 0.1 if row["decay"] == "decay" else 0.0,
         "gradient_accumulation_steps": 2 if row["accumulation"] == "two batches" else 1,
@@ -99,26 +100,60 @@ def network_for(row: Mapping[str, str], seed: int = 0) -> nn.Module:
     return network.to(torch.bfloat16) if row["precision"] == "bfloat16 weights" else network
 
 
+def scale_loss(trainer: Trainer, scaler: torch.amp.GradScaler) -> Trainer:
+    """Make accelerate do on the CPU what it does for float16 on a GPU only; here it would compute in float32."""
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = scaler
+    return trainer
+
+
+def trainer_for(row: Mapping[str, str], network: nn.Module, folder: Path, **changes: object) -> Trainer:
+    # The neurons are those of the language model, also where a reward model is trained.
+    callback = FreezeNeurons(some_neurons(network_with_noise()))
+    trainer = TRAINERS[row["trainer"]](network, folder, [callback], **settings_of(row), **changes)
+    return scale_loss(trainer, torch.amp.GradScaler("cpu")) if row["precision"] == "float16 autocast" else trainer
+
+
 @pytest.mark.parametrize("row", MATRIX, ids=lambda row: ", ".join(row.values()))
 def test_frozen_stays_and_the_rest_moves(row, tmp_path):
-    make, settings = TRAINERS[row["trainer"]], settings_of(row)
-    # The neurons are those of the language model, also where a reward model is trained.
-    neurons = some_neurons(network_with_noise())
     network = network_for(row)
     before = snapshot(network)
     if row["resume"] == "resumed":
-        make(network, tmp_path, [FreezeNeurons(neurons)], max_steps=2, **settings).train()
+        trainer_for(row, network, tmp_path, max_steps=2).train()
         # All that the second start knows of the first must be in the checkpoint.
         network = network_for(row, seed=1)
-        trainer = make(network, tmp_path, [FreezeNeurons(neurons)], **settings)
+        trainer = trainer_for(row, network, tmp_path)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     else:
-        trainer = make(network, tmp_path, [FreezeNeurons(neurons)], **settings)
+        trainer = trainer_for(row, network, tmp_path)
         trainer.train()
     assert trainer.state.global_step == 4
     # Decay moves what has no gradient, unless the step is lost in the rounding of short weights.
     everywhere = row["decay"] == "decay" and row["precision"] != "bfloat16 weights"
     assert_only_frozen_stayed(before, network, every_entry=everywhere)
+
+
+class Skipped(TrainerCallback):
+    """In which steps the loss scaler threw the gradients away, so that the weights did not move."""
+
+    def __init__(self) -> None:
+        self.steps: list[bool] = []
+
+    def on_step_end(self, args, state, control, optimizer=None, **_):
+        self.steps.append(optimizer.step_was_skipped)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
+def test_float16_with_a_step_that_is_skipped(optimizer, tmp_path):
+    network = network_with_noise()
+    before, skipped = snapshot(network), Skipped()
+    callbacks = [FreezeNeurons(some_neurons(network)), skipped]
+    trainer = plain_trainer(network, tmp_path, callbacks, bf16=False, fp16=True, optim=optimizer)
+    # So far that the gradients overflow in the first step, and in no other.
+    scale_loss(trainer, torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30))
+    trainer.train()
+    assert skipped.steps == [True, False, False, False]
+    assert_only_frozen_stayed(before, network)
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------

@@ -19,10 +19,13 @@ LAYERS = (
         "errors",
         "ranks",
         "memory",
+        "halving",
         "config",
         "runs",
         "rows",
         "data",
+        "forms",
+        "catalogue",
         "pairs",
         "shares",
         "embedded",
@@ -30,16 +33,37 @@ LAYERS = (
         "pushing",
     },
     {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
-    {"models", "ffn", "freezing", "training", "dpo", "batching", "ablating", "refreshing", "judges"},
+    {
+        "models",
+        "quantising",
+        "ffn",
+        "adapters",
+        "shards",
+        "freezing",
+        "training",
+        "weights",
+        "dpo",
+        "parts",
+        "planning",
+        "fitting",
+        "batching",
+        "ablating",
+        "refreshing",
+        "judges",
+    },
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
-MAY_IMPORT_TRANSFORMERS = {"models", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning"}
+MAY_IMPORT_TRANSFORMERS = {
+    "weights",
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
+    "planning",
+}  # fmt: skip
 
 
 def imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[str]:

@@ -1,0 +1,116 @@
+"""Weights in 4 bits through bitsandbytes: a network made so, and the plain network that it computes as.
+
+Only 4 bits (NF4, as in QLoRA): there the layer computes with the weights that it can be turned back into. 8 bits
+(LLM.int8) rounds the activations too, so that no plain network computes the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safeneuron.errors import InputError
+
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# So many weights share a scale.
+BLOCK = 64
+# What transformers notes on a network whose weights are quantised.
+MARKS = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
+
+
+def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device) -> None:
+    """Put every linear layer of the network's decoder into 4 bits, on the device, one after the other.
+
+    All else keeps its precision and its place: the embeddings, the norms, the output layer. Raises ``InputError``
+    without bitsandbytes, and on a processor for layers of sizes that it does not handle there.
+    """
+    library = _bitsandbytes()
+    for name, module in list(decoder.named_modules()):
+        if type(module) is nn.Linear:
+            if device.type == "cpu" and module.in_features % BLOCK:
+                # bitsandbytes 0.50 unpacks such weights into wrong ones there.
+                raise InputError(
+                    f"{name} has {module.in_features} inputs, and on a processor weights in 4 bits are expected to "
+                    f"have a multiple of {BLOCK}; use a GPU, or LoRA without quantise"
+                )
+            precision = module.weight.dtype
+            small = library.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=precision, quant_type="nf4"
+            )
+            small.weight = library.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", module=small
+            ).to(device)
+            small.bias = module.bias
+            # On some processors the library would repack the weights at the first answer, and round them once more.
+            small.support_avx512bf16_for_cpu = False
+            decoder.set_submodule(name, small.train(module.training))
+    # What transformers sets on a model that it quantises itself: PEFT, TRL and accelerate ask for it.
+    vars(network)["is_loaded_in_4bit"] = True
+
+
+def dequantised(network: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU in which every linear layer in 4 bits is the plain one that it computes as.
+
+    A network without such layers is returned as it is.
+    """
+    if not has_four_bits(network):
+        return network
+    plain = copy.deepcopy(network)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, nn.Linear) and in_four_bits(module.weight):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(dense(module.weight).cpu())
+            linear.bias = module.bias
+            plain.set_submodule(name, linear.train(module.training))
+    for mark in vars(plain).keys() & MARKS:
+        delattr(plain, mark)
+    vars(plain.config).pop("quantization_config", None)
+    plain.to("cpu")  # type: ignore[arg-type]
+    return plain
+
+
+def has_four_bits(network: nn.Module) -> bool:
+    """Whether any weight of the network is packed by bitsandbytes."""
+    return any(in_four_bits(parameter) for parameter in network.parameters())
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the weight is held in a form that cannot be trained: packed by bitsandbytes, or of another small type."""
+    return in_four_bits(weight) or weight.dtype not in TRAINABLE
+
+
+def in_four_bits(weight: Tensor) -> bool:
+    """Whether the weight is packed by bitsandbytes; in any storage type, which need not be one of integers."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight ``[output, input]`` that is computed with; packed ones are unpacked.
+
+    Raises ``InputError`` for weights that bitsandbytes has repacked for a processor, which cannot be unpacked exactly.
+    """
+    if not in_four_bits(weight):
+        return weight.detach()
+    state = vars(weight)["quant_state"]
+    if getattr(state, "packing_format_for_cpu", False):
+        raise InputError(
+            "the 4-bit weights were repacked by bitsandbytes for this processor, and rounded by it; expected them as "
+            "they were quantised, load the model with safeneuron.load(..., quantise='4bit')"
+        )
+    whole: Tensor = _bitsandbytes().functional.dequantize_4bit(weight.data, state)
+    return whole
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError(
+            "weights in 4 bits need the package bitsandbytes, which is not installed; pip install 'safeneuron[quant]'"
+        ) from error
+    found: ModuleType = bitsandbytes
+    return found
