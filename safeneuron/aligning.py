@@ -103,7 +103,7 @@ def align(
     from safeneuron.dpo import answers_scored_alone
 
     quiet()
-    require_trainable(training)
+    require_trainable(training, refresh is not None)
     ranks.start_group()
     _check(model, pairs, training, freeze_rest)
     if ablation is not None:
@@ -138,7 +138,8 @@ def align(
         fixed = parameters_of_no_neuron(policy) if freeze_rest else []
         add_adapters(adapters, policy)
     elif any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-        policy, proof = gathered(policy, model, frozen)
+        policy, proof = gathered(policy, model, frozen, freeze_rest)
+        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
     given = dequantised(model.network)
     store_in(lasting_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler
 from trl.trainer import utils as trl_utils
 
@@ -29,6 +30,17 @@ class PreferenceTrainer(PartsTrainer):
 
     _places = 0
     _filled: Tensor | int = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also keep FSDP2 from rounding log-probabilities, and the sum of the ranks' gradients, to bfloat16.
+
+        accelerate asks for both when the model computes in bfloat16. Weights are still gathered as bfloat16.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = vars(self.accelerator.state).get("fsdp_plugin")
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            computing = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=torch.float32)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One micro-batch forward and backward, with its padding counted."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from safeneuron import ranks
 from safeneuron.config import AlignTable, Config, SourceTable
 from safeneuron.data import Pair, read_prompts
 from safeneuron.errors import InputError
@@ -44,7 +45,7 @@ def training_of(config: Config, table: AlignTable) -> Training:
 
 
 def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: NeuronSet | None, change: bool) -> Plan:
-    """How the training of a loaded model on these pairs is done so that it fits on its device.
+    """How the training of a loaded model on these pairs is done so that it fits on its device, or on that of each rank.
 
     Raises ``InputError`` if it may be changed and there is no way.
     """
@@ -53,7 +54,14 @@ def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: Ne
     made = _plan(shape, device, training, length, len(frozen) if frozen is not None else 0, change)
     if change:
         require_fit(made, "the training")
-    return made
+    return replace(made, training=_of_all_ranks(made.training))
+
+
+def _of_all_ranks(training: Training) -> Training:
+    """What suits the rank with the least memory, since all must go through the model in the same way."""
+    asked = ranks.gather([training.at_once, training.gradient_checkpointing])
+    at_once = min((size for size, _ in asked if size), default=0)
+    return replace(training, at_once=at_once, gradient_checkpointing=any(again for _, again in asked))
 
 
 def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:

@@ -99,7 +99,8 @@ class Pipeline:
         reuse_memory()
         base, *trained = states_of(self.config)
         for state in trained:
-            require_trainable(training_of(self.config, self.config.variant(state.variant)))
+            table = self.config.variant(state.variant)
+            require_trainable(training_of(self.config, table), table.refresh > 0)
         self.foresee(trained)
         self.examine(base)
         if trained:

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from safeneuron import embedded
+from safeneuron import embedded, ranks
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, feed_forwards
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
-from safeneuron.training import Training
+from safeneuron.training import Training, is_sharded
 
 GB = 2**30
 Need = dict[str, float]
@@ -139,13 +139,16 @@ class Device:
 
     @classmethod
     def of(cls, place: torch.device) -> Device:
-        """The device as it is now; what this process has taken counts as free, since it is part of what it needs."""
+        """The device as it is now; what this process has taken counts as free, since it is part of what it needs.
+
+        With several ranks there is one for each, and on the CPU an equal share of what is free.
+        """
         if place.type == "cuda":
             memory: float | None = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place)
         else:
             free = available_memory()
-            memory = None if free is None else free + resident_memory()
-        return cls(place.type, memory, bfloat16_pays(place))
+            memory = None if free is None else free / ranks.local_world() + resident_memory()
+        return cls(place.type, memory, bfloat16_pays(place), ranks.world(), is_sharded())
 
     @property
     def shards(self) -> int:
@@ -178,6 +181,7 @@ def align_need(
                                      activations of all layers, copies of their linear weights in c, the LM head
         in the backward pass         gradients 4 P and the output's anew, if it is tied to the input
         after the last step          24 bytes of each weight of the largest parameter: how far it has moved
+        over N sharded devices       the weights whole: before they are spread, and again once they are put together
 
     The reference's log-probabilities are computed before, with nothing in memory that is not there later. With gradient
     checkpointing the first of these is the input of every layer, 4 H a token, and the most of one layer or the LM head.
@@ -227,7 +231,7 @@ def align_need(
         ]
     moments.append({"comparison": 24 * shape.largest})
     if lora_rank or shards > 1:
-        moments.append({"merged model": 4 * shape.parameters})
+        moments.append({"whole model": 4 * shape.parameters})
     return {name: size for name, size in (held | max(moments, key=total)).items() if size}
 
 

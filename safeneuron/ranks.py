@@ -64,6 +64,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world() > 1 else 0
 
 
+def local_world() -> int:
+    """How many ranks share this machine; all of them, if the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
+
+
 def is_main() -> bool:
     """Whether this is the rank that writes, prints and decides for all, also within ``alone``."""
     return _launched() == 1 or os.environ["RANK"] == "0"

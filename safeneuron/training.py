@@ -144,8 +144,8 @@ def is_sharded() -> bool:
     return ranks.world() > 1 and _asked("ACCELERATE_USE_FSDP")
 
 
-def require_trainable(training: Training) -> None:
-    """Raise ``InputError`` if the ranks, as they were launched, cannot train with these settings."""
+def require_trainable(training: Training, refresh: bool) -> None:
+    """Raise ``InputError`` if the ranks, as they were launched, cannot train so, with or without ``refresh``."""
     training.micro_batch()
     if ranks.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
@@ -156,6 +156,11 @@ def require_trainable(training: Training) -> None:
         raise InputError(
             "align does not work with FSDP1, whose flat parameters have no neurons that could be frozen; set "
             "fsdp_version: 2 in the config of accelerate"
+        )
+    if is_sharded() and refresh:
+        raise InputError(
+            "align.refresh does not work with FSDP2, under which the model cannot be measured while it is trained; use "
+            "plain DDP, or another variant"
         )
 
 

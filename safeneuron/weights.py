@@ -52,13 +52,15 @@ def sharing_weights(network: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(network, dict(weights))
 
 
-def gathered(trained: nn.Module, model: Model, frozen: NeuronSet | None) -> tuple[PreTrainedModel, Freeze | None]:
+def gathered(
+    trained: nn.Module, model: Model, frozen: NeuronSet | None, whole_layers: bool
+) -> tuple[PreTrainedModel, Freeze | None]:
     """The trained weights, which are spread over the ranks, as a plain network on each, and the proof of its freeze.
 
     One parameter after the other is gathered; the proof compares with the values of the given ``model``.
     """
     whole = plain_copy(model)
-    proof = Freeze(whole, frozen) if frozen is not None else None
+    proof = Freeze(whole, frozen, whole_layers=whole_layers) if frozen is not None else None
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             now = trained.get_parameter(name)

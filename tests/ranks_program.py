@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
@@ -118,7 +120,8 @@ def aligned(folder: Path) -> dict[str, Any]:
         learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, max_length=64, precision="float32", save_every=1
     )
     facts: dict[str, Any] = {}
-    frozen, model = None, tiny.model()
+    model = tiny.model()
+    frozen = NeuronSet.of({0: [1, 5], 1: range(0, 48, 5), 2: [47]}, model.widths, model.fingerprint)
     half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, model.widths, model.fingerprint)
     first = align(model, pairs, frozen, training, Ablation(half, reference=True))
 
@@ -139,11 +142,13 @@ def aligned(folder: Path) -> dict[str, Any]:
             "losses": [entry["loss"] for entry in result.log],
             "free_change": result.free_change,
             "identical": result.frozen_identical,
-            "frozen": result.frozen_count,
+            "frozen": [result.frozen_count, result.frozen_sha256],
             "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
             "plain": all(type(weight) is torch.nn.Parameter for weight in result.model.network.parameters()),
             "fingerprint": fingerprint(result.model.network),
         }
+    half_precision = align(model, pairs, frozen, replace(training, precision="bfloat16", learning_rate=1e-3))
+    facts["bfloat16"] = [entry["loss"] for entry in half_precision.log]
     second.model.save(folder / "model")
     ranks.barrier()
     return facts
@@ -215,8 +220,8 @@ def functions(folder: Path) -> None:
     # accelerate shards only on GPUs, so it is told that these are some; the rest of FSDP2 is the real one.
     os.environ.update(FSDP2)
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    gathered, sharded = aligning._gathered, []
-    aligning._gathered = lambda trained, *rest: sharded.append(type(trained).__name__) or gathered(trained, *rest)
+    gathered, sharded = aligning.gathered, []
+    aligning.gathered = lambda trained, *rest: sharded.append(type(trained).__name__) or gathered(trained, *rest)
     facts["aligned"] = aligned(folder / "checkpoints")
     facts["sharded"] = sharded
     facts["loaded"] = loaded(folder / "checkpoints" / "model")
