@@ -78,7 +78,7 @@ def machine_with(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
     monkeypatch.setattr(foreseeing.Device, "of", lambda place: Device("cpu", gigabytes * GB, bfloat16=False))
 
 
-WIDE = (*ONE_ROUND, "align.micro_batch_size=6", "align.batch_size=6", "align.epochs=2")
+WIDE = (*ONE_ROUND, "align.precision=float32", "align.micro_batch_size=6", "align.batch_size=6", "align.epochs=2")
 
 
 def memory_for(config: Config, at_once: int) -> float:
