@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md quotes: python benchmarks/run.py [measure|memory|freeze|training|precision|pooling|demo ...]
+"""What docs/benchmarks.md quotes: python benchmarks/run.py [PART ...], all parts if none is named.
 
 Times are given as ratios within one run: two ways of doing the same work take turns, and the median ratio is printed
 with its range. Every number is of the embedded model on this machine's CPU.
@@ -27,10 +27,11 @@ from safeneuron.memory import peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load, pad
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import refusal
+from safeneuron.planning import Device, Shape, align_need, longest_pair, total
 from safeneuron.selecting import choose, score, thresholds_for
 from safeneuron.training import Training
 
-PARTS = ("measure", "memory", "freeze", "training", "precision", "pooling", "demo")
+PARTS = ("measure", "memory", "plan", "freeze", "training", "precision", "pooling", "demo")
 
 
 def prompts(kind: str, count: int) -> list[Prompt]:
@@ -124,6 +125,40 @@ def memory_of(how: str, count: int) -> None:
         kept = [research_code(model, few) for few in asked]
         assert len(kept) == 2
     print(f"{peak_memory_mb() - before:.0f} MB")
+
+
+PLANNED = {
+    "4 pairs at once": {},
+    "2 pairs at once": {"at_once": 2},
+    "4 pairs, gradient checkpointing": {"gradient_checkpointing": True},
+}
+"""Ways to train on 4 pairs of 192 tokens."""
+
+
+def bench_plan() -> None:
+    """(f) the memory that training takes, as it is planned and as it is, each figure in a process of its own."""
+    for name in PLANNED:
+        line = subprocess.run(
+            [sys.executable, __file__, "plan-of", name], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+        print(f"(f) training, {name}: {line}", flush=True)
+
+
+def plan_of(name: str) -> None:
+    """One figure of bench_plan: two steps, since the optimizer's moments are made in the first."""
+    reuse_memory()
+    model = load("embedded", dtype="float32")
+    pairs = [
+        Pair(({"role": "user", "content": prompt.text},), "word " * 400, "other " * 400)
+        for prompt in prompts("unsafe", 4)
+    ]
+    training = Training(epochs=2, batch_size=4, micro_batch_size=4, max_length=192, **PLANNED[name])
+    length = longest_pair(model, pairs, training.max_length)
+    need = align_need(Shape.of(model.network, model.name), Device.of(model.device), training, length)
+    reset_peak_memory()
+    align(model, pairs, None, training)
+    planned, measured = total(need) / 2**20, peak_memory_mb()
+    print(f"planned {planned:,.0f} MB, measured {measured:,.0f} MB, ratio {planned / measured:.2f}")
 
 
 def preferences(count: int) -> list[Pair]:
@@ -261,12 +296,16 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["memory-of"]:
         memory_of(arguments[1], int(arguments[2]))
         return
+    if arguments[:1] == ["plan-of"]:
+        plan_of(arguments[1])
+        return
     if arguments[:1] in (["peak-of"], ["train-of"]):
         (peak_of if arguments[0] == "peak-of" else train_of)(arguments[1])
         return
     parts = {
         "measure": bench_measure,
         "memory": bench_memory,
+        "plan": bench_plan,
         "freeze": bench_freeze,
         "training": bench_training,
         "precision": bench_precision,

@@ -1,8 +1,9 @@
 """Which pairs share a forward pass: those of like length, in an order that is a new one in every epoch.
 
-A batch is padded to its longest sequence, and TRL lays the chosen answers of a micro-batch below the rejected ones, so
-one long answer among short ones makes most of it padding. The order here is drawn from the seed and the epoch alone:
-the same on every machine and process, and in training that is resumed.
+TRL puts both sides of all pairs of a micro-batch into one batch, as long as its longest conversation, so one long
+answer among short ones makes most of it padding. What an order cannot help is a pair whose own answers differ in
+length. The order is drawn from the seed and the epoch alone: the same on every process, and in training that is
+resumed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from math import ceil
 
 from torch.utils.data import Sampler
 
-POOL = 50
+POOL = 100
 """About so many micro-batches are sorted together. More gain next to nothing, and with fewer pairs to meet, the same
 ones would meet in every epoch of a large data set."""
 

@@ -216,6 +216,28 @@ def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a b
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
+    changes: Changes = None,
+    device_memory: Annotated[
+        str,
+        typer.Option("--device-memory", help="Memory of each GPU, such as 80GB; that of this machine if not given."),
+    ] = "",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs that train together.")] = 1,
+    sharded: Annotated[
+        bool,
+        typer.Option("--sharded/--replicated", help="Do they share what is trained (FSDP2), or each hold it (DDP)?"),
+    ] = True,
+) -> None:
+    """What each stage will need in memory, and whether it fits; reads the model's config, not its weights."""
+    from safeneuron.config import read_config
+    from safeneuron.foreseeing import device_asked, table_of_needs
+
+    settings = read_config(config, changes or [])
+    _print_lines(table_of_needs(settings, device_asked(settings, device_memory, devices, sharded)))
+
+
+@app.command()
 def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a folder or file in one.")]) -> None:
     """Explain any artefact of a run in words."""
     from safeneuron.explaining import explain
@@ -266,6 +288,10 @@ class Bars:
             out.print(f"{stage}: done before, skipped", style="dim")
         else:
             out.print(f"{stage}: done in {seconds:.1f} s")
+
+    def noted(self, text: str) -> None:
+        """Print a line."""
+        out.print(text)
 
     def warned(self, text: str) -> None:
         """Print a warning."""

@@ -165,7 +165,11 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
         "stages": stages,
         "warnings": [
             warning
-            for path in (run.folder / "data" / "warnings.json", run.folder / "T0" / "pairs" / "warnings.json")
+            for path in (
+                run.folder / "data" / "warnings.json",
+                run.folder / "T0" / "pairs" / "warnings.json",
+                *sorted(run.folder.glob("*/align/warnings.json")),
+            )
             if path.exists()
             for warning in read_json(path)["warnings"]
         ],

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from safeneuron.catalogue import NAMES
 from safeneuron.errors import InputError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -104,9 +105,9 @@ class SelectTable(Table):
 class PairSourceTable(Table):
     """Where preference pairs come from."""
 
-    path: str = Field(description="a .jsonl or .csv file, or hub:owner/name on the Hub")
+    path: str = Field(description=f"a .jsonl or .csv file, hub:owner/name, or one of {NAMES}")
     split: str = Field("", description="split of a Hub dataset")
-    count: Count | None = Field(None, description="use the first so many rows; all if not given")
+    count: Count | None = Field(None, description="use the first so many pairs; all if not given")
     revision: str = Field("", description="revision of a Hub dataset")
 
 
@@ -115,14 +116,16 @@ class PairsTable(Table):
 
     safety: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
         "on-policy",
-        description="on-policy makes pairs from the prompts below with the model itself; or a list of sources of pairs",
+        description="on-policy makes pairs from the prompts below with the model itself; or a list of sources, "
+        f"each a file, hub:owner/name or one of {NAMES}",
     )
     unsafe: Sources = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
     safe: Sources = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
     max_new_tokens: Count = Field(128, description="length of the answers generated for on-policy pairs")
     general: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
         (),
-        description="general pairs to mix in, for example UltraFeedback; on-policy: from the harmless prompts",
+        description="general pairs to mix in, for example [{ path = 'ultrafeedback-binarized' }]; "
+        "on-policy: from the harmless prompts",
     )
     safety_share: float = Field(0.3, gt=0, le=1, description="share of safety pairs when general ones are mixed in")
     count: Count | None = Field(None, description="train on so many pairs at most; all if not given")
@@ -167,6 +170,11 @@ class AlignTable(Table):
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
+    fit_memory: bool = Field(
+        True,
+        description="where training would not fit into memory, fewer pairs at a time, then gradient checkpointing; "
+        "neither changes the results but by rounding",
+    )
     lora_rank: int = Field(
         0,
         ge=0,

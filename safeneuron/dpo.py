@@ -11,16 +11,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from trl.trainer import utils as trl_utils
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from safeneuron.batching import LengthBuckets
 from safeneuron.data import Pair
+from safeneuron.parts import PartsTrainer
 
 BY_LENGTH = "group_by_length"
 """The ``train_sampling_strategy`` that asks for buckets; transformers' own sampler of that name knows no pairs."""
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(PartsTrainer):
     """TRL's ``DPOTrainer``; the loss is TRL's own.
 
     With ``train_sampling_strategy="group_by_length"`` pairs of like length share a micro-batch. The share of padding
@@ -35,8 +35,7 @@ class PreferenceTrainer(DPOTrainer):
         mask = inputs["attention_mask"]
         self._places += mask.numel()
         self._filled = self._filled + mask.sum().detach()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the trainer logs, and the share of padding."""
@@ -62,14 +61,14 @@ class PreferenceTrainer(DPOTrainer):
         """
         args: Any = self.args
         if args.train_sampling_strategy == BY_LENGTH:
-            # The longest pairs come first: memory that suffices for them
-            # suffices for all.
+            # The longest pairs come first: memory that suffices for them suffices for all.
             lengths = padded_lengths(dataset, args.max_length)
             dataset = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
+        reference: Any = self.ref_model or self.model
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for batch in self.accelerator.prepare(loader):
-            own = self.compute_ref_log_probs(self.ref_model or self.model, batch)  # type: ignore[no-untyped-call]
+            own = self.compute_ref_log_probs(reference, batch)
             for logps, more in zip(found, self.accelerator.gather_for_metrics(tuple(own)), strict=True):
                 logps.append(more.cpu())
         for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), found, strict=True):

@@ -108,6 +108,26 @@ def _model(path: Path) -> Iterator[str]:
         yield from _published(record)
 
 
+def _memory(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    need = {name: size / 2**30 for name, size in record["need"].items()}
+    total = need.pop("total")
+    has = "unknown" if record["available"] is None else f"{record['available'] / 2**30:.1f} GB"
+    yield f"The memory that training was planned to need: {total:.1f} GB; available: {has}. By what it is for, in GB:"
+    yield from (f"  {name:<20} {size:6.2f}" for name, size in need.items())
+    limits = {
+        "asked for": "as many pairs as a micro-batch has" if not record["at_once"] else f"{record['at_once']} pairs"
+    }
+    ended = record["at_once_in_the_end"]
+    if ended != record["at_once"]:
+        limits["since memory ran out"] = f"{ended} pairs"
+    yield (
+        "At once: "
+        + ", ".join(f"{count} ({why})" for why, count in limits.items())
+        + ("; with gradient checkpointing." if record["gradient_checkpointing"] else ".")
+    )
+
+
 def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     if path.suffix == ".safetensors":
         return _tensors
@@ -126,6 +146,7 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         "SAS.json": _neurons,
         "thresholds.json": _thresholds,
         "frozen.json": _frozen,
+        "memory.json": _memory,
         "pruned.json": _pruned,
         "record.json": _published,
         "results.json": lambda path: result_table(read_json(path)),
@@ -218,7 +239,7 @@ def _pruned(path: Path) -> Iterator[str]:
 
 def _warnings(path: Path) -> Iterator[str]:
     warnings = read_json(path)["warnings"]
-    yield f"{len(warnings)} warnings about the prompts{':' if warnings else '.'}"
+    yield f"{len(warnings)} warnings about the data{':' if warnings else '.'}"
     yield from (f"  {warning}" for warning in warnings)
 
 

@@ -25,7 +25,7 @@ from safeneuron.quantising import dense, in_four_bits, is_quantised
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
-# Under these names a wrapper keeps the one module that it wraps: torch.compile, activation checkpointing, DDP, DeepSpeed.
+# Under these names wrappers keep the one module they wrap: torch.compile, activation checkpointing, DDP and DeepSpeed.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 
 
@@ -294,11 +294,11 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
                         "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
                         "adapters on it"
                     )
-                expected = (linear.out_features, linear.in_features)[: max(1, len(shards.shape_of(parameter)))]
-                if tuple(shards.shape_of(parameter)) != expected:
+                shape, expected = tuple(shards.shape_of(parameter)), (linear.out_features, linear.in_features)
+                if shape != (expected[:1] if parameter is linear.bias else expected):
                     raise InputError(
-                        f"{name} has the shape {tuple(shards.shape_of(parameter))} where {expected} was expected, so it "
-                        "is flattened or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+                        f"{name} has the shape {shape} in a layer of {expected[0]} x {expected[1]}, so it is flattened "
+                        "or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
                     )
                 if others:
                     raise InputError(

@@ -42,7 +42,7 @@ class Freeze:
     model, all of them make this object, once the model has been wrapped or sharded, and all ask for ``changed``,
     ``verify`` and ``digest``, which have one answer. Raises ``InputError`` for neurons of another model, for every
     neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN weights that are quantised, tied, or
-    sharded in a way that is not understood.
+    sharded in a way that is not understood, and where processes were given different neurons.
 
     LoRA adapters of PEFT are held where they are without effect on these neurons: their slices are set to zero, which
     changes nothing that the model computes (see ``adapters.adapter_slices``, also for what is refused).
@@ -50,6 +50,11 @@ class Freeze:
 
     def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
         self.network = network_of(model)
+        if not shards.same_everywhere(_name_of(neurons)):
+            raise InputError(
+                f"the processes were given different neurons to freeze (here {neurons}); find them in one process, "
+                "save them, and read them in all (NeuronSet.save, NeuronSet.load)"
+            )
         shards.settle(self.network)
         require_trainable(self.network)
         self.slices = [*owned_slices(self.network, neurons), *adapter_slices(self.network, neurons)]
@@ -68,7 +73,7 @@ class Freeze:
         way that cannot be followed.
         """
         steppers = [shards.stepper(optimizer) for optimizer in optimizers]
-        self._require_same_layout()
+        self._parts_now(self.network)
         for piece in self.slices:
             if piece.parameter.requires_grad:
                 handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index)
@@ -92,7 +97,7 @@ class Freeze:
 
         Averaging values that never change rounds them, so that an average as it is has frozen neurons only nearly.
         """
-        for part, saved in zip(self._parts_in(network_of(copy)), self.saved, strict=True):
+        for part, saved in zip(self._parts_now(network_of(copy)), self.saved, strict=True):
             part.restore(saved)
 
     def check_masked(self) -> None:
@@ -111,7 +116,7 @@ class Freeze:
 
     def changed(self) -> list[str]:
         """Names of the parameters whose frozen slices are not bit-identical to the values held; empty is the proof."""
-        now = self._require_same_layout()
+        now = self._parts_now(self.network)
         here = {part.name for part, saved in zip(now, self.saved, strict=True) if not _identical(part.values(), saved)}
         anywhere = shards.together([piece.name in here for piece in self.slices])
         return [piece.name for piece, moved in zip(self.slices, anywhere, strict=True) if moved]
@@ -133,16 +138,16 @@ class Freeze:
         return digest.hexdigest()
 
     def _parts_in(self, network: nn.Module) -> list[shards.Part]:
-        """What is here of the slices of the network as it is now, also where a parameter object is another one by now."""
+        """What is here of the slices, as the network is now, also where a parameter object is another one by now."""
         found = []
         for piece in self.slices:
             found += shards.parts(piece.name, network.get_parameter(piece.name), piece.dim, piece.index)
         return found
 
-    def _require_same_layout(self) -> list[shards.Part]:
-        """The parts as they are now; ``RuntimeError`` if they are others than those that were saved."""
-        shards.settle(self.network)
-        now = self._parts_in(self.network)
+    def _parts_now(self, network: nn.Module) -> list[shards.Part]:
+        """The parts that were saved, as they are now; ``RuntimeError`` if the network is held in another way by now."""
+        shards.settle(network)
+        now = self._parts_in(network)
         if [part.shape for part in now] != [saved.shape for saved in self.saved]:
             raise RuntimeError(
                 "the model was spread over devices after the neurons had been frozen; freeze them when it has been"

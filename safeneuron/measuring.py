@@ -11,6 +11,7 @@ from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, pruned, recorded
+from safeneuron.halving import Halving
 from safeneuron.models import Model, pad
 from safeneuron.moments import Moments
 from safeneuron.neurons import NeuronSet
@@ -35,7 +36,8 @@ def measure(
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
     The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
-    in turn, and all get the statistics over all of them.
+    in turn, and all get the statistics over all of them. A batch that does not fit into memory is run in halves, with a
+    ``MemoryShortage`` warning, and so are all later ones with as many tokens.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
@@ -43,13 +45,16 @@ def measure(
         raise InputError(f"pooling {pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
     check_classes(list(unsafe), list(safe))
     total, done = len(unsafe) + len(safe), 0
+    advice = "use a smaller max_tokens, or a device with more memory"
+    halving: Halving[list[int]] = Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
     moments = []
     for prompts in (unsafe, safe):
         own, problem = Moments.zero((sum(model.widths),)), ""
         encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
         for number, batch in enumerate(length_batches(encoded, batch_tokens)):
             if number % ranks.world() == ranks.rank():
-                vectors = pooled(model, [encoded[index] for index in batch], pooling)
+                rows = [encoded[index] for index in batch]
+                vectors = torch.cat(halving.over(rows, lambda part: pooled(model, part, pooling)))
                 problem = _not_finite(vectors, [prompts[index] for index in batch])
                 if problem:
                     break

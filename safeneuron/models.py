@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from safeneuron import embedded, quantising, ranks
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
+from safeneuron.halving import Halving
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -176,7 +177,8 @@ def generate(
 
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
-    at any end token of the model's generation settings, or at the tokenizer's own.
+    at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
+    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
@@ -191,15 +193,20 @@ def generate(
     )
     answer = cast("Callable[..., Tensor]", model.network.generate)
 
-    def texts_of(batch: list[int]) -> list[str]:
+    def texts_of(batch: Sequence[int]) -> list[str]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
         with torch.inference_mode():
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
+
+    def in_halves(batch: list[int]) -> list[str]:
+        return [text for part in halving.over(batch, texts_of) for text in part]
+
     batches = [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
-    for batch, texts in zip(batches, ranks.deal(batches, texts_of), strict=True):
+    for batch, texts in zip(batches, ranks.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
 
 
@@ -208,6 +215,11 @@ def _end_tokens(model: Model) -> list[int] | None:
     own = model.network.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
+
+
+def device_named(wanted: str) -> torch.device:
+    """The device that a config means, ``auto`` or one of torch's. Raises ``InputError`` if it is not there."""
+    return _device(wanted)
 
 
 def _device(wanted: str) -> torch.device:

@@ -1,62 +1,68 @@
-"""Preference pairs: reading the forms in which datasets write them, and mixing safety pairs with general ones."""
+"""Preference pairs: reading them from wherever they are, and mixing safety pairs with general ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from math import floor
 from pathlib import Path
 
+from safeneuron.catalogue import by_name, has_images
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.rows import (
-    EmptyTextError,
-    Message,
-    Row,
-    Source,
-    as_source,
-    checked_text,
-    messages_at,
-    read_rows,
-    refuse_options,
-    shortened,
-    text_at,
-    value_at,
-)
-
-RESPONSE_COLUMNS = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "safer_response_id")
-"""What marks a row as one of PKU-SafeRLHF, beside its ``prompt``."""
-
-FLAGS = {"true": True, "1": True, "false": False, "0": False}
-"""How datasets write yes and no; a CSV file holds them as text."""
+from safeneuron.forms import pairs_in, refuse_images
+from safeneuron.rows import Source, as_source, read_rows, refuse_options
 
 
 def read_pairs(
-    source: str | Path | Source, *, split: str = "", count: int | None = None, revision: str = ""
+    source: str | Path | Source,
+    *,
+    split: str = "",
+    count: int | None = None,
+    revision: str = "",
+    dropped: Counter[str] | None = None,
 ) -> list[Pair]:
     """Read the preference pairs of a source; a keyword that is given wins over the field of a ``Source``.
 
-    Three forms are understood, and the first row decides which it is:
+    A source is a file, ``hub:owner/name`` or the name of a known data set (``catalogue.DATA_SETS``). The first row
+    decides its form, by its columns:
 
     - texts: ``prompt``, ``chosen``, ``rejected``;
     - conversations: ``chosen`` and ``rejected`` are lists of messages that end in the answer and are equal before it,
       with or without a ``prompt`` (text or messages); UltraFeedback-binarized is written like this;
+    - transcripts: the same as texts with the turns of Human and Assistant, without a ``prompt``: HH-RLHF;
     - PKU-SafeRLHF: two responses with safety labels, of which ``safer_response_id`` is chosen. Rows are kept only when
-      the chosen response is safe and the rejected one is not.
+      the chosen response is safe and the rejected one is not;
+    - BeaverTails: ``prompt``, ``response``, ``is_safe``; a safe response is chosen over an unsafe one to its prompt;
+    - WildJailbreak: one ``completion``, to which the other answer is made.
 
-    Rows whose chosen and rejected answers are equal are dropped. An empty text in a file is an error; in a Hub dataset,
-    which the user cannot edit, its row is dropped. ``count`` keeps the first so many pairs, or all if there are fewer.
-    Raises InputError for anything that cannot be read, with file and line number.
+    Rows whose two answers are equal are left out. An empty text in a file is an error; in a Hub dataset, which the user
+    cannot edit, its row is left out. ``dropped``, if given, is filled with the number of rows left out by reason.
+    ``count`` keeps the first so many pairs, or all if there are fewer. Raises InputError for anything that cannot be
+    read, with file and line number, and if no pair is left.
     """
-    source = as_source(source, split=split, count=count, revision=revision)
+    source = by_name(as_source(source, split=split, count=count, revision=revision))
     if source.path.startswith("twins:"):
         raise InputError(f"{source.path} holds prompts, not preference pairs; name a file or hub:owner/name instead")
     refuse_options(source, "is read as pairs", {"column": source.column})
-    pairs = list(islice(_pairs(read_rows(source), source.path), source.count))
+    if has_images(source):
+        raise refuse_images(source.path)
+    out: Counter[str] = Counter()
+    pairs = list(islice(pairs_in(read_rows(source), source.path, out), source.count))
     if not pairs:
-        raise InputError(f"{source.path} holds no usable pair: the two answers of a row must differ and not be empty")
+        raise InputError(f"{source.path} holds no usable pair: {left_out(out)}; use another split or another source")
+    if dropped is not None:
+        dropped.update(out)
     return pairs
+
+
+def left_out(dropped: Counter[str]) -> str:
+    """How many rows were left out and why, in words."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    rows = "1 row was" if dropped.total() == 1 else f"{dropped.total()} rows were"
+    return f"{rows} left out, {reasons}"
 
 
 def mix(
@@ -96,82 +102,3 @@ def _unlike(pairs: Iterable[Pair], others: Iterable[Pair]) -> list[Pair]:
     seen = {key(pair) for pair in others}
     kept = {key(pair): pair for pair in pairs if key(pair) not in seen}
     return list(kept.values())
-
-
-def _pairs(rows: Iterator[Row], source: str) -> Iterator[Pair]:
-    first = next(rows)
-    convert = _form(first)
-    for row in chain([first], rows):
-        try:
-            pair = convert(row, source)
-        except EmptyTextError:
-            if row.mendable:
-                raise
-            continue
-        if pair is not None and pair.chosen != pair.rejected:
-            yield pair
-
-
-def _form(row: Row) -> Callable[[Row, str], Pair | None]:
-    """Return the function that reads rows of this form."""
-    if {"chosen", "rejected"} <= row.values.keys():
-        return _labelled_pair
-    if set(RESPONSE_COLUMNS) <= row.values.keys():
-        return _safe_rlhf_pair
-    raise InputError(
-        f"{row.where}: the columns {', '.join(row.values)} are no preference pairs; expected prompt, chosen, rejected "
-        f"(texts or lists of messages), or those of PKU-SafeRLHF: prompt, {', '.join(RESPONSE_COLUMNS)}"
-    )
-
-
-def _labelled_pair(row: Row, source: str) -> Pair:
-    chosen_before, chosen = _answer(row, "chosen")
-    rejected_before, rejected = _answer(row, "rejected")
-    if chosen_before != rejected_before:
-        raise InputError(
-            f"{row.where}: 'chosen' and 'rejected' must be the same conversation up to their last message, "
-            f"found {shortened(repr(chosen_before))} and {shortened(repr(rejected_before))}"
-        )
-    return Pair(_conversation(row, chosen_before), chosen, rejected, source)
-
-
-def _answer(row: Row, column: str) -> tuple[tuple[Message, ...], str]:
-    """Return the messages before an answer (none when the column is text) and the answer."""
-    if not isinstance(value_at(row, column), list):
-        return (), text_at(row, column)
-    messages = messages_at(row, column)
-    if not messages or messages[-1]["role"] != "assistant":
-        raise InputError(f"{row.where}: '{column}' must end in a message of the role 'assistant'")
-    return messages[:-1], checked_text(row, column, messages[-1]["content"])
-
-
-def _conversation(row: Row, before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the conversation up to the answer from ``prompt`` and from what stands ``before`` the answer.
-
-    Datasets put it in either or repeat it in both; it must come out once.
-    """
-    if any(message["role"] == "user" for message in before) and not isinstance(row.values.get("prompt"), list):
-        return before
-    if not isinstance(value_at(row, "prompt"), list):
-        return (*before, {"role": "user", "content": text_at(row, "prompt")})
-    prompt = messages_at(row, "prompt")
-    if not any(message["role"] == "user" for message in (*prompt, *before)):
-        raise InputError(f"{row.where}: 'prompt' must hold a message of the role 'user'")
-    return before if before[: len(prompt)] == prompt else prompt + before
-
-
-def _safe_rlhf_pair(row: Row, source: str) -> Pair | None:
-    """Return the pair of a PKU-SafeRLHF row, or None when it does not tell a safe answer from an unsafe one."""
-    safer = int(_flag(row, "safer_response_id"))
-    if not _flag(row, f"is_response_{safer}_safe") or _flag(row, f"is_response_{1 - safer}_safe"):
-        return None
-    prompt: Message = {"role": "user", "content": text_at(row, "prompt")}
-    return Pair((prompt,), text_at(row, f"response_{safer}"), text_at(row, f"response_{1 - safer}"), source)
-
-
-def _flag(row: Row, column: str) -> bool:
-    value = value_at(row, column)
-    text = str(value).strip().casefold()
-    if text not in FLAGS:
-        raise InputError(f"{row.where}: '{column}' must be true, false, 0 or 1, found {shortened(repr(value))}")
-    return FLAGS[text]

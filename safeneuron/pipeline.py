@@ -19,8 +19,8 @@ from __future__ import annotations
 import random
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,13 +32,15 @@ from safeneuron.config import AlignTable, Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
+from safeneuron.foreseeing import plan_for, plans_for, training_of
+from safeneuron.halving import shortage_told
 from safeneuron.judges import Judge, make_judge
 from safeneuron.measuring import measure, search
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
-from safeneuron.pairs import mix, read_pairs
+from safeneuron.pairs import left_out, mix, read_pairs
 from safeneuron.rows import Source
 from safeneuron.runs import (
     Run,
@@ -52,10 +54,7 @@ from safeneuron.runs import (
 from safeneuron.selecting import choose, resolve_thresholds, score, select
 from safeneuron.states import BASE, Findings, State, previous, states_of
 from safeneuron.statistics import ActivationStats
-from safeneuron.training import Training, require_trainable
-
-TRAINING = {field.name for field in fields(Training)} - {"seed"}
-"""The keys of [align] that are settings of the training itself."""
+from safeneuron.training import require_trainable
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
 
@@ -71,6 +70,9 @@ class Watcher(Protocol):
 
     def ended(self, stage: str, seconds: float, skipped: bool) -> None:
         """A stage has finished, or had finished before."""
+
+    def noted(self, text: str) -> None:
+        """Something is worth a line."""
 
     def warned(self, text: str) -> None:
         """Something deserves attention but does not stop the run."""
@@ -97,7 +99,8 @@ class Pipeline:
         reuse_memory()
         base, *trained = states_of(self.config)
         for state in trained:
-            require_trainable(self.training(state))
+            require_trainable(training_of(self.config, self.config.variant(state.variant)))
+        self.foresee(trained)
         self.examine(base)
         if trained:
             self.pairs()
@@ -107,6 +110,13 @@ class Pipeline:
                 self.align(state)
                 self.examine(state)
         self.report()
+
+    def foresee(self, states: Sequence[State]) -> None:
+        """Say what the training of these states will need in memory, and end now if it can be no way that they fit."""
+        waiting = [state for state in states if not (self.run.folder / state.name / "align" / "done.json").exists()]
+        if waiting and (not self.kinds or "align" in self.kinds):
+            for state, plan in plans_for(self.config, waiting).items():
+                self.watcher.noted(f"{state}/align will need about {plan.sentence()}")
 
     def examine(self, state: State) -> None:
         """Find the state's neurons and attack it."""
@@ -275,14 +285,16 @@ class Pipeline:
         settings["files"] = _file_hashes(sources)
 
         def work(folder: Path) -> None:
-            safety = self.read_or_made(table.safety, table.unsafe, table.safe if table.general != "on-policy" else ())
-            general = self.read_or_made(table.general, (), table.safe)
+            warnings: list[str] = []
+            safe = table.safe if table.general != "on-policy" else ()
+            safety = self.read_or_made(table.safety, table.unsafe, safe, warnings)
+            general = self.read_or_made(table.general, (), table.safe, warnings)
             if general:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
                 pairs = safety[: table.count]
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
-            self.warn(folder, self.leaks(pairs))
+            self.warn(folder, [*warnings, *self.leaks(pairs)])
 
         self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
@@ -296,19 +308,24 @@ class Pipeline:
             found = self.findings.found(chain)
             start = self.model(before, "float32" if table.quantise == "none" else "", table.quantise)
             self._loaded = None
-            pairs = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
+            records = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
+            pairs = [Pair.from_record(record) for record in records]
+            frozen = self.findings.frozen(table, found)
+            plan = plan_for(start, pairs, training_of(self.config, table), frozen, table.fit_memory)
+            self.watcher.noted(f"{state.name}/align needs about {plan.sentence()}")
             with writing(folder / "checkpoints"):
                 result = align(
                     start,
-                    [Pair.from_record(record) for record in pairs],
-                    frozen=self.findings.frozen(table, found),
-                    training=self.training(state),
+                    pairs,
+                    frozen=frozen,
+                    training=plan.training,
                     ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
                     refresh=self.refresh(table) if table.refresh else None,
                     freeze_rest=table.freeze == "all-but-safety",
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
                 )
+            write_json(folder / "memory.json", {**plan.to_record(), "at_once_in_the_end": result.at_once})
             result.model.save(folder / "model")
             write_lines(folder / "train.jsonl", result.log)
             write_json(
@@ -325,9 +342,12 @@ class Pipeline:
                     "steps": result.steps,
                 },
             )
+            self.warn(folder, result.warnings)
             self.run.remove(f"{state.name}/align/checkpoints")
 
-        settings = {"align": table.model_dump(exclude={"label", "rounds", "stop_early"}), "seed": self.config.seed}
+        # How often it is done, and what it needs in memory, are not part of what a training is.
+        apart = {"label", "rounds", "stop_early", "fit_memory"}
+        settings = {"align": table.model_dump(exclude=apart), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
         if table.refresh:
@@ -373,20 +393,16 @@ class Pipeline:
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        if together:
-            work(stage.folder)
-        else:
-            ranks.from_main(lambda: work(stage.folder))
+        with shortage_told(self.watcher.warned):
+            if together:
+                work(stage.folder)
+            else:
+                ranks.from_main(lambda: work(stage.folder))
         seconds = time.monotonic() - begun
         ranks.from_main(lambda: stage.finish(seconds, peak_memory_mb()))
         self.keys[name] = stage.key
         self.run.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} done in {seconds:.1f} s")
         self.watcher.ended(name, seconds, skipped=False)
-
-    def training(self, state: State) -> Training:
-        """How the state is trained."""
-        table = self.config.variant(state.variant)
-        return Training(**table.model_dump(include=TRAINING), seed=self.config.seed)
 
     def made_by(self, state: State) -> list[str]:
         """The stage that made the state's weights, if any."""
@@ -472,21 +488,30 @@ class Pipeline:
 
         return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
 
-    def read_or_made(self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable]) -> list[Pair]:
-        """Pairs from the sources, or on-policy ones of these prompts."""
+    def read_or_made(
+        self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable], warnings: list[str]
+    ) -> list[Pair]:
+        """Pairs from the sources, or on-policy ones of these prompts; rows that gave no pair add a warning."""
         table = self.config.pairs
         if sources != "on-policy":
-            return [pair for source in sources for pair in read_pairs(_source(source))]
+            return [pair for source in sources for pair in _read_pairs(source, warnings)]
         model, longest = self.model(BASE), self.config.align.max_length
 
-        def fitting(tables: Sequence[SourceTable]) -> list[Prompt]:
+        def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
             """Without the prompts that leave no room for an answer, which could not be trained on."""
-            return [prompt for prompt in _read_all(tables) if len(model.encode(_asked(prompt))) < longest]
+            prompts = _read_all(tables)
+            kept = [prompt for prompt in prompts if len(model.encode(_asked(prompt))) < longest]
+            if len(kept) < len(prompts):
+                warnings.append(
+                    f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
+                    f"they alone fill align.max_length = {longest} tokens"
+                )
+            return kept
 
         return on_policy_pairs(
             model,
-            fitting(unsafe),
-            fitting(safe),
+            fitting("harmful", unsafe),
+            fitting("harmless", safe),
             self.findings.neurons(BASE),
             make_judge(self.config.judge.name),
             max_new_tokens=table.max_new_tokens,
@@ -506,6 +531,14 @@ def _source(table: Any) -> Source:
 
 def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
     return [prompt for table in tables for prompt in read_prompts(_source(table))]
+
+
+def _read_pairs(table: Any, warnings: list[str]) -> list[Pair]:
+    dropped: Counter[str] = Counter()
+    pairs = read_pairs(_source(table), dropped=dropped)
+    if dropped:
+        warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
+    return pairs
 
 
 def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:

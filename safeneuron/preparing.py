@@ -10,6 +10,7 @@ from safeneuron.config import Config, to_toml
 from safeneuron.errors import InputError, nearest
 from safeneuron.pipeline import Pipeline, Watcher
 from safeneuron.runs import Run, read_json, write_text
+from safeneuron.states import State
 
 
 class _Check(Pipeline):
@@ -18,6 +19,9 @@ class _Check(Pipeline):
     def __init__(self, config: Config, run: Run, watcher: Watcher, remade: Collection[str]) -> None:
         super().__init__(config, run, watcher)
         self.remade = remade
+
+    def foresee(self, states: Sequence[State]) -> None:
+        """Nothing is trained here."""
 
     def stage(
         self,

@@ -23,9 +23,12 @@ from safeneuron.dpo import PreferenceTrainer
 from safeneuron.ffn import decoder_of, pruned
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
+from safeneuron.parts import pair_count
 from safeneuron.runs import read_json, write_json
 
 FILE = "refresh.json"
+ROWS, SET = "ablated_rows", "ablated_set"
+"""The names, among a micro-batch's tensors, of what says which of its rows are ablated, and by which set's number."""
 
 
 class RefreshTrainer(PreferenceTrainer):
@@ -39,17 +42,24 @@ class RefreshTrainer(PreferenceTrainer):
     teacher: Tensor | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch, forward and backward: both must see the same neurons ablated (activation checkpointing)."""
-        inputs = self._prepare_inputs(inputs)
+        """One micro-batch, with what is ablated in it drawn for the whole of it."""
         self._find_when_due()
         generator = self._generator()
-        pairs = torch.rand(len(inputs["input_ids"]) // 2, generator=generator).argsort()
+        pairs = torch.rand(pair_count(inputs), generator=generator).argsort()
         count = int(self.refresh.share * len(pairs) + float(torch.rand((), generator=generator)))
-        self.ablated_rows = (pairs < count).repeat(2)
-        neurons = self.sets[int(torch.randint(len(self.sets), (), generator=generator))]
-        self.teacher = self._intact_hidden(inputs) if self.refresh.kl_weight and count else None
+        drawn = int(torch.randint(len(self.sets), (), generator=generator))
+        # An entry for each row, so that a micro-batch that is run in parts is split with its ablation.
+        rows = (pairs < count).repeat(2)
+        return super().training_step(model, {**inputs, ROWS: rows, SET: drawn}, num_items_in_batch)
+
+    def part_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a part: both must see the same neurons ablated (activation checkpointing)."""
+        self.ablated_rows, neurons = inputs[ROWS], self.sets[inputs[SET]]
+        inputs = {name: value for name, value in inputs.items() if name not in (ROWS, SET)}
+        wanted = self.refresh.kl_weight and bool(self.ablated_rows.any())
+        self.teacher = self._intact_hidden(inputs) if wanted else None
         with pruned(self._network, neurons, self.ablated_rows):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().part_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -67,7 +77,10 @@ class RefreshTrainer(PreferenceTrainer):
             with torch.no_grad():
                 wanted = self._log_probabilities(self.teacher)
             got = self._log_probabilities(self._answer_tokens(passed[0][self.ablated_rows], inputs))
-            gap = functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
+            # A part of a micro-batch counts by its share of the pairs; the mean is over the tokens of all of them.
+            share = pair_count(inputs) / pair_count(self.whole)
+            tokens = self.whole["completion_mask"][self.whole[ROWS], 1:].sum()
+            gap = functional.kl_div(got, wanted, reduction="sum", log_target=True) / tokens / share
             self._metrics["train"]["kl"].append(float(gap.detach()))
             loss = loss + self.refresh.kl_weight * gap
         return (loss, outputs) if return_outputs else loss

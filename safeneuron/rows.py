@@ -37,6 +37,13 @@ class Source:
     """Hub only: a branch, a tag or a commit."""
 
 
+LOADING: dict[str, dict[str, Any]] = {
+    "Anthropic/hh-rlhf/harmless-base": {"data_dir": "harmless-base"},
+    "allenai/wildjailbreak/train": {"name": "train", "delimiter": "\t", "keep_default_na": False},
+}
+"""Hub datasets that are not loaded by the name of a configuration alone, and how their pages say to load them."""
+
+
 class Row(NamedTuple):
     """One record of a source."""
 
@@ -205,10 +212,10 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     parts = source.path.removeprefix("hub:").split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"expected hub:owner/name or hub:owner/name/config, found {source.path}")
-    name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    options = LOADING.get("/".join(parts), {"name": parts[2] if len(parts) == 3 else None})
     try:
         dataset: Iterable[dict[str, Any]] = datasets.load_dataset(
-            name, config, split=source.split or "train", revision=source.revision or None
+            "/".join(parts[:2]), split=source.split or "train", revision=source.revision or None, **options
         )
     # What datasets 5 raises: its own errors, OSError (offline, missing, gated, HTTP), ValueError (split, configuration,
     # malformed name) and RuntimeError (datasets that need a script).

@@ -8,6 +8,7 @@ them, what this process holds is ``index`` along ``dim`` of some tensor of its o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> list[P
         if dim == 0:
             index = index[(index >= here.start) & (index < here.stop)] - here.start
         return [Part(name, parameter, dim, index)]
-    runs = [run for run in (_partition(parameter), _master(name, parameter)) if run is not None]
+    runs = [run for run in (_partition(name, parameter), _master(name, parameter)) if run is not None]
     weights = [] if _is_partitioned(parameter) else [Part(name, parameter, dim, index)]
     if runs:
         numbers = _numbers(shape_of(parameter), dim, index)
@@ -115,7 +116,7 @@ def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> Tensor
         rows = torch.arange(here.start, here.stop, device=index.device)
         if dim == 0:
             rows = ((index >= here.start) & (index < here.stop)).nonzero().flatten()
-    elif (run := _partition(parameter)) is not None:
+    elif (run := _partition(name, parameter)) is not None:
         rows, places = run.positions(_numbers(shape_of(parameter), dim, index).to(run.flat.device))
         values, group = run.flat.detach()[places], vars(parameter)["ds_process_group"]
     else:
@@ -149,6 +150,16 @@ def together(flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
+def same_everywhere(text: str) -> bool:
+    """Whether all processes have called this with the same text."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    largest = torch.tensor([number, -number], device=_meeting_place(None))
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return bool(largest.sum() == 0)
+
+
 def settle(network: nn.Module) -> None:
     """Bring the parameters of FSDP2 back to their shards, where a forward pass alone has left them whole.
 
@@ -167,8 +178,8 @@ def settle(network: nn.Module) -> None:
 def stepper(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer that changes the weights, or their master copies, when ``optimizer`` steps.
 
-    ``optimizer`` is that one itself, or what accelerate or DeepSpeed made of it. ``InputError`` if it steps in a way that
-    cannot be followed.
+    ``optimizer`` is that one itself, or what accelerate or DeepSpeed made of it. ``InputError`` if its steps cannot be
+    followed.
     """
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -190,10 +201,13 @@ def keep_gradient_zero(name: str, parameter: nn.Parameter, dim: int, index: Tens
     """From now on the entries' gradients are zero as soon as they exist, before anything is made of them."""
     if _is_partitioned(parameter) or "_hp_mapping" in vars(parameter):
         # ZeRO takes the gradient away right after it was accumulated, so it is masked on its way there.
-        return parameter.register_hook(lambda gradient: gradient.index_fill(dim, index, 0))
+        handle = parameter.register_hook(lambda gradient: gradient.index_fill(dim, index, 0))  # type: ignore[no-untyped-call]
+        assert isinstance(handle, RemovableHandle), "torch makes no other"
+        return handle
     # Under FSDP2 only this kind of hook sees the gradient of the shard; everywhere it comes before clipping.
     (part,) = parts(name, parameter, dim, index)
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(lambda _: part.clear_gradient())  # type: ignore[no-untyped-call]
+    handle = parameter.register_post_accumulate_grad_hook(lambda _: part.clear_gradient())  # type: ignore[no-untyped-call]
+    assert isinstance(handle, RemovableHandle), "torch makes no other"
     return handle
 
 
@@ -227,21 +241,27 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
     return "ds_tensor" in vars(parameter)
 
 
-def _partition(parameter: nn.Parameter) -> _Run | None:
+def _partition(name: str, parameter: nn.Parameter) -> _Run | None:
     """The weights of a parameter that ZeRO-3 has shared out, as far as they are here."""
     if not _is_partitioned(parameter):
         return None
     facts = vars(parameter)
     flat = facts["ds_tensor"]
+    if flat.numel() < flat.ds_numel:
+        raise InputError(
+            f"the weights of {name} are swapped to NVMe, where they cannot be frozen; use offload_param.device = cpu "
+            "or none in the DeepSpeed config"
+        )
     first = flat.ds_numel * dist.get_rank(facts["ds_process_group"])
     return _Run(flat, 0, first, max(0, min(flat.ds_numel, facts["ds_numel"] - first)))
 
 
 def _master(name: str, parameter: nn.Parameter) -> _Run | None:
-    """ZeRO's master copy of the parameter, as far as it is here."""
+    """ZeRO's master copy of the parameter, as far as it is here, by the names of DeepSpeed 0.19."""
     facts = vars(parameter)
     if (mapping := facts.get("_hp_mapping")) is not None:  # ZeRO-1 and -2
         flat, there, inside = mapping.hp_fragment._base, mapping.hp_fragment_address, mapping.lp_fragment_address
+        assert flat.dim() == 1, "the flat tensor that ZeRO's optimizer steps on, of which the fragment is a view"
         return _Run(flat, there.start, inside.start, inside.numel)
     if (zero := facts.get("_z3_optimizer")) is not None and parameter.requires_grad:
         if zero.swap_optimizer:
@@ -250,7 +270,7 @@ def _master(name: str, parameter: nn.Parameter) -> _Run | None:
                 "offload_optimizer.device = cpu or none in the DeepSpeed config"
             )
         group, start, _ = zero.grad_position[zero.get_param_id(parameter)]
-        weights = _partition(parameter)
+        weights = _partition(name, parameter)
         assert weights is not None, "ZeRO-3 shares out all of its parameters"
         return _Run(zero.fp32_partitioned_groups_flat[group], start, weights.first, weights.count)
     return None

@@ -35,7 +35,9 @@ class Training:
     by the device; the weights being trained are always float32. With ``bucketing`` pairs of like length share a
     micro-batch. With a ``lora_rank`` only adapters of that rank are trained, on the matrices in ``lora_targets``
     (``ffn``, ``attention`` or ``ffn+attention``), scaled by ``lora_alpha / lora_rank``; they want about ten times the
-    learning rate. Raises ``InputError`` for values that do not go together.
+    learning rate. ``at_once`` is the largest number of pairs of a micro-batch in one pass, 0 for all; like
+    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. Raises
+    ``InputError`` for values that do not go together.
     """
 
     beta: float = 0.1
@@ -50,6 +52,7 @@ class Training:
     bucketing: bool = True
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    at_once: int = 0
     lora_rank: int = 0
     lora_alpha: int = 32
     lora_dropout: float = 0.0
@@ -121,7 +124,7 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         bf16=training.computes_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=micro_batch,
+        precompute_ref_batch_size=training.at_once or micro_batch,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if saving else "no",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
@@ -29,7 +33,9 @@ from transformers import AutoModelForCausalLM, training_args
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
+from tests import tiny
 from tests.frozen_checks import (
+    add_noise,
     assert_only_frozen_stayed,
     frozen_entries,
     network_with_noise,
@@ -200,12 +206,8 @@ def frozen_after_an_evaluation(_: Path) -> None:
 
 
 def refused(kind: type[Exception], words: str, action: Callable[[], object]) -> None:
-    try:
+    with pytest.raises(kind, match=re.escape(words)):
         action()
-    except kind as error:
-        assert words in str(error), error
-        return
-    raise AssertionError("nothing was refused")
 
 
 def tensor_parallel_is_refused(_: Path) -> None:
@@ -225,6 +227,12 @@ def fsdp1_is_refused(_: Path) -> None:
     refused(InputError, "fsdp_version: 2", lambda: Freeze(wrapped, neurons))
     # A trainer that hands on the model inside shows its flattened parameters only.
     refused(InputError, "flattened", lambda: Freeze(network, neurons))
+
+
+def different_neurons_are_refused(_: Path) -> None:
+    network = network_with_noise()
+    neurons = some_neurons(network).random_like(seed=dist.get_rank())
+    refused(InputError, "different neurons", lambda: Freeze(network, neurons))
 
 
 def freezing_before_sharding_is_refused(_: Path) -> None:
@@ -276,7 +284,7 @@ def dpo_with_a_model_sharded_at_loading(folder: Path) -> None:
 
 def with_shipped_config(folder: Path, name: str, train_it: Callable[..., None], **changes: object) -> None:
     """As ``accelerate launch --config_file`` would start it, but on two CPU processes instead of its GPUs."""
-    given = environment_of(ROOT / "accelerate" / name)
+    given = environment_of(ROOT / "configs" / "accelerate" / name)
     given = {name: value for name, value in given.items() if name not in os.environ}
     with (
         patch.dict(os.environ, {**given, "ACCELERATE_TORCH_DEVICE": "cpu"}),
@@ -314,6 +322,22 @@ def dpo_trained(folder: Path, **changes: object) -> None:
     assert_only_frozen_stayed(before, whole(trainer.model))
 
 
+def example(folder: Path, **_: object) -> None:
+    """The script itself, which compares what it has saved with what it had loaded."""
+    if dist.get_rank() == 0:
+        model = tiny.model()
+        add_noise(model.network)
+        model.save(folder / "given")
+    dist.barrier()
+    words = ["--model", str(folder / "given"), "--steps", "2", "--out", str(folder / "out")]
+    script = ROOT / "examples" / "many_devices.py"
+    said = io.StringIO()
+    path = [str(script.parent), *sys.path]
+    with patch.object(sys, "argv", [script.name, *words]), patch.object(sys, "path", path), redirect_stdout(said):
+        runpy.run_path(str(script), run_name="__main__")
+    assert ("weights are identical" in said.getvalue()) == (dist.get_rank() == 0)
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -322,25 +346,10 @@ def matrix() -> dict[str, Callable[[Path], None]]:
     anatomies = cycle(("uneven", "biases", "fused"))
     flags = (False, True)
     for kind, bf16, clip, decay, parts, checkpointing in product(("ddp", "fsdp2"), flags, flags, flags, (1, 2), flags):
-        words = [
-            kind,
-            "bf16" if bf16 else "fp32",
-            "clipped" if clip else "unclipped",
-            "decay" if decay else "no decay",
-            f"{parts} parts",
-            "checkpointing" if checkpointing else "no checkpointing",
-            anatomy := next(anatomies),
-        ]
-        cases[", ".join(words)] = partial(
-            loop,
-            kind=kind,
-            anatomy=anatomy,
-            bf16=bf16,
-            clip=clip,
-            decay=decay,
-            parts=parts,
-            checkpointing=checkpointing,
-        )
+        settings = {"bf16": bf16, "clip": clip, "decay": decay, "parts": parts, "checkpointing": checkpointing}
+        anatomy = next(anatomies)
+        words = [kind, anatomy, *(f"{name}={value}" for name, value in settings.items())]
+        cases[", ".join(words)] = partial(loop, kind=kind, anatomy=anatomy, **settings)
     return cases
 
 
@@ -360,6 +369,7 @@ CASES: dict[str, Callable[[Path], None]] = {
             frozen_after_an_evaluation,
             tensor_parallel_is_refused,
             fsdp1_is_refused,
+            different_neurons_are_refused,
             freezing_before_sharding_is_refused,
             dpo_with_a_model_sharded_at_loading,
         )
@@ -369,6 +379,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         with_shipped_config, name="eight_gpus_fsdp2.yaml", train_it=trained_and_resumed, sharded=True
     ),
     "DPO, fsdp2 of accelerate": partial(with_shipped_config, name="eight_gpus_fsdp2.yaml", train_it=dpo_trained),
+    "the example, fsdp2 of accelerate": partial(with_shipped_config, name="eight_gpus_fsdp2.yaml", train_it=example),
 }
 
 

@@ -551,6 +551,27 @@ def test_no_pairs():
         align(model, [], None)
 
 
+def test_equal_answers_are_named_by_their_place():
+    pairs = [*PAIRS[:2], Pair(PAIRS[2].prompt, "Maybe.", "Maybe.", "test.jsonl")]
+    with pytest.raises(InputError, match=r"pair 3 of 3 \(from test\.jsonl\) has the same chosen and rejected answer"):
+        align(tiny.model(), pairs, None)
+
+
+def test_prompts_that_fill_the_context_are_told():
+    model = tiny.model()
+    long = Pair(({"role": "user", "content": "why " * 40},), "No.", "Yes.", "test")
+    training = Training(
+        learning_rate=1e-2, epochs=1, batch_size=4, micro_batch_size=2, max_length=64, precision="float32"
+    )
+    result = align(model, [long, *PAIRS, long], None, training)
+    assert result.warnings == ("2 of 10 pairs were not trained on: their prompt alone fills max_length = 64 tokens",)
+    # The steps are those of the pairs that are left, and so is the training.
+    alone = align(model, PAIRS, None, training)
+    assert result.steps == alone.steps == 2
+    assert result.log == alone.log
+    assert alone.warnings == ()
+
+
 def test_no_chat_template():
     model = tiny.model()
     model.tokenizer.chat_template = None

@@ -270,11 +270,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_hub_is_asked_for_what_was_named(hub: dict[str, Any]) -> None:
     hub["rows"] = [{"question": "Why?", "topic": "a"}, {"question": "How?", "topic": "b"}]
     assert read_prompts("hub:owner/name", count=1) == [Prompt("Why?", "a")]
-    assert hub["asked"] == ("owner/name", None, {"split": "train", "revision": None})
+    assert hub["asked"] == ("owner/name", {"name": None, "split": "train", "revision": None})
     read_prompts("hub:owner/name/main-config", split="test", revision="abc")
-    assert hub["asked"] == ("owner/name", "main-config", {"split": "test", "revision": "abc"})
+    assert hub["asked"] == ("owner/name", {"name": "main-config", "split": "test", "revision": "abc"})
     read_prompts(Source("hub:owner/name", split="test", revision="abc"), split="other")
-    assert hub["asked"] == ("owner/name", None, {"split": "other", "revision": "abc"})
+    assert hub["asked"] == ("owner/name", {"name": None, "split": "other", "revision": "abc"})
 
 
 def test_empty_rows_of_the_hub_are_skipped(hub: dict[str, Any]) -> None:

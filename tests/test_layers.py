@@ -19,10 +19,13 @@ LAYERS = (
         "errors",
         "ranks",
         "memory",
+        "halving",
         "config",
         "runs",
         "rows",
         "data",
+        "forms",
+        "catalogue",
         "pairs",
         "shares",
         "embedded",
@@ -38,14 +41,18 @@ LAYERS = (
         "shards",
         "freezing",
         "training",
+        "weights",
         "dpo",
+        "parts",
+        "planning",
+        "fitting",
         "batching",
         "ablating",
         "refreshing",
         "judges",
     },
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining", "publishing", "model_cards"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -53,7 +60,9 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
+    "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
+    "planning",
 }  # fmt: skip
 
 

@@ -77,7 +77,10 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
         expected |= {f"{state}/attack/curve-0.02/{name}" for name in ("harmful.jsonl", "pruned.json")}
         expected |= {f"{state}/judge/curve-0.02/harmful.{end}" for end in ("json", "jsonl")}
         if state != "T0":
-            expected |= {f"{state}/align/{name}" for name in ("done.json", "frozen.json", "train.jsonl")}
+            expected |= {
+                f"{state}/align/{name}"
+                for name in ("done.json", "frozen.json", "memory.json", "train.jsonl", "warnings.json")
+            }
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     models = {name for name in found if "/align/model/" in name}
     figures = {name for name in found if name.startswith(("report/figures/", "report/tables/"))}
@@ -203,20 +206,42 @@ def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monke
     assert "annot say" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
+    """Rows left out while pairs are read, and pairs left out of the training; the report repeats both."""
+    _, config, _ = finished_run
+    pairs = [{"prompt": f"how to do {i}", "chosen": f"No, not {i}.", "rejected": f"Yes, {i}."} for i in range(4)]
+    pairs += [{"prompt": "why " * 30, "chosen": "No.", "rejected": "Yes."}, pairs[0] | {"rejected": "No, not 0."}]
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = [*SMALL, f'pairs.safety=[{{path="{path}"}}]', "align.max_length=64"]
+    watch = execute(config, tmp_path / "run", changes=changes)
+    told = [f"{path}: 1 row was left out, 1 with equal answers; 5 pairs are used"]
+    told += ["1 of 5 pairs were not trained on: their prompt alone fills max_length = 64 tokens"]
+    assert [text for text in watch.of("warned") if text in told] == told
+    report = (tmp_path / "run/report/report.md").read_text().replace("\\", "")
+    assert all(text in report for text in told)
+
+
 def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
     monkeypatch.setattr(module, "make_judge", lambda _: Answers())
-    leaky = [f"pairs.{kind}=[{{path='{config.parent}/test_{kind}.jsonl'}}]" for kind in ("unsafe", "safe")]
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "why " * 30}) + "\n")
+    leaky = [
+        f"pairs.{kind}=[{{path='{config.parent}/test_{kind}.jsonl'}}, {{path='{long}'}}]" for kind in ("unsafe", "safe")
+    ]
     twice = f"data.test_unsafe=[{', '.join([f'''{{path='{config.parent}/test_unsafe.jsonl'}}'''] * 2)}]"
-    changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", *leaky, twice]
-    watch = execute(config, tmp_path, changes=changes)
+    changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", "align.max_length=64", *leaky, twice]
+    watch = execute(config, tmp_path / "run", changes=changes)
     warnings = [str(text) for text in watch.of("warned")]
     assert len(warnings) == len(set(warnings)), warnings
     assert sum("repeat an earlier one" in text for text in warnings) == 1
     assert sum("'pairs' and 'test_unsafe' share" in text for text in warnings) == 1, warnings
-    sources = [record["source"] for record in read_lines(tmp_path / "T0" / "pairs" / "pairs.jsonl")]
+    told = "1 of 4 {} prompts of on-policy pairs were left out: they alone fill align.max_length = 64 tokens"
+    assert {told.format("harmful"), told.format("harmless")} <= set(warnings)
+    sources = [record["source"] for record in read_lines(tmp_path / "run/T0" / "pairs" / "pairs.jsonl")]
     assert sorted(set(sources)) == ["on-policy:safe", "on-policy:unsafe"]
-    assert execute(config, tmp_path, changes=changes).of("warned") == []
+    assert execute(config, tmp_path / "run", changes=changes).of("warned") == []
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------

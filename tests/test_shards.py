@@ -209,8 +209,12 @@ def test_a_parameter_whose_masters_are_elsewhere_has_one_part():
     assert len(shards.parts("p", parameter, 0, INDEX)) == 1
 
 
-def test_masters_on_nvme_are_refused():
+def test_weights_and_masters_on_nvme_are_refused():
     with process(0, 2):
+        parameter = partitioned(a_parameter(), 0, 2)
+        parameter.ds_tensor.data = torch.ones(1)
+        with pytest.raises(InputError, match=r"the weights of mlp\.up_proj are swapped to NVMe"):
+            shards.whole("mlp.up_proj", parameter, 0, INDEX)
         parameter = partitioned(a_parameter(), 0, 2, swap=True)
         with pytest.raises(InputError, match=r"master weights of mlp\.up_proj are swapped to NVMe"):
             shards.parts("mlp.up_proj", parameter, 0, INDEX)

@@ -89,6 +89,9 @@ class Watch:
         else:
             self._note("ended", stage)
 
+    def noted(self, text: str) -> None:
+        self.events.append(("noted", text))
+
     def warned(self, text: str) -> None:
         self.events.append(("warned", text))
 
@@ -98,7 +101,7 @@ class Watch:
 
     def _note(self, *event: object) -> None:
         self.events.append(event)
-        done = sum(kind not in ("skipped", "warned") for kind, *_ in self.events)
+        done = sum(kind not in ("skipped", "noted", "warned") for kind, *_ in self.events)
         if self.stop_after is not None and done > self.stop_after:
             raise KeyboardInterrupt
 
