@@ -24,7 +24,7 @@ from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.runs import read_json
 from safeneuron.training import Training
-from tests import tiny
+from tests import adapters_worker, tiny
 from tests.frozen_checks import (
     CHANNELS,
     assert_frozen_stayed,
@@ -46,6 +46,7 @@ from tests.test_aligning import (
     run,
     state_of,
 )
+from tests.test_devices import assert_passed, outcomes
 from tests.test_freezing import hooks_on, loss_of
 from tests.tiny_run import execute, write_world
 from tests.tiny_trainers import arguments, message, pairs
@@ -566,6 +567,22 @@ def test_no_peft(monkeypatch):
     optimizer = adamw(network)
     with frozen(network, some_neurons(network), optimizer):
         train(network, optimizer, steps=1)
+
+
+# -- two processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return outcomes("adapters_worker", tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.mark.parametrize("case", adapters_worker.CASES)
+def test_two_processes(case, processes):
+    assert_passed(case, processes)
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------
 
 
 SMALL_RUN = (
