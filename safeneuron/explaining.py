@@ -110,22 +110,19 @@ def _model(path: Path) -> Iterator[str]:
 
 def _memory(path: Path) -> Iterator[str]:
     record = read_json(path)
-    need = {name: size / 2**30 for name, size in record["need"].items()}
-    total = need.pop("total")
-    has = "unknown" if record["available"] is None else f"{record['available'] / 2**30:.1f} GB"
-    yield f"The memory that training was planned to need: {total:.1f} GB; available: {has}. By what it is for, in GB:"
-    yield from (f"  {name:<20} {size:6.2f}" for name, size in need.items())
-    limits = {
-        "asked for": "as many pairs as a micro-batch has" if not record["at_once"] else f"{record['at_once']} pairs"
-    }
-    ended = record["at_once_in_the_end"]
-    if ended != record["at_once"]:
-        limits["since memory ran out"] = f"{ended} pairs"
-    yield (
-        "At once: "
-        + ", ".join(f"{count} ({why})" for why, count in limits.items())
-        + ("; with gradient checkpointing." if record["gradient_checkpointing"] else ".")
-    )
+    sizes = {name: f"{size / 2**30:.2f}" for name, size in record["need"].items()}
+    total = sizes.pop("total")
+    had = "unknown" if record["available"] is None else f"{record['available'] / 2**30:.2f} GB"
+    yield f"The training was planned to need {total} GB of memory; available: {had}."
+    yield f"In GB: {', '.join(f'{name} {size}' for name, size in sizes.items())}."
+    checkpointing = ", with gradient checkpointing" if record["gradient_checkpointing"] else ""
+    yield f"{_at_once(record['at_once'])}, up to {record['length']} tokens each{checkpointing}."
+    if record["at_once_in_the_end"] != record["at_once"]:
+        yield f"Memory ran out all the same; in the end: {_at_once(record['at_once_in_the_end'])}."
+
+
+def _at_once(pairs: int) -> str:
+    return f"{pairs} pairs of a micro-batch at once" if pairs else "All pairs of a micro-batch at once"
 
 
 def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:

@@ -21,7 +21,7 @@ from safeneuron.config import parse_config, presets, read_config
 from safeneuron.errors import InputError
 from tests.tiny_run import results
 
-VERBS = ("run", "audit", "measure", "select", "align", "attack", "report", "publish", "config", "show")
+VERBS = ("run", "audit", "measure", "select", "align", "attack", "report", "publish", "config", "plan", "show")
 PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
 SMALL = [
@@ -285,6 +285,20 @@ def test_a_run_in_use_is_refused(finished):
     config, folder, _ = finished
     with Run(folder).locked():
         assert "another process is working on" in refusal(invoke("run", config, "--out", folder, *SMALL))
+
+
+def test_plan_prints_a_table_without_the_weights(finished_run, tmp_path):
+    """Of a model whose folder has nothing but its config."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((finished_run[1].parent / "model" / "config.json").read_text())
+    changes = ("--set", f'model.name="{tmp_path / "model"}"', "--set", "variants={}")
+    done = invoke("plan", finished_run[1], *changes, "--device-memory", "24GB", "--devices", 2, "--replicated")
+    lines = done.stdout.splitlines()
+    assert lines[1] == "on each of 2 devices with 24.0 GB, each of which holds everything (DDP); figures in GB"
+    assert lines[3].split() == ["measure", "attack", "align"]
+    assert ["fits", "yes", "yes", "yes"] in [line.split() for line in lines]
+    assert lines[-1].startswith("align: fits with 1 pair at a time, up to ")
+    assert "expects a size such as 80GB" in refusal(invoke("plan", "demo", "--device-memory", "huge"))
 
 
 def test_show_explains_the_run(finished):

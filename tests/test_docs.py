@@ -181,7 +181,7 @@ def test_commands_parse(line):
     if verb == "run":
         assert named in presets() or named.endswith(".toml") or named == "NAME", f"{named} is no bundled config"
     read_config(named if named in presets() else "default", parameters["changes"] or [])
-    for stage in parameters["redo"] or []:
+    for stage in parameters.get("redo") or []:
         assert re.fullmatch(r"(T\d+/)?(data|measure|select|attack|judge|pairs|align|report)|STAGE", stage), stage
 
 

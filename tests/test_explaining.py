@@ -59,6 +59,9 @@ def test_numbers_are_those_of_the_files(finished_run):
     frozen = read_json(folder / "T2" / "align" / "frozen.json")
     assert f"{frozen['frozen']} frozen neurons, bit-identical" in told(folder / "T2" / "align" / "frozen.json")
     assert "a training of 4 steps with freeze = 'safety'" in told(folder / "T2" / "align" / "frozen.json")
+    planned = told(folder / "T2" / "align" / "memory.json")
+    assert "GB of memory; available: " in planned
+    assert "All pairs of a micro-batch at once, up to " in planned
     log = read_lines(folder / "T1" / "align" / "train.jsonl")
     assert f"4 training steps: loss {log[0]['loss']:.4f}" in told(folder / "T1" / "align" / "train.jsonl")
     assert "6 preference pairs: 6 " in told(folder / "T0" / "pairs" / "pairs.jsonl")
@@ -85,7 +88,7 @@ def test_what_is_not_ours_is_refused_in_one_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["T0/select/neurons.json", "T1/align/frozen.json", "T0/select/thresholds.json", "T0/judge/ORI/harmful.json",
+    ["T0/select/neurons.json", "T1/align/frozen.json", "T1/align/memory.json", "T0/select/thresholds.json", "T0/judge/ORI/harmful.json",
      "T1/align/train.jsonl", "T0/pairs/pairs.jsonl", "report/results.json", "data/warnings.json", "data/done.json",
      "T0/attack/ORI/pruned.json", "config.toml", "T0/measure/stats.safetensors", "report/tables/attacks.csv"],
 )  # fmt: skip
