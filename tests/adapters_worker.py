@@ -32,13 +32,10 @@ from tests.ranks_program import FSDP2
 from tests.test_aligning import LN2, PAIRS, chosen_neurons
 
 
-def spread_with_adapters(network: nn.Module, kind: str) -> tuple[nn.Module, nn.Module]:
-    """The model of PEFT and what is called in training; under FSDP2 they are one."""
+def spread_with_adapters(network: nn.Module, kind: str) -> nn.Module:
+    """What is called in training; under FSDP2 it is the network itself, with layers of PEFT inside."""
     model = get_peft_model(network, LoraConfig(r=3, target_modules="all-linear"))
-    if kind == "ddp":
-        return model, DistributedDataParallel(model)
-    spread(network, kind)
-    return model, network
+    return DistributedDataParallel(model) if kind == "ddp" else spread(network, kind)
 
 
 def changes_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +52,7 @@ def loop(_: Path, kind: str, anatomy: str) -> None:
     family, changes = ANATOMIES[anatomy]
     network = network_with_noise(family, **changes)
     before = snapshot(network)
-    model, called = spread_with_adapters(network, kind)
+    called = spread_with_adapters(network, kind)
     assert network_of(called) is network
     neurons = some_neurons(called)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -77,7 +74,7 @@ def loop(_: Path, kind: str, anatomy: str) -> None:
 
 def trained_adapter_is_refused_by_all(_: Path, kind: str) -> None:
     """The row that changes neuron 47 of layer 0 lies in one process only."""
-    _, called = spread_with_adapters(network_with_noise(), kind)
+    called = spread_with_adapters(network_with_noise(), kind)
     up = network_of(called).model.layers[0].mlp.up_proj.lora_B["default"].weight
     with torch.no_grad():
         if not isinstance(up, DTensor):

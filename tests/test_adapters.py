@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from safeneuron import aligning
+from safeneuron.ablating import Refresh
 from safeneuron.adapters import adapter_slices, adapters_of, lora_config, merge_adapters
-from safeneuron.aligning import Alignment
+from safeneuron.aligning import Alignment, align
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, fingerprint, network_of, owned_slices, pruned, recorded, widths_of
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
@@ -36,6 +38,7 @@ from tests.frozen_checks import (
 )
 from tests.test_aligning import (
     LN2,
+    PAIRS,
     assert_frozen_alone,
     assert_same_result,
     assert_same_state,
@@ -515,6 +518,46 @@ def test_alignment_with_adapters_under_ablation():
     assert result.log[0]["loss"] == pytest.approx(expected, rel=1e-4)
     both = lora(model, ablated=many_neurons(model), ablate_reference=True, batch_size=8, micro_batch_size=8)
     assert both.log[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_refresh_with_adapters():
+    """The neurons are found again on the model with its adapters, and ablated in both."""
+    model, seen = tiny.model(), []
+
+    def find(running: Model) -> list[NeuronSet]:
+        seen.append((running.fingerprint, running.widths))
+        with recorded(running) as recording, torch.no_grad():
+            running.network(input_ids=torch.arange(4, 20)[None])
+        assert set(recording.layers) == set(range(tiny.LAYERS))
+        return [many_neurons(model)]
+
+    settings = {"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "max_length": 64, "warmup_share": 0.0}
+    training = Training(**settings, learning_rate=1e-2, precision="float32", lora_rank=4)
+    refresh = Refresh(find, every=1, share=1.0, kl_weight=0.0)
+    result = align(model, PAIRS, chosen_neurons(model), training, refresh=refresh)
+    assert seen == [(model.fingerprint, model.widths)] * 2
+    assert result.log[0]["loss"] == pytest.approx(dpo_loss(model, model, many_neurons(model)), rel=1e-4)
+    assert_frozen_alone(model, result.model)
+    tied = align(
+        model, PAIRS, chosen_neurons(model), training, refresh=Refresh(find, every=1, share=1.0, kl_weight=1.0)
+    )
+    assert tied.log[0]["loss"] > result.log[0]["loss"]
+
+
+def test_nothing_but_some_neurons_is_trained_with_adapters():
+    """SN-Tune: all others frozen, and all that belongs to no neuron."""
+    model = tiny.model()
+    mine = chosen_neurons(model)
+    everything = NeuronSet.of(dict.fromkeys(range(tiny.LAYERS), range(tiny.WIDTH)), model.widths, model.fingerprint)
+    settings = {"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "max_length": 64, "warmup_share": 0.0}
+    training = Training(**settings, learning_rate=1e-2, precision="float32", lora_rank=4, lora_targets="ffn")
+    result = align(model, PAIRS, everything - mine, training, freeze_rest=True)
+    before, after = snapshot(model.network), snapshot(result.model.network)
+    for name, mask in frozen_entries(before).items():
+        assert torch.equal(after[name][~mask], before[name][~mask])
+        assert (after[name] != before[name])[mask].all()
+    with pytest.raises(InputError, match="expected lora_targets = 'ffn', found 'attention'; change it"):
+        align(model, PAIRS, everything - mine, replace(training, lora_targets="attention"), freeze_rest=True)
 
 
 @pytest.mark.parametrize("step", [1, 5])
