@@ -88,7 +88,8 @@ def test_what_is_not_ours_is_refused_in_one_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["T0/select/neurons.json", "T1/align/frozen.json", "T1/align/memory.json", "T0/select/thresholds.json", "T0/judge/ORI/harmful.json",
+    ["T0/select/neurons.json", "T1/align/frozen.json", "T1/align/memory.json", "T0/select/thresholds.json",
+     "T0/judge/ORI/harmful.json",
      "T1/align/train.jsonl", "T0/pairs/pairs.jsonl", "report/results.json", "data/warnings.json", "data/done.json",
      "T0/attack/ORI/pruned.json", "config.toml", "T0/measure/stats.safetensors", "report/tables/attacks.csv"],
 )  # fmt: skip
