@@ -162,7 +162,8 @@ def add_adapters(adapters: list[Adapter], network: nn.Module) -> None:
     on a matrix without one.
     """
     for adapter in adapters:
-        linear = linear_in(network.get_submodule(adapter.matrix))
+        # Where layers were wrapped for activation checkpointing, the names that were found in them say so.
+        linear = linear_in(network.get_submodule(adapter.matrix.replace("_checkpoint_wrapped_module.", "")))
         if adapter.bias is not None and linear.bias is None:
             raise InputError(
                 f"the adapter has a bias for {adapter.matrix}, which has none that it could be added to; expected an "

@@ -231,7 +231,7 @@ def align_need(
         ]
     moments.append({"comparison": 24 * shape.largest})
     if lora_rank or shards > 1:
-        moments.append({"whole model": 4 * shape.parameters})
+        moments.append({"merged model": 4 * shape.parameters})
     return {name: size for name, size in (held | max(moments, key=total)).items() if size}
 
 

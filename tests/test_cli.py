@@ -70,7 +70,7 @@ def test_every_verb_explains_itself(verb):
     done = invoke(verb, "--help")
     assert done.exit_code == 0
     assert "Usage: " in done.stdout
-    options = {"--set", "--out", "--redo"} if verb not in ("publish", "config", "show") else {"--help"}
+    options = {"--set", "--out", "--redo"} if verb not in ("publish", "config", "plan", "show") else {"--help"}
     assert options <= set(re.findall(r"--\w+", done.stdout))
     assert not re.search(r"\[/?(dim|red|bold)\]", done.stdout)
 

@@ -254,7 +254,7 @@ def small(finished_run, tmp_path_factory):
     config = read_config(path, SMALL)
     folder = tmp_path_factory.mktemp("small") / "run"
     watch = execute(config, folder)
-    return config, results(folder), [event for event in watch.events if event[0] != "warned"]
+    return config, results(folder), [event for event in watch.events if event[0] not in ("warned", "noted")]
 
 
 def stop_and_go_on(config, folder: Path, stop_after: int) -> None:
