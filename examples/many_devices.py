@@ -1,7 +1,7 @@
 """DPO on any number of devices: started with ``accelerate launch`` and a config of configs/accelerate, or alone.
 
-Every process runs this script. Nothing in it is about devices but where the model is loaded and what one process does
-for all: find the neurons (the others may not even have the weights) and show the proof.
+Every process runs this script. Nothing in it is about devices but where the model is loaded and that one process shows
+the proof. A model too large for every process to hold has its neurons found before, with ``safeneuron measure``.
 """
 
 import torch
@@ -17,10 +17,7 @@ model = sn.load(given.model, dtype="float32", device="cpu")  # accelerate moves 
 before = weights_of(model.network)
 
 processes = PartialState()
-if processes.is_main_process:
-    safety_neurons(model).save(f"{given.out}/neurons.json")  # a large model's are better found before
-processes.wait_for_everyone()
-neurons = sn.NeuronSet.load(f"{given.out}/neurons.json")
+neurons = safety_neurons(model)  # by all together: each takes its share of the prompts, and gets the same neurons
 
 trainer = DPOTrainer(
     model.network,

@@ -36,8 +36,8 @@ def measure(
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
     The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
-    in turn, and all get the statistics over all of them. A batch that does not fit into memory is run in halves, with a
-    ``MemoryShortage`` warning, and so are all later ones with as many tokens.
+    in turn, and all get the statistics over all of them; so all must call it. A batch that does not fit into memory is
+    run in halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
