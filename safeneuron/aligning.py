@@ -21,6 +21,7 @@ from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.ffn import parameters_of_no_neuron, pruned
 from safeneuron.freezing import Freeze, FreezeNeurons
+from safeneuron.memory import hand_back_memory
 from safeneuron.models import Model, quiet
 from safeneuron.neurons import NeuronSet
 from safeneuron.quantising import dequantised, has_four_bits
@@ -114,6 +115,8 @@ def align(
     with ExitStack() as cleanup:
         folder = checkpoints or Path(cleanup.enter_context(TemporaryDirectory()))
         policy = base_of_adapters(model, training) if training.lora_rank else plain_copy(model)
+        if is_sharded() and not training.lora_rank:
+            policy.to("cpu")  # FSDP2 takes it to the GPU in shards.
         proof = Freeze(policy, held, whole_layers=freeze_rest) if held is not None else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
@@ -131,6 +134,10 @@ def align(
         trainer = _trainer(policy, model, roomy, training, arguments, ablation, refresh, callbacks)
         trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder)))
         adapters = adapters_of(policy)
+    state, at_once = trainer.state, trainer.at_once
+    # The memory of its optimizer is needed for what is put together next.
+    del trainer
+    hand_back_memory()
     if training.lora_rank:
         policy = plain_copy(model)
         proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
@@ -145,16 +152,16 @@ def align(
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
     change = free_change(policy, given, proof, {id(parameter) for parameter in fixed})
-    _check_change(change, trainer.state.global_step, training.learning_rate)
+    _check_change(change, state.global_step, training.learning_rate)
     return Alignment(
         model=Model(policy, model.tokenizer, model.name, model.source, policy.dtype),
-        log=training_log(trainer.state.log_history),
-        steps=trainer.state.global_step,
+        log=training_log(state.log_history),
+        steps=state.global_step,
         frozen_count=len(frozen) if frozen is not None else 0,
         frozen_identical=identical,
         frozen_sha256=digest,
         free_change=change,
-        at_once=trainer.at_once,
+        at_once=at_once,
         warnings=_warnings(len(pairs) - len(roomy), len(pairs), training.max_length),
     )
 

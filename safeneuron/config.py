@@ -163,7 +163,7 @@ class AlignTable(Table):
     learning_rate: Positive = Field(5e-6, description="peak learning rate of AdamW, with a cosine schedule")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
     epochs: Positive = Field(3.0, description="passes over the pairs")
-    batch_size: Count = Field(16, description="pairs in one optimizer step")
+    batch_size: Count = Field(16, description="pairs in one optimizer step, those of all processes together")
     micro_batch_size: Count = Field(4, description="pairs in one forward pass; batch_size is a multiple of it")
     warmup_share: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")

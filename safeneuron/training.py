@@ -103,7 +103,8 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
     steps = training.steps(pair_count)
     micro_batch = training.micro_batch()
     saving = save and training.save_every > 0
-    return DPOConfig(
+    half = training.computes_in_bfloat16(device)
+    arguments = DPOConfig(
         output_dir=str(folder),
         beta=training.beta,
         loss_type=["sigmoid", "sft"] if training.sft_weight else ["sigmoid"],
@@ -118,10 +119,12 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         max_length=training.max_length,
         train_sampling_strategy="group_by_length" if training.bucketing else "random",
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        # accelerate may have been told to do the same for every layer it shards, and not both can.
+        gradient_checkpointing=training.gradient_checkpointing
+        and not (is_sharded() and _asked("FSDP_ACTIVATION_CHECKPOINTING")),
         # TRL sets every dropout to zero unless it is told not to, that of the adapters too.
         disable_dropout=not training.lora_dropout,
-        bf16=training.computes_in_bfloat16(device),
+        bf16=half,
         use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=training.at_once or micro_batch,
@@ -137,6 +140,9 @@ def arguments_of(training: Training, pair_count: int, device: torch.device, fold
         seed=training.seed,
         data_seed=training.seed,
     )
+    # Otherwise a config of accelerate that says bf16 would also hold for training that is to be in float32.
+    arguments.mixed_precision = "bf16" if half else "no"
+    return arguments
 
 
 def is_sharded() -> bool:

@@ -20,6 +20,7 @@ from safeneuron import ranks
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
     "ACCELERATE_TORCH_DEVICE": "cpu",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -117,8 +118,9 @@ def aligned(folder: Path) -> dict[str, Any]:
         for n in range(8)
     ]
     training = Training(
-        learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, max_length=64, precision="float32", save_every=1
-    )
+        learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, max_length=64, precision="float32",
+        gradient_checkpointing=True, save_every=1,
+    )  # fmt: skip
     facts: dict[str, Any] = {}
     model = tiny.model()
     frozen = NeuronSet.of({0: [1, 5], 1: range(0, 48, 5), 2: [47]}, model.widths, model.fingerprint)

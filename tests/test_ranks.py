@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import safeneuron
 from safeneuron import cli, ranks
 from safeneuron.config import read_config
-from safeneuron.models import load
+from safeneuron.errors import InputError
+from safeneuron.models import device_named, load
 from safeneuron.runs import read_json, read_lines
+from safeneuron.training import Training, require_trainable
 from tests import ranks_program, tiny_run
 from tests.tiny_run import results
 
@@ -89,6 +92,51 @@ def test_a_launcher_that_ends_the_processes_is_like_ctrl_c(monkeypatch):
             cli.main()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """This process as rank 1 of 2, for what asks only that."""
+    for name, value in zip(ranks.LAUNCHED, ("1", "2", "1", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("environment", "refresh", "said"),
+    [
+        ({}, True, ""),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, ""),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "align.refresh does not work with FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, False, "align does not work with FSDP1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "align does not work with DeepSpeed"),
+    ],
+)
+def test_ways_of_sharing_that_are_not_exact_are_refused(launched, environment, refresh, said):
+    for name, value in environment.items():
+        launched.setenv(name, value)
+    if not said:
+        require_trainable(Training(), refresh)
+        return
+    with pytest.raises(InputError, match=said) as error:
+        require_trainable(Training(), refresh)
+    assert "\n" not in str(error.value)
+
+
+def test_each_rank_has_a_gpu_of_its_own(launched):
+    chosen: list[object] = []
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 2)
+    launched.setattr(torch.cuda, "set_device", chosen.append)
+    assert [device_named(wanted) for wanted in ("auto", "cuda", "cpu")] == list(
+        map(torch.device, ("cuda:1", "cuda:1", "cpu"))
+    )
+    assert chosen == [torch.device("cuda:1")] * 2
+    with pytest.raises(InputError, match="'cuda:0' was asked for by 2 processes"):
+        device_named("cuda:0")
+    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"process 2 on a machine where torch .* sees 1 GPUs"):
+        device_named("auto")
 
 
 def test_it_needs_no_torch():
