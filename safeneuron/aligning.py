@@ -132,7 +132,8 @@ def align(
         callbacks.append(Watch(folder, progress))
         arguments = arguments_of(training, len(roomy), model.device, folder, checkpoints is not None)
         trainer = _trainer(policy, model, roomy, training, arguments, ablation, refresh, callbacks)
-        trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder)))
+        sharded = trainer.is_fsdp_enabled
+        trainer.train(resume_from_checkpoint=ranks.from_main(lambda: last_checkpoint(folder, sharded)))
         adapters = adapters_of(policy)
     state, at_once = trainer.state, trainer.at_once
     # The memory of its optimizer is needed for what is put together next.

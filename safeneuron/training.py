@@ -213,10 +213,11 @@ class Watch(TrainerCallback):
                 )
 
 
-def last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path, sharded: bool = False) -> str | None:
     """The newest checkpoint that was written to its end.
 
-    The others are removed: the trainer, which keeps only the newest, would count them.
+    The others are removed: the trainer, which keeps only the newest, would count them. Raises ``InputError`` if it is
+    one of training whose weights were spread over the ranks and these are not, or the other way round.
     """
     whole: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
@@ -224,7 +225,16 @@ def last_checkpoint(folder: Path) -> str | None:
             whole[int(checkpoint.name.removeprefix("checkpoint-"))] = checkpoint
         else:
             shutil.rmtree(checkpoint)
-    return str(whole[max(whole)]) if whole else None
+    if not whole:
+        return None
+    newest = whole[max(whole)]
+    if sharded != any(newest.glob("pytorch_model_fsdp*")):
+        was, now = ("without", "with") if sharded else ("with", "without")
+        raise InputError(
+            f"{newest} is from training {was} FSDP2, which cannot go on {now} it; start it as before, or make it again "
+            "with --redo align"
+        )
+    return str(newest)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from safeneuron.config import read_config
 from safeneuron.errors import InputError
 from safeneuron.models import device_named, load
 from safeneuron.runs import read_json, read_lines
-from safeneuron.training import Training, require_trainable
+from safeneuron.training import Training, last_checkpoint, require_trainable
 from tests import ranks_program, tiny_run
 from tests.tiny_run import results
 
@@ -247,6 +247,13 @@ def test_sharded_training_in_bfloat16_keeps_the_log_probabilities_exact(facts):
     losses = facts[0]["aligned"]["bfloat16"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses[-1] < losses[0]
+
+
+def test_a_checkpoint_that_is_spread_is_for_training_that_is(facts, world):
+    checkpoints = world / "checkpoints"
+    assert last_checkpoint(checkpoints, sharded=True) == str(checkpoints / "checkpoint-3")
+    with pytest.raises(InputError, match="from training with FSDP2, which cannot go on without it"):
+        last_checkpoint(checkpoints)
 
 
 def test_every_rank_reads_the_weights_of_a_model_that_it_loads(facts, world):
