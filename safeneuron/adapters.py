@@ -21,7 +21,6 @@ from safeneuron.ffn import (
     HasNetwork,
     Slice,
     acting,
-    bare_name,
     decoder_of,
     feed_forwards,
     fingerprint,
@@ -132,8 +131,7 @@ def adapters_of(model: nn.Module | HasNetwork) -> list[Adapter]:
     for name, module in network.named_modules():
         if module._modules.get("base_layer") is not None:
             layer: Any = module
-            plain = _plain_adapters(network, bare_name(name), layer)
-            found += [one for key, one in plain if key in layer.active_adapters]
+            found += [one for key, one in _plain_adapters(network, name, layer) if key in layer.active_adapters]
     return found
 
 

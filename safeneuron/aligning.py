@@ -116,7 +116,7 @@ def align(
         folder = checkpoints or Path(cleanup.enter_context(TemporaryDirectory()))
         policy = base_of_adapters(model, training) if training.lora_rank else plain_copy(model)
         if is_sharded() and not training.lora_rank:
-            policy.to("cpu")  # FSDP2 takes it to the GPU in shards.
+            policy.cpu()  # FSDP2 takes it to the GPU in shards.
         proof = Freeze(policy, held, whole_layers=freeze_rest) if held is not None else None
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))

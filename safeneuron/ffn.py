@@ -102,12 +102,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def names_in(network: nn.Module) -> dict[int, str]:
     """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
-    return {id(parameter): bare_name(name) for name, parameter in network.named_parameters()}
-
-
-def bare_name(name: str) -> str:
-    """The name that a module or parameter has in a network whose layers are not wrapped."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
+    found = {}
+    for name, parameter in network.named_parameters():
+        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in WRAPPED[:2])
+    return found
 
 
 def acting(module: nn.Module) -> nn.Module:
