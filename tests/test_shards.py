@@ -254,7 +254,6 @@ def test_the_optimizer_that_steps_is_found():
 UNKNOWN: dict[str, Callable[[torch.optim.Optimizer], object]] = {
     "ZeRO-0 in 16 bits": lambda sgd: named("FP16_UnfusedOptimizer", optimizer=sgd),
     "SuperOffload": lambda sgd: named("SuperOffloadOptimizer_Stage3", optimizer=sgd),
-    "MiCS": lambda sgd: named("MiCS_Optimizer", optimizer=sgd),
     "ZenFlow": lambda sgd: named("ZenFlowZeroOptimizerParallel", optimizer=sgd),
     "offload in part": lambda sgd: named("DeepSpeedZeroOptimizer_Stage3", optimizer=sgd, backup_optimizer=sgd),
     "no optimizer": lambda sgd: [sgd],
