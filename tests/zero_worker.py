@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint
@@ -19,6 +20,12 @@ from safeneuron.freezing import Freeze, FreezeNeurons, frozen
 from tests.devices_worker import ANATOMIES, loss_of, refused, run, with_shipped_config
 from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
 from tests.tiny_trainers import arguments, dpo_trainer, plain_trainer
+
+
+def new_network(family: str = "llama", **changes: object) -> nn.Module:
+    """A network in one piece; what an earlier trainer has left behind would share it out while it is made."""
+    unset_hf_deepspeed_config()
+    return network_with_noise(family, **changes)
 
 
 def whole(network: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +72,7 @@ def train(engine, steps: int, parts: int = 1) -> None:
 def loop(_: Path, stage: int, anatomy: str, bf16: bool, clip: bool, parts: int, kind: str = "", **zero: object) -> None:
     """Frozen in the middle of training, with momentum in the optimizer; master copies and weights stay."""
     family, changes = ANATOMIES[anatomy]
-    network = network_with_noise(family, **changes)
+    network = new_network(family, **changes)
     known_as = fingerprint(network)
     engine = engine_of(network, stage, bf16, parts, clip, **zero)
     assert kind in type(engine.optimizer).__name__
@@ -78,7 +85,7 @@ def loop(_: Path, stage: int, anatomy: str, bf16: bool, clip: bool, parts: int, 
     assert_only_frozen_stayed(before, after, every_entry=not bf16)
     if stage:
         assert_only_frozen_stayed(masters_before, masters(network))
-    alone = network_with_noise(family, **changes)
+    alone = new_network(family, **changes)
     alone.load_state_dict(after, assign=True)
     assert freeze.digest() == Freeze(alone, some_neurons(alone)).digest()
     train(engine, 1, parts)  # What was frozen is free again.
@@ -90,7 +97,7 @@ def clipping_counts_free_gradients_only(_: Path, stage: int) -> None:
 
     norms = []
     for with_freeze in (False, True):
-        network = network_with_noise()
+        network = new_network()
         engine = engine_of(network, stage)
         if with_freeze:
             Freeze(engine, some_neurons(engine)).attach(engine.optimizer)
@@ -111,7 +118,7 @@ def a_drifting_master_is_seen(_: Path, stage: int) -> None:
     """A change too small for the bfloat16 weights is a change all the same."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-    network = network_with_noise()
+    network = new_network()
     engine = engine_of(network, stage, bf16=True)
     freeze = Freeze(engine, some_neurons(engine))
     weights = whole(network)
@@ -126,14 +133,14 @@ def a_drifting_master_is_seen(_: Path, stage: int) -> None:
 
 
 def masters_out_of_reach_are_refused(_: Path) -> None:
-    network = network_with_noise()
+    network = new_network()
     engine = engine_of(network, 0, bf16=True)
     freeze = Freeze(engine, some_neurons(engine))
     refused(InputError, "stage 1, 2 or 3", lambda: freeze.attach(engine.optimizer))
 
 
 def freezing_before_initialising_is_refused(_: Path) -> None:
-    network = network_with_noise()
+    network = new_network()
     freeze = Freeze(network, some_neurons(network))
     engine = engine_of(network, 3)
     refused(RuntimeError, "freeze them when it has been", lambda: freeze.attach(engine.optimizer))
@@ -141,7 +148,7 @@ def freezing_before_initialising_is_refused(_: Path) -> None:
 
 def trained_and_resumed(folder: Path, stage: int, **changes: object) -> None:
     """With transformers' trainer, from weights that ZeRO-3 shares out while it reads them."""
-    given = network_with_noise().bfloat16()
+    given = new_network().bfloat16()
     before, neurons = snapshot(given), some_neurons(given)
     given.save_pretrained(folder / "given")
     for steps, checkpoint in ((2, None), (4, str(folder / "checkpoint-2"))):
@@ -160,7 +167,7 @@ def trained_and_resumed(folder: Path, stage: int, **changes: object) -> None:
 
 
 def dpo_trained(folder: Path, **changes: object) -> None:
-    network = network_with_noise().bfloat16()
+    network = new_network().bfloat16()
     before, callback = snapshot(network), FreezeNeurons(some_neurons(network))
     trainer = dpo_trainer(network, folder, [callback], optim="adamw_torch", **changes)
     trainer.train()
