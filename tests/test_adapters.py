@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -378,10 +378,13 @@ def test_an_adapter_that_is_not_trained_stays_as_it_is():
         (LoraConfig(r=4, target_modules=ALL, init_lora_weights="pissa"), "'pissa'"),
         (LoraConfig(r=4, target_modules=ALL, init_lora_weights="olora"), "'olora'"),
         (LoraConfig(r=4, target_modules=ALL, init_lora_weights="orthogonal"), "'orthogonal'"),
+        (LoraConfig(r=4, target_modules=ALL, init_lora_weights="mica"), "MiCALinearVariant"),
+        (LoraConfig(r=4, target_modules=ALL, alora_invocation_tokens=[5], task_type="CAUSAL_LM"), "ALoraLinearVariant"),
+        (AdaLoraConfig(target_modules=["up_proj"], total_step=10), "SVDLinear"),
         (IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]), "IA3|ia3"),
         (LoraConfig(r=4, target_modules=[], target_parameters=["mlp.up_proj.weight"]), "ParamWrapper"),
     ],
-    ids=["dora", "pissa", "olora", "orthogonal", "ia3", "parameters"],
+    ids=["dora", "pissa", "olora", "orthogonal", "mica", "alora", "adalora", "ia3", "parameters"],
 )
 def test_adapters_that_change_whole_matrices_are_refused(config, found):
     model = get_peft_model(network_with_noise(), config)
