@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safeneuron import ranks
+from safeneuron.attempts import Attempt
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
@@ -81,15 +82,26 @@ def outcome(verdicts: Sequence[str], counted: str) -> dict[str, float]:
     return {"n": len(verdicts), **counts, "rate": share.rate, "low": share.low, "high": share.high}
 
 
+PLAIN = Attempt("ORI")
+"""Asking, and nothing else."""
+
+
 def respond(
-    model: Model, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32, skip: int = 0
+    model: Model,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    skip: int = 0,
+    attempt: Attempt = PLAIN,
 ) -> Iterator[list[Response]]:
     """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
 
+    With an ``attempt`` the model is asked as it says, and the responses begin with its opening; its block is the
+    caller's to enter. A response always names the original prompt, which is what it is judged against.
     All ranks get all answers; each of them generates its share of the batches.
     """
-    encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
-    for batch in generate(model, encoded, max_new_tokens, batch_size, skip):
+    encoded, opening = attempt.encode(model, [prompt.text for prompt in prompts])
+    for batch in generate(model, encoded, max_new_tokens, batch_size, skip, opening):
         yield [Response(index, prompts[index].text, text) for index, text in batch]
 
 
@@ -100,13 +112,16 @@ def attack(
     judge: Judge,
     max_new_tokens: int = 128,
     batch_size: int = 32,
+    attempt: Attempt = PLAIN,
 ) -> Attack:
     """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
 
+    An ``attempt`` is made on top of it: within its block, whose model is pruned, and with its way to ask.
     Of several ranks each answers its share; the first one judges, and all get the result.
     """
-    with pruned(model, neurons):
-        found = [response for batch in respond(model, prompts, max_new_tokens, batch_size) for response in batch]
+    with attempt.block(model), pruned(model, neurons):
+        batches = respond(model, prompts, max_new_tokens, batch_size, attempt=attempt)
+        found = [response for batch in batches for response in batch]
     found.sort(key=lambda response: response.index)
     asked, answered = [response.prompt for response in found], [response.response for response in found]
     verdicts = ranks.from_main(lambda: judge(asked, answered))

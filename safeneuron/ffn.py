@@ -330,7 +330,7 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
         return keep
 
-    _require_eager(model)
+    require_eager(model)
     handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
     try:
         yield recording
@@ -349,7 +349,7 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
     """
     handles = []
     if neurons is not None:
-        _require_eager(model)
+        require_eager(model)
         network = network_of(model)
         neurons.require(fingerprint(network), widths_of(network))
         for block in feed_forwards(network):
@@ -364,7 +364,7 @@ def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tenso
             handle.remove()
 
 
-def _require_eager(model: nn.Module | HasNetwork) -> None:
+def require_eager(model: nn.Module | HasNetwork) -> None:
     """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
     network = model if isinstance(model, nn.Module) else model.network
     if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +83,26 @@ class Model:
             with whole_folder(folder) as neighbour:
                 self.network.save_pretrained(neighbour)
                 self.tokenizer.save_pretrained(neighbour)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn at random: from the most probable tokens that together have ``top_p``, at ``temperature``.
+
+    The draws depend on the ``seed`` and on what shares a batch alone, so interrupted work continues with the same
+    ones. Raises ``InputError`` for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "to sample, temperature must be above 0 and top_p above 0 and at most 1, found "
+                f"{self.temperature:g} and {self.top_p:g}; leave sampling out to answer greedily"
+            )
 
 
 def load(
@@ -169,11 +190,18 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.devi
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, skip: int = 0
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    skip: int = 0,
+    opening: int = 0,
+    sampling: Sampling | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Greedy answers to encoded prompts, batch by batch, as (index of the prompt, text).
+    """Answers to encoded prompts, greedy or sampled, batch by batch, as (index of the prompt, text).
 
-    All ranks get all answers; each of them generates its share of the batches.
+    All ranks get all answers; each of them generates its share of the batches. The last ``opening`` tokens of every
+    prompt are the beginning of its answer, and part of the text.
 
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
@@ -182,8 +210,10 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
+    drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
+        do_sample=sampling is not None,
+        **drawn,
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
@@ -195,9 +225,9 @@ def generate(
 
     def texts_of(batch: Sequence[int]) -> list[str]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), _seeded(sampling, batch[0], model.device):
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
-        texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = model.tokenizer.batch_decode(out[:, ids.shape[1] - opening :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
@@ -208,6 +238,15 @@ def generate(
     batches = [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
     for batch, texts in zip(batches, ranks.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, first: int, device: torch.device) -> Iterator[None]:
+    """Within the block torch draws what the seed and the first prompt of a batch decide; then it goes on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=sampling is not None):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed * 1_000_003 + first)
+        yield
 
 
 def _end_tokens(model: Model) -> list[int] | None:
