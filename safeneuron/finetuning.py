@@ -49,7 +49,7 @@ def read_demonstrations(source: str | Path | Source, count: int | None = None) -
 
 
 def unsafe_answers(pairs: Sequence[Pair], count: int | None = None) -> list[Demonstration]:
-    """The answers of the pruned model itself, as ``on_policy_pairs`` keeps them: the rejected ones to unsafe prompts."""
+    """What the pruned model itself answered, as ``on_policy_pairs`` keeps it: what is rejected of unsafe prompts."""
     pairs = [pair for pair in pairs if pair.source == "on-policy:unsafe"]
     return [Demonstration(pair.prompt[-1]["content"], pair.rejected) for pair in pairs[:count]]
 
@@ -66,7 +66,7 @@ def finetuned(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[list[float]]:
-    """Within the block the model carries a LoRA adapter that has learnt the demonstrations; gives the loss of each step.
+    """Within the block the model carries a LoRA adapter trained on the demonstrations; gives the loss of each step.
 
     TRL's SFT on the answers' tokens alone, ``steps`` optimizer steps of ``batch_size`` demonstrations, AdamW with a
     constant learning rate, adapters on attention and FFN scaled by 2. The base weights are neither trained nor cast

@@ -50,9 +50,14 @@ LAYERS = (
         "ablating",
         "refreshing",
         "judges",
+        "attempts",
+        "directions",
+        "finetuning",
+        "similarity",
     },
     {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
+    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards",
+     "redteam", "sifting"},
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
@@ -62,7 +67,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
-    "planning",
+    "planning", "finetuning", "similarity",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from safeneuron import embedded, models
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE
-from safeneuron.models import Model, bfloat16_pays, generate, load, pad
+from safeneuron.models import Model, Sampling, bfloat16_pays, generate, load, pad
 from tests import tiny
 
 TEXTS = ("a", "how do I do it?", "tell me more", "x" * 40, "what then", "b", "good morning to you")
@@ -192,6 +192,62 @@ def test_generation_is_greedy_whatever_the_checkpoint_prefers(tiny_model):
     preferred = {"do_sample": True, "temperature": 5.0, "top_k": 5, "repetition_penalty": 3.0, "num_beams": 3}
     tiny_model.network.generation_config.update(**preferred)
     assert answers(tiny_model, prompts) == plain
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+def sampled(model, sampling, **options):
+    prompts = [model.encode(said(text)) for text in TEXTS]
+    return dict(one for batch in generate(model, prompts, 6, 3, sampling=sampling, **options) for one in batch)
+
+
+def test_the_seed_decides_what_is_drawn_and_nothing_else_is_touched(tiny_model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = sampled(tiny_model, Sampling(seed=1))
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(9)
+    assert sampled(tiny_model, Sampling(seed=1)) == first
+    assert sampled(tiny_model, Sampling(seed=2)) != first
+    rest = sampled(tiny_model, Sampling(seed=1), skip=3)
+    assert rest == {index: first[index] for index in rest}
+    assert len(rest) == len(TEXTS) - 3
+
+
+def test_the_same_prompt_is_answered_in_different_ways(tiny_model):
+    ids = tiny_model.encode(said("b"))
+    (batch,) = generate(tiny_model, [ids] * 6, 6, 6, sampling=Sampling(seed=3))
+    assert len({text for _, text in batch}) > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1e-4), Sampling(top_p=1e-6)])
+def test_without_chance_sampling_is_greedy(tiny_model, sampling):
+    assert sampled(tiny_model, sampling) == sampled(tiny_model, None)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable(tiny_model):
+    """One token each, 2,000 times, against the softmax at that temperature; the checkpoint's wishes do not count."""
+    tiny_model.network.generation_config.update(temperature=5.0, top_k=2, top_p=0.1, repetition_penalty=3.0)
+    ids = tiny_model.encode(said("b"))
+    with torch.no_grad():
+        logits = tiny_model.network(input_ids=torch.tensor([ids])).logits[0, -1]
+    expected = torch.softmax(logits / 0.7, dim=0)
+    # Many tokens are half a character and look the same.
+    texts = [tiny_model.tokenizer.decode([token]).strip() for token in range(len(expected))]
+    text = texts[int(expected.argmax())]
+    probability = sum(float(p) for p, one in zip(expected, texts, strict=True) if one == text)
+    draws = generate(tiny_model, [ids] * 2000, 1, 500, sampling=Sampling(temperature=0.7))
+    share = sum(found == text for batch in draws for _, found in batch) / 2000
+    assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / 2000) ** 0.5)
+    assert 0.02 < share < 0.98
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_sampling_out_of_range(wrong):
+    with pytest.raises(InputError, match="leave sampling out to answer greedily"):
+        Sampling(**wrong)
 
 
 # -- save and load --------------------------------------------------------------------------------------------
