@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from safeneuron.adapters import merge_adapters
     from safeneuron.aligning import Alignment, align
     from safeneuron.attacking import Attack, attack, perplexity
+    from safeneuron.attempts import Attempt, input_attempts
     from safeneuron.config import Config, read_config
     from safeneuron.data import Pair, Prompt, read_prompts
+    from safeneuron.directions import Direction, find_direction, without_direction
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
+    from safeneuron.finetuning import Demonstration, finetuned, read_demonstrations
     from safeneuron.freezing import FreezeNeurons, frozen
     from safeneuron.judges import Judge, LlamaGuard3, RefusalPhrases
     from safeneuron.measuring import measure
-    from safeneuron.models import Model, generate, load
+    from safeneuron.models import Model, Sampling, generate, load
     from safeneuron.neurons import NeuronSet
     from safeneuron.pairing import on_policy_pairs
     from safeneuron.pairs import mix, read_pairs
+    from safeneuron.redteam import RedTeam, red_team
     from safeneuron.reporting import render
     from safeneuron.runs import Run
     from safeneuron.selecting import Scores, choose, score, select
@@ -35,17 +39,21 @@ _HOMES = {
     "adapters": ("merge_adapters",),
     "aligning": ("Alignment", "align"),
     "attacking": ("Attack", "attack", "perplexity"),
+    "attempts": ("Attempt", "input_attempts"),
     "config": ("Config", "read_config"),
     "data": ("Pair", "Prompt", "read_prompts"),
+    "directions": ("Direction", "find_direction", "without_direction"),
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
+    "finetuning": ("Demonstration", "finetuned", "read_demonstrations"),
     "freezing": ("FreezeNeurons", "frozen"),
     "judges": ("Judge", "LlamaGuard3", "RefusalPhrases"),
     "measuring": ("measure",),
-    "models": ("Model", "generate", "load"),
+    "models": ("Model", "Sampling", "generate", "load"),
     "neurons": ("NeuronSet",),
     "pairing": ("on_policy_pairs",),
     "pairs": ("mix", "read_pairs"),
+    "redteam": ("RedTeam", "red_team"),
     "reporting": ("render",),
     "runs": ("Run",),
     "selecting": ("Scores", "choose", "score", "select"),
@@ -59,7 +67,10 @@ __all__ = [
     "ActivationStats",
     "Alignment",
     "Attack",
+    "Attempt",
     "Config",
+    "Demonstration",
+    "Direction",
     "FreezeNeurons",
     "InputError",
     "Judge",
@@ -68,15 +79,20 @@ __all__ = [
     "NeuronSet",
     "Pair",
     "Prompt",
+    "RedTeam",
     "RefusalPhrases",
     "Run",
+    "Sampling",
     "Scores",
     "Training",
     "align",
     "attack",
     "choose",
+    "find_direction",
+    "finetuned",
     "frozen",
     "generate",
+    "input_attempts",
     "load",
     "measure",
     "merge_adapters",
@@ -86,12 +102,15 @@ __all__ = [
     "perplexity",
     "pruned",
     "read_config",
+    "read_demonstrations",
     "read_pairs",
     "read_prompts",
     "recorded",
+    "red_team",
     "render",
     "score",
     "select",
+    "without_direction",
 ]
 
 

@@ -238,6 +238,58 @@ def plan(
 
 
 @app.command()
+def redteam(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for what it writes; the same one goes on.")],
+    neurons: Annotated[
+        Path | None,
+        typer.Option("--neurons", metavar="FILE", help="Prune these, such as RUN/T0/select/neurons.json."),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option("--prompts", metavar="SOURCE", help="Harmful requests to answer: a file, hub:owner/name."),
+    ] = "twins:unsafe",
+    per_seed: Annotated[int, typer.Option("-n", min=1, help="Samples for each category and each request.")] = 4,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Answer the first so many requests; all if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of a sample.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the draws, above 0.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens with this share.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated together.")] = 32,
+    judge: Annotated[str, typer.Option("--judge", help="Who tells refusals from answers.")] = "refusal-phrases",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")] = "auto",
+    redo: Annotated[
+        str, typer.Option("--redo", metavar="STAGE", help="Make prompts, answers or yield, and what follows, again.")
+    ] = "",
+) -> None:
+    """Use a model, pruned or not, as a red-team generator, and count how much of what it writes is of use."""
+    os.environ["TQDM_DISABLE"] = "1"
+    from safeneuron.data import read_prompts
+    from safeneuron.judges import make_judge
+    from safeneuron.models import load
+    from safeneuron.neurons import NeuronSet
+    from safeneuron.redteam import RedTeam, prepare, red_team, table
+    from safeneuron.runs import Run
+
+    settings = RedTeam(per_seed, seed, temperature, top_p, max_new_tokens, batch_size)
+    opened = Run.create(out_folder)
+    with opened.locked():
+        prepare(opened, redo)
+        requests = read_prompts(prompts, split="test" if prompts == "twins:unsafe" else "", count=count)
+        chosen = NeuronSet.load(neurons) if neurons is not None else None
+        bars, began = Bars(), time.monotonic()
+        with bars.bars:
+            bars.began("redteam")
+            results = red_team(
+                load(model, dtype), chosen, requests, make_judge(judge), out_folder, settings, bars.progress
+            )
+            bars.ended("redteam", time.monotonic() - began, skipped=False)
+    _print_lines(["", *table(results), "", f"wrote {out_folder}, which holds harmful text: do not publish it"])
+
+
+@app.command()
 def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a folder or file in one.")]) -> None:
     """Explain any artefact of a run in words."""
     from safeneuron.explaining import explain

@@ -55,9 +55,18 @@ LAYERS = (
         "finetuning",
         "similarity",
     },
-    {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
-    {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards",
-     "redteam", "sifting"},
+    {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures", "sifting"},
+    {
+        "pipeline",
+        "preparing",
+        "states",
+        "collecting",
+        "explaining",
+        "foreseeing",
+        "publishing",
+        "model_cards",
+        "redteam",
+    },
     {"cli", "__main__"},
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

@@ -1,0 +1,97 @@
+"""What of the texts that a red-team generator has written is of use: four filters, and what each takes away.
+
+A text is of use if it is language, no refusal, on the topic it was asked for, and not said before. The filters are
+applied in this order, and each text is counted where it is lost first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from safeneuron.coherence import incoherent
+from safeneuron.data import Prompt
+from safeneuron.refusals import sounds_like_refusal
+from safeneuron.similarity import Likeness, first_of_each, mean_distance, nearest, self_bleu
+
+LOSSES = ("incoherent", "refused", "cannot say", "harmless", "off topic", "repeated")
+"""Why a text is lost; ``harmless`` and ``cannot say`` come from judges that read for harm."""
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """For each text ``KEPT`` or one of ``LOSSES``; how alike the texts that were kept are, None for fewer than two."""
+
+    fates: list[str]
+    self_bleu: float | None
+    distance: float | None
+
+    def counts(self) -> dict[str, int]:
+        """How many texts met each fate."""
+        found = Counter(self.fates)
+        return {fate: found[fate] for fate in (*LOSSES, KEPT)}
+
+
+def sift_prompts(
+    texts: Sequence[str], topics: Sequence[str], harmful: Sequence[Prompt], harmless: Sequence[Prompt], like: Likeness
+) -> Sifted:
+    """Sift requests that a model wrote on ``topics``, one each, which are categories of the ``harmful`` prompts.
+
+    On topic: of all harmful and harmless prompts the most similar is a harmful one of its category. Repeated: like an
+    earlier text, or like a harmful prompt, which it may have been shown. A guard has no part in it: it reads answers.
+    """
+    vectors = like([*texts, *(prompt.text for prompt in (*harmful, *harmless))])
+    own, references = vectors[: len(texts)], vectors[len(texts) :]
+    labels = [*(prompt.category for prompt in harmful), *([""] * len(harmless))]
+    on_topic = [i >= 0 and labels[i] == topic for i, topic in zip(nearest(own, references), topics, strict=True)]
+    verdicts = [_form(text) for text in texts]
+    return _sifted(texts, verdicts, on_topic, own, like.repeated, references[: len(harmful)])
+
+
+def sift_answers(
+    texts: Sequence[str], asked: Sequence[int], requests: Sequence[Prompt], verdicts: Sequence[str], like: Likeness
+) -> Sifted:
+    """Sift answers to harmful ``requests``; ``asked`` says to which, ``verdicts`` are those of a judge on them.
+
+    On topic: of all requests the most similar is its own, or one of its own's category. Repeated: like an earlier one.
+    """
+    vectors = like([*texts, *(prompt.text for prompt in requests)])
+    own, references = vectors[: len(texts)], vectors[len(texts) :]
+    # A request without a category is a topic of its own.
+    labels = [prompt.category or f"request {number}" for number, prompt in enumerate(requests)]
+    on_topic = [i >= 0 and labels[i] == labels[j] for i, j in zip(nearest(own, references), asked, strict=True)]
+    # A guard may call babble harmful; here it is of no use whatever it is about.
+    fates = [
+        "incoherent" if verdict == "complied" and incoherent(text) else verdict
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
+    return _sifted(texts, fates, on_topic, own, like.repeated, None)
+
+
+def _sifted(
+    texts: Sequence[str],
+    verdicts: Sequence[str],
+    on_topic: Sequence[bool],
+    vectors: Tensor,
+    repeated: float,
+    shown: Tensor | None,
+) -> Sifted:
+    fates = [
+        verdict if verdict != "complied" else KEPT if fits else "off topic"
+        for verdict, fits in zip(verdicts, on_topic, strict=True)
+    ]
+    left = [number for number, fate in enumerate(fates) if fate == KEPT]
+    for number, new in zip(left, first_of_each(vectors[left], repeated, shown), strict=True):
+        fates[number] = KEPT if new else "repeated"
+    left = [number for number in left if fates[number] == KEPT]
+    return Sifted(fates, self_bleu([texts[number] for number in left]), mean_distance(vectors[left]))
+
+
+def _form(text: str) -> str:
+    if sounds_like_refusal(text):
+        return "refused"
+    return "incoherent" if len(text.split()) < 3 or incoherent(text) else "complied"

