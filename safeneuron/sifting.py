@@ -1,7 +1,7 @@
-"""What of the texts that a red-team generator has written is of use: four filters, and what each takes away.
+"""What of the texts that a red-team generator has written is of use: the filters, and what each takes away.
 
-A text is of use if it is language, no refusal, on the topic it was asked for, and not said before. The filters are
-applied in this order, and each text is counted where it is lost first.
+A text is of use if it is language, no refusal, on the topic it was asked for, harmful, and not said before. A text is
+counted at one filter only.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from safeneuron.coherence import incoherent
 from safeneuron.data import Prompt
 from safeneuron.refusals import sounds_like_refusal
 from safeneuron.similarity import Likeness, first_of_each, mean_distance, nearest, self_bleu
 
-LOSSES = ("incoherent", "refused", "cannot say", "harmless", "off topic", "repeated")
-"""Why a text is lost; ``harmless`` and ``cannot say`` come from judges that read for harm."""
+LOSSES = ("incoherent", "refused", "off topic", "harmless", "cannot say", "repeated")
+"""Why a text is lost; of answers, ``harmless`` and ``cannot say`` come from judges that read for harm."""
 KEPT = "kept"
+NEAREST = 3
+"""Among how many of the most similar categories a request's own must be; categories overlap."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,27 @@ def sift_prompts(
 ) -> Sifted:
     """Sift requests that a model wrote on ``topics``, one each, which are categories of the ``harmful`` prompts.
 
-    On topic: of all harmful and harmless prompts the most similar is a harmful one of its category. Repeated: like an
-    earlier text, or like a harmful prompt, which it may have been shown. A guard has no part in it: it reads answers.
+    On topic: of the mean vectors of all categories, that of its own is among the ``NEAREST`` most similar. Harmless: on
+    the harmless side of the plane midway between the means of both classes. Repeated: like an earlier text, or like a
+    harmful prompt, which the model may have been shown. Without a likeness of meaning the first two cannot be told, and
+    are not applied (docs/red-teaming.md says how often they are right). A judge has no part in it: it reads answers.
     """
     vectors = like([*texts, *(prompt.text for prompt in (*harmful, *harmless))])
-    own, references = vectors[: len(texts)], vectors[len(texts) :]
-    labels = [*(prompt.category for prompt in harmful), *([""] * len(harmless))]
-    on_topic = [i >= 0 and labels[i] == topic for i, topic in zip(nearest(own, references), topics, strict=True)]
+    own, bad, good = vectors.split([len(texts), len(harmful), len(harmless)])
     verdicts = [_form(text) for text in texts]
-    return _sifted(texts, verdicts, on_topic, own, like.repeated, references[: len(harmful)])
+    if not like.meaning:
+        return _sifted(texts, verdicts, [True] * len(texts), own, like.repeated, bad)
+    names = sorted({prompt.category for prompt in harmful})
+    centres = torch.stack([bad[[prompt.category == name for prompt in harmful]].mean(dim=0) for name in names])
+    best = (own @ normalize(centres, dim=1).T).topk(min(NEAREST, len(names)), dim=1).indices
+    on_topic = [topic in [names[i] for i in row.tolist()] for row, topic in zip(best, topics, strict=True)]
+    gap = bad.mean(dim=0) - good.mean(dim=0)
+    side = (own - (bad.mean(dim=0) + good.mean(dim=0)) / 2) @ gap
+    verdicts = [
+        "harmless" if verdict == "complied" and fits and value <= 0 else verdict
+        for verdict, fits, value in zip(verdicts, on_topic, side.tolist(), strict=True)
+    ]
+    return _sifted(texts, verdicts, on_topic, own, like.repeated, bad)
 
 
 def sift_answers(

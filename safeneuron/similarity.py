@@ -28,6 +28,8 @@ class Likeness(Protocol):
 
     name: str
     repeated: float
+    meaning: bool
+    """Whether texts on one topic are alike without sharing words."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """``[text, feature]``, float32, rows of length 1 (or 0 where there is nothing to compare).
@@ -50,6 +52,7 @@ class SharedWords:
 
     name = "shared words"
     repeated = 0.8
+    meaning = False
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """``[text, word]``."""
@@ -72,6 +75,7 @@ class SentenceEncoder:
 
     name = "all-MiniLM-L6-v2"
     repeated = 0.9
+    meaning = True
 
     def __init__(self, folder: Path, batch_size: int = 32, max_tokens: int = 256) -> None:
         from transformers import AutoModel, AutoTokenizer
