@@ -49,9 +49,8 @@ Write one more test request of this category, different from these. Write only t
 
 
 _AROUND = " \t\"'“”*_"
-_BEFORE_REQUEST = re.compile(
-    rf"^\W*(?:\d+[.)])?[{_AROUND}]*(?:(?:test )?request(?: \d+)?:[{_AROUND}]*)?", re.IGNORECASE
-)
+_LABEL = rf"(?:(?:test )?request(?: \d+)?:[{_AROUND}]*)?"
+_BEFORE_REQUEST = re.compile(rf"^\W*(?:\d+[.)])?[{_AROUND}]*{_LABEL}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
