@@ -65,16 +65,8 @@ def test_topics_are_not_read_without_meaning():
 
 def test_each_filter_takes_its_own_answers():
     requests = [Prompt("badp", "p"), Prompt("goodp", "p"), Prompt("badq"), Prompt("badr")]
-    texts = [
-        "badp one.",
-        "goodp two.",
-        "badr three.",
-        "badq four.",
-        "badq five.",
-        "badr six.",
-        "badr seven.",
-        "badr ...",
-    ]
+    texts = [f"bad{name} {number}." for number, name in enumerate("pprqqrr")]
+    texts[1] = "goodp two."
     verdicts = ["complied"] * 5 + ["harmless", "refused", "complied"]
     asked = [0, 0, 2, 2, 2, 3, 3, 3]
     texts.append("badr " * 30)
