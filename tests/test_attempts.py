@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,3 +158,16 @@ def test_every_bundled_attempt_runs(attempt):
     model = tiny.model()
     assert len(answers(model, attempt)) == len(PROMPTS)
     assert all(text.startswith(attempt.opening) for text in answers(model, attempt))
+
+
+# -- the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_snippet_of_the_page_runs(tiny_model, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "red-teaming.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(safeneuron.models, "load", lambda name, dtype: tiny.model(max_position_embeddings=1024))
+    exec(compile(snippet, "red-teaming.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*(record["name"] for record in RECORDS), "direction", "fine-tuning"]
+    assert all(line.endswith("of 4") for line in lines)
