@@ -1,4 +1,4 @@
-"""What an attack does to some neurons: zero, their mean, a clamp to any value, or a factor; all of them are one form."""
+"""What an attack does to some neurons: zero, their mean, a clamp to any value, or a factor; all in one form."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Edit:
 
     @staticmethod
     def opposite(neurons: NeuronSet, stats: ActivationStats, strength: float = 1.0) -> Edit:
-        """The neurons say the opposite of what they say on harmful prompts: a' = -strength * mean over ``stats.unsafe``.
+        """The neurons say the opposite of what harmful prompts make them say: a' = -strength * mean over them.
 
         The sign-flipped anchor of "A Single Neuron Is Sufficient" (2605.08513), which beats zero with one neuron.
         """

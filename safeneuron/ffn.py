@@ -331,7 +331,7 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
         return keep
 
-    _require_eager(model)
+    require_eager(model)
     handles = [block.output.register_forward_pre_hook(hook(block.layer)) for block in feed_forwards(model)]
     try:
         yield recording
@@ -351,7 +351,7 @@ def rewritten(model: nn.Module | HasNetwork, changes: Mapping[int, Change]) -> I
     def hook(change: Change) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         return lambda module, inputs: (change(inputs[0]), *inputs[1:])
 
-    _require_eager(model)
+    require_eager(model)
     blocks = feed_forwards(model)
     handles = [blocks[layer].output.register_forward_pre_hook(hook(change)) for layer, change in changes.items()]
     try:
@@ -405,7 +405,7 @@ def _changes(
     return {layer: change for layer in range(len(widths)) if (change := at(layer)) is not None}
 
 
-def _require_eager(model: nn.Module | HasNetwork) -> None:
+def require_eager(model: nn.Module | HasNetwork) -> None:
     """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
     network = model if isinstance(model, nn.Module) else model.network
     if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):

@@ -87,9 +87,7 @@ class Ranking:
         return torch.zeros(len(values), dtype=torch.bool).index_fill(0, candidates[order[:count]], True)
 
 
-def set_difference(
-    safety: Ranking, utility: Ranking, safety_share: float, utility_share: float
-) -> NeuronSet:
+def set_difference(safety: Ranking, utility: Ranking, safety_share: float, utility_share: float) -> NeuronSet:
     """What matters for safety and not for utility, as SNIP and Wanda are used by Wei et al. (2402.05162, section 3.2).
 
     In each layer the top ``safety_share`` (their q) by ``safety`` that are not among the top ``utility_share`` (their
