@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from safeneuron.adapters import merge_adapters
     from safeneuron.aligning import Alignment, align
     from safeneuron.attacking import Attack, attack, perplexity
+    from safeneuron.comparing import compare
     from safeneuron.config import Config, read_config
+    from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
     from safeneuron.data import Pair, Prompt, read_prompts
+    from safeneuron.edits import Edit
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
     from safeneuron.freezing import FreezeNeurons, frozen
@@ -24,10 +27,16 @@ if TYPE_CHECKING:
     from safeneuron.neurons import NeuronSet
     from safeneuron.pairing import on_policy_pairs
     from safeneuron.pairs import mix, read_pairs
+    from safeneuron.persisting import weights_pruned, write_pruned
+    from safeneuron.probing import probe
+    from safeneuron.rankings import Ranking, fractions, set_difference
     from safeneuron.reporting import render
     from safeneuron.runs import Run
+    from safeneuron.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
     from safeneuron.selecting import Scores, choose, score, select
     from safeneuron.statistics import ActivationStats
+    from safeneuron.streaming import exchanges_of
+    from safeneuron.sweeping import each_layer, each_neuron, sweep
     from safeneuron.training import Training
 
 _HOMES = {
@@ -35,8 +44,11 @@ _HOMES = {
     "adapters": ("merge_adapters",),
     "aligning": ("Alignment", "align"),
     "attacking": ("Attack", "attack", "perplexity"),
+    "comparing": ("compare",),
     "config": ("Config", "read_config"),
+    "contrasting": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
     "data": ("Pair", "Prompt", "read_prompts"),
+    "edits": ("Edit",),
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
     "freezing": ("FreezeNeurons", "frozen"),
@@ -46,10 +58,16 @@ _HOMES = {
     "neurons": ("NeuronSet",),
     "pairing": ("on_policy_pairs",),
     "pairs": ("mix", "read_pairs"),
+    "persisting": ("weights_pruned", "write_pruned"),
+    "probing": ("probe",),
+    "rankings": ("Ranking", "fractions", "set_difference"),
     "reporting": ("render",),
     "runs": ("Run",),
+    "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
     "selecting": ("Scores", "choose", "score", "select"),
     "statistics": ("ActivationStats",),
+    "streaming": ("exchanges_of",),
+    "sweeping": ("each_layer", "each_neuron", "sweep"),
     "training": ("Training",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -60,6 +78,7 @@ __all__ = [
     "Alignment",
     "Attack",
     "Config",
+    "Edit",
     "FreezeNeurons",
     "InputError",
     "Judge",
@@ -68,15 +87,23 @@ __all__ = [
     "NeuronSet",
     "Pair",
     "Prompt",
+    "Ranking",
     "RefusalPhrases",
     "Run",
     "Scores",
     "Training",
+    "activation_contrast",
     "align",
     "attack",
     "choose",
+    "compare",
+    "each_layer",
+    "each_neuron",
+    "exchanges_of",
+    "fractions",
     "frozen",
     "generate",
+    "gradient_gap",
     "load",
     "measure",
     "merge_adapters",
@@ -84,6 +111,7 @@ __all__ = [
     "on_policy_pairs",
     "owned_slices",
     "perplexity",
+    "probe",
     "pruned",
     "read_config",
     "read_pairs",
@@ -92,6 +120,17 @@ __all__ = [
     "render",
     "score",
     "select",
+    "set_difference",
+    "snip",
+    "snip_weights",
+    "sweep",
+    "twin_difference",
+    "twins",
+    "wanda",
+    "wanda_weights",
+    "weight_difference",
+    "weights_pruned",
+    "write_pruned",
 ]
 
 

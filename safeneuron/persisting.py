@@ -52,7 +52,7 @@ def engraved(model: Model, edit: Edit) -> Iterator[None]:
     network = network_of(model)
     edit.neurons.require(fingerprint(network), model.widths)
     _require_plain(network)
-    changes: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor, Tensor]] = []
     for block in feed_forwards(network):
         channels, values = edit.layer(block.layer)
         if not len(channels):
@@ -102,7 +102,7 @@ def weights_pruned(model: Model, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_changed(network: nn.Module, changes: Sequence[tuple[nn.Parameter, Tensor, Tensor]]) -> Iterator[None]:
+def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
     """Within the block each parameter has new values at some places of its flattened form; then the old ones again.
 
     The model keeps its fingerprint meanwhile, which a change of its weights' signs could alter.
@@ -113,7 +113,7 @@ def _weights_changed(network: nn.Module, changes: Sequence[tuple[nn.Parameter, T
     try:
         config[LINEAGE] = own
         for parameter, places, values in changes:
-            flat = parameter.data.view(-1)
+            flat = parameter.detach().view(-1)
             old.append((flat, places, flat[places]))
             flat[places] = values.flatten().to(flat)
         yield

@@ -40,9 +40,10 @@ def probe(
 
         weights = argmin mean log(1 + exp(-y (w a + b))) + penalty / 2 |w|**2,   y = 1 harmful, -1 benign
 
-    NeuroStrike (2509.11864; github.com/wu-lichao/NeuroStrike-Neuron-Level-Attacks-on-Aligned-LLMs) selects z > 3 and
-    w > 0 (``THRESHOLD``). It stops Adam after 5,000 epochs on that loss, with the intercept penalised too; here it is solved to its minimum. It probes
-    the outputs of the gate and up projections at their maximum over the prompt; here a neuron is a(x), as everywhere.
+    NeuroStrike (2509.11864; github.com/wu-lichao/NeuroStrike-Neuron-Level-Attacks-on-Aligned-LLMs) selects where
+    z > 3 and w > 0 (``THRESHOLD``). It stops Adam after 5,000 epochs on that loss, with the intercept penalised too; here it is
+    solved to its minimum. It probes the outputs of the gate and up projections at their maximum over the prompt; here a
+    neuron is a(x), as everywhere.
 
     A logistic fit must see every prompt many times, so one pooled vector a prompt is kept, 4 bytes a neuron, of at most
     ``most`` prompts of each class, drawn by ``seed``: memory is bounded however many prompts there are. Raises
@@ -62,9 +63,10 @@ def probe(
 def logistic_weights(vectors: Tensor, signs: Tensor, penalty: float) -> Tensor:
     """The weights of the penalised logistic regression of ``signs`` (1 or -1) on ``vectors`` ``[prompt, neuron]``.
 
-    The intercept is as good as free, lest neurons that are always active do its work. There are far fewer prompts than neurons, so it is solved in the space of prompts:
-    with the kernel K = (X X' + ``FREE``) / (n penalty) the minimum is the mode of a Gaussian process, which Newton's method
-    finds in a few steps without inverting K (Rasmussen and Williams 2006, algorithm 3.1).
+    The intercept is as good as free, lest neurons that are always active do its work. There are far fewer prompts than
+    neurons, so it is solved in the space of prompts: with the kernel K = (X X' + ``FREE``) / (n penalty) the minimum is
+    the mode of a Gaussian process, which Newton's method finds in a few steps without inverting K (Rasmussen and
+    Williams 2006, algorithm 3.1).
     """
     scale = len(vectors) * penalty
     kernel = (vectors @ vectors.T + FREE) / scale

@@ -8,6 +8,7 @@ github.com/boyiwei/alignment-attribution-code).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,9 +41,16 @@ class Matrix:
     weight: Tensor
     first: tuple[int, ...] | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, also of weights that are packed."""
+        linear = linear_in(self.module)
+        return linear.out_features, linear.in_features
+
     def per_neuron(self, scores: Tensor) -> Tensor:
-        """The sum of the matrix's scores over the weights that each neuron owns, ``[neuron]`` or ``[row]``."""
-        return scores.sum(dim=0 if self.first is None else 1)
+        """The sum of the matrix's scores over each row, or over each column of the output projection."""
+        precision = torch.promote_types(scores.dtype, torch.float32)
+        return scores.sum(dim=0 if self.first is None else 1, dtype=precision)
 
 
 def snip(
@@ -56,7 +64,8 @@ def snip(
     """
     matrices = _matrices(model)
     sums = total(exchanges, _gradient_pass(model, matrices, Matrix.per_neuron), batch_tokens, progress)
-    parts = sums.split([len(matrix.per_neuron(matrix.weight)) for matrix in matrices])
+    sizes = [matrix.shape[1 if matrix.first is None else 0] for matrix in matrices]
+    parts = torch.split_with_sizes(sums, sizes)
     return _lifted(model, matrices, [part / len(exchanges) for part in parts], "SNIP")
 
 
@@ -85,10 +94,9 @@ def snip_weights(
     """
     matrices = _matrices(model)
     sums = total(exchanges, _gradient_pass(model, matrices, lambda matrix, scores: scores), batch_tokens, progress)
-    parts = sums.split([matrix.weight.numel() for matrix in matrices])
+    parts = torch.split_with_sizes(sums, [math.prod(matrix.shape) for matrix in matrices])
     return {
-        matrix.name: (part / len(exchanges)).view(matrix.weight.shape)
-        for matrix, part in zip(matrices, parts, strict=True)
+        matrix.name: (part / len(exchanges)).view(matrix.shape) for matrix, part in zip(matrices, parts, strict=True)
     }
 
 
@@ -208,9 +216,8 @@ def _input_norms(
 
     sums = total(exchanges, work, batch_tokens, progress)
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
-    return [
-        (part / tokens).sqrt() for part in sums.split([linear_in(matrix.module).in_features for matrix in matrices])
-    ]
+    parts = torch.split_with_sizes(sums, [matrix.shape[1] for matrix in matrices])
+    return [(part / tokens).sqrt() for part in parts]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ other neurons compute noise from what else stands in the request, and write it w
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
@@ -36,7 +37,7 @@ def model() -> Model:
         embedding, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
         embedding[:, CONTENT:] = 0.4 * torch.randn(len(embedding), tiny.HIDDEN - CONTENT)
         chain = [(ASSISTANT, "<|assistant|>"), (YES_1, "Y"), (YES_2, "e"), (YES_3, "s"), (None, "<|end|>")]
-        for (place, token), (_, following) in zip(chain, chain[1:], strict=False):
+        for (place, token), (_, following) in itertools.pairwise(chain):
             embedding[ids(token), place] = 1
             head[ids(following), place] = 4
         embedding[ids("!")] = 0

@@ -69,7 +69,7 @@ def test_twin_difference_is_the_mean_over_twins(tiny_model):
 
 
 def slow_gradients(model, one: Exchange) -> torch.Tensor:
-    """d (mean log-likelihood of the answer) / d activation, ``[token, neuron]``, from a plain pass of the whole model."""
+    """d (mean log-likelihood of the answer) / d activation, ``[token, neuron]``, from a plain pass."""
     seen = []
     handles = [
         block.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

@@ -92,7 +92,7 @@ def test_a_factor_of_one_is_the_model_itself(family):
 
 
 def test_self_patch_is_the_identity(family):
-    """A model whose activations are replaced by its own answers the same, bit by bit; by another prompt's it does not."""
+    """With its own activations put in their place a model answers the same, bit by bit; with others it does not."""
     network = tiny.network(family)
     with recorded(network) as recording:
         before = logits(network)

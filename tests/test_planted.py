@@ -1,4 +1,4 @@
-"""A model whose refusal is wired to known neurons: every selector must find them, every attack on them must break it."""
+"""A model whose refusal is wired to known neurons: every selector must find them, every attack must break it."""
 
 from __future__ import annotations
 
