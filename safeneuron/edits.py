@@ -39,7 +39,7 @@ class Edit:
     @staticmethod
     def scale(neurons: NeuronSet, factor: float) -> Edit:
         """The neurons are weaker or stronger: a' = factor * a. A factor of 1 changes nothing, 0 is ``zero``."""
-        return Edit(neurons, factor, name=f"scale {factor:g}")
+        return Edit(neurons, factor, name=f"scale {factor:g}" if factor else "zero")
 
     @staticmethod
     def clamp(neurons: NeuronSet, values: Tensor | float, name: str = "clamp") -> Edit:
