@@ -41,9 +41,9 @@ def probe(
         weights = argmin mean log(1 + exp(-y (w a + b))) + penalty / 2 |w|**2,   y = 1 harmful, -1 benign
 
     NeuroStrike (2509.11864; github.com/wu-lichao/NeuroStrike-Neuron-Level-Attacks-on-Aligned-LLMs) selects where
-    z > 3 and w > 0 (``THRESHOLD``). It stops Adam after 5,000 epochs on that loss, with the intercept penalised too; here it is
-    solved to its minimum. It probes the outputs of the gate and up projections at their maximum over the prompt; here a
-    neuron is a(x), as everywhere.
+    z > 3 and w > 0 (``THRESHOLD``). It stops Adam after 5,000 epochs on that loss, with the intercept penalised too;
+    here it is solved to its minimum. It probes the outputs of the gate and up projections at their maximum over the
+    prompt; here a neuron is a(x), as everywhere.
 
     A logistic fit must see every prompt many times, so one pooled vector a prompt is kept, 4 bytes a neuron, of at most
     ``most`` prompts of each class, drawn by ``seed``: memory is bounded however many prompts there are. Raises

@@ -25,20 +25,6 @@ VERBS = (
     "run", "audit", "measure", "select", "align", "attack", "report", "publish", "prune", "compare", "config", "plan",
     "show",
 )  # fmt: skip
-    "run",
-    "audit",
-    "measure",
-    "select",
-    "align",
-    "attack",
-    "report",
-    "publish",
-    "prune",
-    "compare",
-    "config",
-    "plan",
-    "show",
-)
 PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
 SMALL = [
