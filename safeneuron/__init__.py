@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from safeneuron.aligning import Alignment, align
     from safeneuron.attacking import Attack, attack, perplexity
     from safeneuron.attempts import Attempt, input_attempts
+    from safeneuron.comparing import compare
     from safeneuron.config import Config, read_config
+    from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
     from safeneuron.data import Pair, Prompt, read_prompts
     from safeneuron.directions import Direction, find_direction, without_direction
+    from safeneuron.edits import Edit
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
     from safeneuron.finetuning import Demonstration, finetuned, read_demonstrations
@@ -27,11 +30,17 @@ if TYPE_CHECKING:
     from safeneuron.neurons import NeuronSet
     from safeneuron.pairing import on_policy_pairs
     from safeneuron.pairs import mix, read_pairs
+    from safeneuron.persisting import weights_pruned, write_pruned
+    from safeneuron.probing import probe
+    from safeneuron.rankings import Ranking, fractions, set_difference
     from safeneuron.redteam import RedTeam, red_team
     from safeneuron.reporting import render
     from safeneuron.runs import Run
+    from safeneuron.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
     from safeneuron.selecting import Scores, choose, score, select
     from safeneuron.statistics import ActivationStats
+    from safeneuron.streaming import exchanges_of
+    from safeneuron.sweeping import each_layer, each_neuron, sweep
     from safeneuron.training import Training
 
 _HOMES = {
@@ -40,9 +49,12 @@ _HOMES = {
     "aligning": ("Alignment", "align"),
     "attacking": ("Attack", "attack", "perplexity"),
     "attempts": ("Attempt", "input_attempts"),
+    "comparing": ("compare",),
     "config": ("Config", "read_config"),
+    "contrasting": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
     "data": ("Pair", "Prompt", "read_prompts"),
     "directions": ("Direction", "find_direction", "without_direction"),
+    "edits": ("Edit",),
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
     "finetuning": ("Demonstration", "finetuned", "read_demonstrations"),
@@ -54,10 +66,16 @@ _HOMES = {
     "pairing": ("on_policy_pairs",),
     "pairs": ("mix", "read_pairs"),
     "redteam": ("RedTeam", "red_team"),
+    "persisting": ("weights_pruned", "write_pruned"),
+    "probing": ("probe",),
+    "rankings": ("Ranking", "fractions", "set_difference"),
     "reporting": ("render",),
     "runs": ("Run",),
+    "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
     "selecting": ("Scores", "choose", "score", "select"),
     "statistics": ("ActivationStats",),
+    "streaming": ("exchanges_of",),
+    "sweeping": ("each_layer", "each_neuron", "sweep"),
     "training": ("Training",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -71,6 +89,7 @@ __all__ = [
     "Config",
     "Demonstration",
     "Direction",
+    "Edit",
     "FreezeNeurons",
     "InputError",
     "Judge",
@@ -79,19 +98,27 @@ __all__ = [
     "NeuronSet",
     "Pair",
     "Prompt",
+    "Ranking",
     "RedTeam",
     "RefusalPhrases",
     "Run",
     "Sampling",
     "Scores",
     "Training",
+    "activation_contrast",
     "align",
     "attack",
     "choose",
+    "compare",
+    "each_layer",
+    "each_neuron",
+    "exchanges_of",
     "find_direction",
     "finetuned",
+    "fractions",
     "frozen",
     "generate",
+    "gradient_gap",
     "input_attempts",
     "load",
     "measure",
@@ -100,6 +127,7 @@ __all__ = [
     "on_policy_pairs",
     "owned_slices",
     "perplexity",
+    "probe",
     "pruned",
     "read_config",
     "read_demonstrations",
@@ -110,7 +138,18 @@ __all__ = [
     "render",
     "score",
     "select",
+    "set_difference",
+    "snip",
+    "snip_weights",
+    "sweep",
+    "twin_difference",
+    "twins",
+    "wanda",
+    "wanda_weights",
+    "weight_difference",
+    "weights_pruned",
     "without_direction",
+    "write_pruned",
 ]
 
 

@@ -204,6 +204,56 @@ def publish(
 
 
 @app.command()
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    neurons: Annotated[
+        Path, typer.Argument(metavar="NEURONS", help="A neuron set, such as RUN/T0/select/neurons.json.")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    factor: Annotated[float, typer.Option("--factor", help="What the neurons are multiplied by; 0 prunes them.")] = 0.0,
+    value: Annotated[
+        float | None,
+        typer.Option("--value", help="Pin them to this instead; only for models whose FFN output has a bias."),
+    ] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="The neurons are another model's of the same shape, and that is meant.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Write a model with neurons pruned as a Hugging Face folder, in the precision in which it is stored."""
+    from safeneuron.edits import Edit
+    from safeneuron.models import load
+    from safeneuron.neurons import NeuronSet
+    from safeneuron.persisting import write_pruned
+
+    chosen = NeuronSet.load(neurons)
+    loaded = load(model, dtype="stored", device=device)
+    if transfer:
+        chosen = chosen.transferred(loaded.fingerprint, loaded.widths)
+    edit = Edit.scale(chosen, factor) if value is None else Edit.clamp(chosen, value)
+    write_pruned(loaded, edit, out_folder)
+    out.print(f"wrote {out_folder}: {loaded.name} with {edit.name} at {chosen}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="A neuron set (JSON).")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another one of the same model.")],
+    scores: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--scores", metavar="FIRST SECOND", help="The rankings behind them, for their correlation."),
+    ] = None,
+) -> None:
+    """How alike two neuron sets are: their overlap, as a whole and by layer, beside what chance gives."""
+    from safeneuron.comparing import compare as held_against
+    from safeneuron.neurons import NeuronSet
+    from safeneuron.rankings import Ranking
+
+    rankings = None if scores is None else (Ranking.load(scores[0]), Ranking.load(scores[1]))
+    _print_lines(held_against(NeuronSet.load(first), NeuronSet.load(second), rankings).lines())
+
+
+@app.command()
 def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
     """Print a complete config, every key with its meaning."""
     from safeneuron.config import presets, read_config, to_toml

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron import shards
+from safeneuron.edits import Change, Edit, by_row, everywhere
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
 from safeneuron.quantising import dense, in_four_bits, is_quantised
@@ -340,28 +341,68 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
 
 
 @contextmanager
-def pruned(model: nn.Module | HasNetwork, neurons: NeuronSet | None, rows: Tensor | None = None) -> Iterator[None]:
-    """Within the block the neurons' activations are zero: the pruning attack. ``None`` prunes nothing.
+def rewritten(model: nn.Module | HasNetwork, changes: Mapping[int, Change]) -> Iterator[None]:
+    """Within the block the activations of each named layer are what its function makes of them.
 
-    The same as zeroing their columns of W_down, but the weights are not touched, so the model is bit-identical
-    afterwards, also after an exception. Gradients flow as through the pruned model. ``rows``, boolean ``[row]``, limits
-    it to some rows of each batch. Raises ``InputError`` for a neuron set of another model.
+    They are ``[batch, token, neuron]``; the weights are not touched, so the model is bit-identical afterwards, also
+    after an exception. Gradients flow as through the rewritten model.
     """
-    handles = []
-    if neurons is not None:
-        require_eager(model)
-        network = network_of(model)
-        neurons.require(fingerprint(network), widths_of(network))
-        for block in feed_forwards(network):
-            channels = neurons.layer(block.layer)
-            if len(channels):
-                hook = _zero(channels) if rows is None else _zero_in_rows(channels, rows, block.width)
-                handles.append(block.output.register_forward_pre_hook(hook))
+
+    def hook(change: Change) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda module, inputs: (change(inputs[0]), *inputs[1:])
+
+    require_eager(model)
+    blocks = feed_forwards(model)
+    handles = [blocks[layer].output.register_forward_pre_hook(hook(change)) for layer, change in changes.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def pruned(
+    model: nn.Module | HasNetwork, neurons: NeuronSet | Edit | None, rows: Tensor | None = None
+) -> Iterator[None]:
+    """Within the block the neurons' activations are zero: the pruning attack. ``None`` prunes nothing.
+
+    The same as zeroing their columns of W_down, but the weights are not touched. An ``Edit`` does something else to
+    its neurons: their mean, a clamp, a factor. ``rows``, boolean ``[row]``, limits it to some rows of each batch.
+    Raises ``InputError`` for a neuron set of another model.
+    """
+    edit = Edit.zero(neurons) if isinstance(neurons, NeuronSet) else neurons
+    if edit is None:
+        yield
+        return
+    if rows is not None:
+        with edited(model, (None, edit), rows.long().tolist()):
+            yield
+        return
+    with rewritten(model, _changes(model, [edit], lambda layer: everywhere(edit, layer))):
+        yield
+
+
+@contextmanager
+def edited(model: nn.Module | HasNetwork, edits: Sequence[Edit | None], rows: Sequence[int]) -> Iterator[None]:
+    """Within the block row ``r`` of each batch is under ``edits[rows[r]]``: several attacks in one batch.
+
+    Every batch must have ``len(rows)`` rows. Raises ``InputError`` for a neuron set of another model.
+    """
+    with rewritten(model, _changes(model, edits, lambda layer: by_row(edits, rows, layer))):
+        yield
+
+
+def _changes(
+    model: nn.Module | HasNetwork, edits: Sequence[Edit | None], at: Callable[[int], Change | None]
+) -> dict[int, Change]:
+    """What becomes of each layer that is changed at all, of edits that belong to the model."""
+    network = network_of(model)
+    own, widths = fingerprint(network), widths_of(network)
+    for edit in edits:
+        if edit is not None:
+            edit.neurons.require(own, widths)
+    return {layer: change for layer in range(len(widths)) if (change := at(layer)) is not None}
 
 
 def require_eager(model: nn.Module | HasNetwork) -> None:
@@ -372,22 +413,3 @@ def require_eager(model: nn.Module | HasNetwork) -> None:
             "a compiled model computes on without asking hooks, so its neurons can be neither recorded nor pruned; "
             "expected the model as it was before torch.compile, use and call that one"
         )
-
-
-def _zero(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def zero(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].index_fill(-1, channels.to(inputs[0].device), 0), *inputs[1:])
-
-    return zero
-
-
-def _zero_in_rows(
-    channels: Tensor, rows: Tensor, width: int
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    chosen = torch.zeros(width, dtype=torch.bool).index_fill(0, channels, True)
-    mask = rows.cpu()[:, None, None] & chosen
-
-    def zero(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(mask.to(inputs[0].device), 0), *inputs[1:])
-
-    return zero

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,15 +10,15 @@ from torch import Tensor
 from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, pruned, recorded
+from safeneuron.ffn import pruned
 from safeneuron.halving import Halving
-from safeneuron.models import Model, pad
+from safeneuron.models import Model
 from safeneuron.moments import Moments
 from safeneuron.neurons import NeuronSet
 from safeneuron.statistics import ActivationStats
+from safeneuron.streaming import Progress, length_batches, pooled
 
 POOLINGS = ("last", "mean", "max")
-Progress = Callable[[int, int], None]
 
 
 def measure(
@@ -118,39 +118,3 @@ def _of_all_ranks(own: Moments) -> Moments:
     for count, (mean, m2) in zip(counts, ranks.each_tensor(torch.stack([own.mean, own.m2])), strict=True):
         merged = merged.merge(Moments(count, mean, m2))
     return merged
-
-
-def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
-    """One activation vector a prompt, ``[prompt, neuron]``, of encoded prompts run together.
-
-    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct.
-    """
-    ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)
-    last = mask.sum(dim=1) - 1
-    padding = mask.unsqueeze(-1) == 0
-
-    def reduce(activations: Tensor) -> Tensor:
-        if pooling == "last":
-            return activations[torch.arange(len(last), device=last.device), last]
-        if pooling == "mean":
-            return activations.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32) / (last + 1).unsqueeze(-1)
-        return activations.masked_fill(padding, -torch.inf).amax(dim=1)
-
-    with torch.inference_mode(), recorded(model, reduce) as recording:
-        decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)
-    return torch.cat([recording.layers[layer].float().cpu() for layer in sorted(recording.layers)], dim=1)
-
-
-def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of like length, longest first, each at most ``batch_tokens`` with its padding.
-
-    A prompt longer than that is a batch of its own.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index)):
-        if batch and (len(batch) + 1) * len(encoded[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -115,8 +115,9 @@ def load(
 ) -> Model:
     """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
 
-    ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 where the device computes in it, else
-    float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of several ranks each its own.
+    ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
+    where the device computes in it, else float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of
+    several ranks each its own.
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
@@ -126,7 +127,7 @@ def load(
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
     place = _device(device)
-    precision = _dtype(dtype, place)
+    precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
         raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -137,7 +138,7 @@ def load(
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with ranks.whole_weights():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, use_safetensors=True, **report, **options
+                source, dtype=precision or stored, use_safetensors=True, **report, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -197,6 +198,7 @@ def generate(
     skip: int = 0,
     opening: int = 0,
     sampling: Sampling | None = None,
+    within: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
     """Answers to encoded prompts, greedy or sampled, batch by batch, as (index of the prompt, text).
 
@@ -206,7 +208,8 @@ def generate(
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
     at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
-    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
+    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones. ``within`` makes a block
+    around each batch, given the indices of the prompts in its rows.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
@@ -225,7 +228,8 @@ def generate(
 
     def texts_of(batch: Sequence[int]) -> list[str]:
         ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
-        with torch.inference_mode(), _seeded(sampling, batch[0], model.device):
+        around = nullcontext() if within is None else within(batch)
+        with torch.inference_mode(), _seeded(sampling, batch[0], model.device), around:
             out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = model.tokenizer.batch_decode(out[:, ids.shape[1] - opening :], skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -298,7 +302,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if bfloat16_pays(device) else torch.float32
     if wanted not in known:
-        raise InputError(f"dtype {wanted!r} is unknown; expected auto, {', '.join(known)}")
+        raise InputError(f"dtype {wanted!r} is unknown; expected auto, {', '.join(known)} or stored")
     return known[wanted]
 
 

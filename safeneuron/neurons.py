@@ -160,8 +160,18 @@ class NeuronSet:
             )
         return self
 
-    def transferred(self, fingerprint: str) -> NeuronSet:
-        """The same channels, declared to be those of another model of the same shape."""
+    def transferred(self, fingerprint: str, widths: tuple[int, ...] | None = None) -> NeuronSet:
+        """The same channels, declared to be those of another model of the same shape: an attack by transfer.
+
+        With ``widths``, the number of neurons of each of that model's layers, it is an ``InputError`` if they are not
+        those of this set.
+        """
+        if widths is not None and widths != self.widths:
+            raise InputError(
+                f"neurons can only be transferred to a model of the same shape: the set is of one with "
+                f"{len(self.widths)} layers and {self.total} neurons, the other has {len(widths)} layers and "
+                f"{sum(widths)} neurons; find the neurons of that model itself"
+            )
         return NeuronSet(self.flat, self.widths, fingerprint, self.label)
 
     def to_json(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
 from safeneuron.parts import pair_count
 from safeneuron.runs import read_json, write_json
+from safeneuron.streaming import log_probabilities
 
 FILE = "refresh.json"
 ROWS, SET = "ablated_rows", "ablated_set"
@@ -132,11 +133,7 @@ class RefreshTrainer(PreferenceTrainer):
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         """Of the next token, ``[token, vocabulary]`` in float32."""
-        network = self._network
-        logits = network.get_output_embeddings()(hidden).float()  # type: ignore[no-untyped-call]
-        cap = vars(network.config.get_text_config()).get("final_logit_softcapping")
-        capped: Tensor = logits if cap is None else cap * (logits / cap).tanh()
-        return capped.log_softmax(-1)
+        return log_probabilities(self._network, hidden)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]

@@ -130,10 +130,15 @@ def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> Tensor
 
 def first_rows(name: str, parameter: nn.Parameter, count: int) -> Tensor:
     """The first rows of the whole parameter, in every process; see ``whole``."""
-    if not (isinstance(parameter, DTensor) or _is_partitioned(parameter)):
+    if not is_spread(parameter):
         return parameter.detach()[:count]
     rows = min(count, shape_of(parameter)[0])
     return whole(name, parameter, 0, torch.arange(rows, device=parameter.device))
+
+
+def is_spread(parameter: nn.Parameter) -> bool:
+    """Whether only a part of the parameter may be in this process (FSDP2, ZeRO-3)."""
+    return isinstance(parameter, DTensor) or _is_partitioned(parameter)
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:

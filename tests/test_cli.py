@@ -21,7 +21,10 @@ from safeneuron.config import parse_config, presets, read_config
 from safeneuron.errors import InputError
 from tests.tiny_run import results
 
-VERBS = ("run", "audit", "measure", "select", "align", "attack", "report", "publish", "config", "plan", "show")
+VERBS = (
+    "run", "audit", "measure", "select", "align", "attack", "report", "publish", "prune", "compare", "config", "plan",
+    "show",
+)  # fmt: skip
 PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
 SMALL = [

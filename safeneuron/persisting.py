@@ -1,0 +1,145 @@
+"""An attack put into the weights themselves: for a while, then undone bit by bit, or as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron import shards
+from safeneuron.edits import Edit
+from safeneuron.errors import InputError
+from safeneuron.ffn import LINEAGE, config_of, feed_forwards, fingerprint, has_adapters, linear_in, names_in, network_of
+from safeneuron.models import Model
+from safeneuron.neurons import NeuronSet
+from safeneuron.quantising import is_quantised
+from safeneuron.runs import whole_folder, write_json
+
+RECORD = "pruning.json"
+
+
+def write_pruned(model: Model, attack: NeuronSet | Edit, folder: str | Path) -> None:
+    """Write the model under an attack as a plain Hugging Face folder, whole or not at all, for vLLM for example.
+
+    It answers as the model does within ``pruned``, to within rounding. Its config remembers whose neurons it has; the
+    neurons and what was done to them lie beside it, in ``neurons.json`` and ``pruning.json``. The model in memory is
+    unchanged. Raises ``InputError`` for an attack that weights cannot hold (see ``engraved``), and for a folder that
+    holds anything but what this function wrote before.
+    """
+    edit = Edit.zero(attack) if isinstance(attack, NeuronSet) else attack
+    target = Path(folder)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file()):
+        raise InputError(f"{target} holds files that were not written by safeneuron prune; give a new folder")
+    record = {"kind": "pruning", "operator": edit.name, "neurons": len(edit.neurons), "of": edit.neurons.total}
+    with engraved(model, edit), whole_folder(target) as new:
+        model.save(new)
+        edit.neurons.save(new / "neurons.json")
+        write_json(new / RECORD, record)
+
+
+@contextmanager
+def engraved(model: Model, edit: Edit) -> Iterator[None]:
+    """Within the block the weights are those of the model under the edit; afterwards the old ones, bit by bit.
+
+    A factor multiplies the neuron's column of the output projection. A value v, of a clamp or a mean, adds v times the
+    column as it was to the projection's bias. Most models have no such bias, and no other weight gives a constant, so
+    for them only ``zero`` and ``scale`` can be held, and others are an ``InputError``; so are weights that are
+    quantised, have adapters, or are spread over processes.
+    """
+    network = network_of(model)
+    edit.neurons.require(fingerprint(network), model.widths)
+    _require_plain(network)
+    changes: list[tuple[Tensor, Tensor, Tensor]] = []
+    for block in feed_forwards(network):
+        channels, values = edit.layer(block.layer)
+        if not len(channels):
+            continue
+        linear = linear_in(block.output)
+        columns = linear.weight.detach()[:, channels.to(linear.weight.device)]
+        new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
+        changes.append((linear.weight, _places(linear.weight, channels), new))
+        if values.any():
+            if linear.bias is None:
+                raise InputError(
+                    f"{edit.name} pins neurons to values, which would need a bias in the FFN's output projection, and "
+                    f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
+                )
+            constant = columns.double() @ values.to(columns.device)
+            everywhere = torch.arange(len(constant), device=constant.device)
+            changes.append((linear.bias, everywhere, linear.bias.detach().double() + constant))
+    with _weights_changed(network, changes):
+        yield
+
+
+@contextmanager
+def weights_pruned(model: Model, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block single weights are zero: the attack per weight of ``saliency.weight_difference``.
+
+    ``masks`` has, by the name of each matrix, the places of its weights in its flattened form, ``[weight]``. Afterwards
+    the weights are what they were, bit by bit, also after an exception. Raises ``InputError`` for a name that is no
+    weight of the model, a place that it does not have, or weights that are quantised or spread over processes.
+    """
+    network = network_of(model)
+    _require_plain(network)
+    names = names_in(network)
+    parameters = {names[id(parameter)]: parameter for parameter in network.parameters()}
+    changes = []
+    for name, places in masks.items():
+        if name not in parameters:
+            raise InputError(f"the weights to prune name {name!r}, which the model does not have; compute them on it")
+        parameter = parameters[name]
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < parameter.numel():
+            raise InputError(
+                f"the weights to prune name place {int(places.max()):,} of {name}, which has {parameter.numel():,}; "
+                "compute them on this model"
+            )
+        changes.append((parameter, places.to(parameter.device), torch.zeros(len(places))))
+    with _weights_changed(network, changes):
+        yield
+
+
+@contextmanager
+def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    """Within the block each parameter has new values at some places of its flattened form; then the old ones again.
+
+    The model keeps its fingerprint meanwhile, which a change of its weights' signs could alter.
+    """
+    config = vars(config_of(network))
+    lineage, own = config.get(LINEAGE), fingerprint(network)
+    old = []
+    try:
+        config[LINEAGE] = own
+        for parameter, places, values in changes:
+            flat = parameter.detach().view(-1)
+            old.append((flat, places, flat[places]))
+            flat[places] = values.flatten().to(flat)
+        yield
+    finally:
+        for flat, places, values in reversed(old):
+            flat[places] = values
+        if lineage is None:
+            config.pop(LINEAGE, None)
+
+
+def _places(weight: Tensor, channels: Tensor) -> Tensor:
+    """The places of some columns in the flattened weight, row by row."""
+    rows = torch.arange(weight.shape[0], device=weight.device)
+    return (rows[:, None] * weight.shape[1] + channels.to(weight.device)).flatten()
+
+
+def _require_plain(network: nn.Module) -> None:
+    """Raise ``InputError`` for weights that are not what the model computes with, or not all here."""
+    if has_adapters(network):
+        raise InputError(
+            "the model has adapters, so its weights are not what it computes with; merge them first with merge_adapters"
+        )
+    for name, parameter in network.named_parameters():
+        if is_quantised(parameter):
+            raise InputError(
+                f"{name} is quantised, so single weights of it cannot be changed; load the model in float32 or bfloat16"
+            )
+        if shards.is_spread(parameter):
+            raise InputError(f"{name} is spread over processes; load the model in one process to change its weights")

@@ -1,0 +1,198 @@
+"""Prompts through a model in batches of like length, in one pass: what is kept is one sum, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from safeneuron import ranks
+from safeneuron.data import Prompt
+from safeneuron.errors import InputError
+from safeneuron.ffn import decoder_of, recorded
+from safeneuron.halving import Halving
+from safeneuron.models import Model, pad
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt with an answer to it, as tokens: the first ``prompt`` of ``ids`` are the prompt's."""
+
+    ids: list[int]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Exchanges as tensors, padded on the right, where causal attention cannot see the padding.
+
+    ``ids`` and ``mask`` are ``[row, token]``; ``answer`` is boolean ``[row, token]``, true at the tokens of answers;
+    ``ends`` is ``[row]``, how many tokens the prompt of each row has.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    answer: Tensor
+    ends: Tensor
+
+    @staticmethod
+    def of(model: Model, exchanges: Sequence[Exchange]) -> Batch:
+        """The exchanges in order, one a row."""
+        ids, mask = pad([one.ids for one in exchanges], int(model.tokenizer.pad_token_id), "right", model.device)
+        ends = torch.tensor([one.prompt for one in exchanges], device=model.device)
+        places = torch.arange(ids.shape[1], device=model.device)
+        return Batch(ids, mask, (places >= ends[:, None]) & (mask > 0), ends)
+
+
+def exchanges_of(
+    model: Model, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = 1024
+) -> list[Exchange]:
+    """Each prompt, through the chat template, with the answer of the same number.
+
+    A prompt is cut to its last ``max_tokens`` tokens, an answer to its first ``max_tokens``. Raises ``InputError`` for
+    more or fewer answers than prompts, for none, and for an answer that has no token.
+    """
+    if len(prompts) != len(answers) or not prompts:
+        raise InputError(
+            f"each prompt needs one answer, and at least one is needed; found {len(prompts)} prompts and "
+            f"{len(answers)} answers"
+        )
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:]
+        end = list(model.tokenizer(answer, add_special_tokens=False)["input_ids"])[:max_tokens]
+        if not end:
+            raise InputError(f"the answer to {prompt.text[:60]!r} is empty; expected text, leave the prompt out")
+        found.append(Exchange(start + end, len(start)))
+    return found
+
+
+def prompts_alone(model: Model, prompts: Sequence[Prompt], max_tokens: int = 1024) -> list[Exchange]:
+    """Each prompt through the chat template, cut to its last ``max_tokens`` tokens, without an answer."""
+    encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
+    return [Exchange(ids, len(ids)) for ids in encoded]
+
+
+def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts in batches of like length, longest first, each at most ``batch_tokens`` with its padding.
+
+    A prompt longer than that is a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index)):
+        if batch and (len(batch) + 1) * len(encoded[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
+    """One activation vector a prompt, ``[prompt, neuron]``, of encoded prompts run together.
+
+    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct.
+    """
+    ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)
+    last = mask.sum(dim=1) - 1
+    padding = mask.unsqueeze(-1) == 0
+
+    def reduce(activations: Tensor) -> Tensor:
+        if pooling == "last":
+            return activations[torch.arange(len(last), device=last.device), last]
+        if pooling == "mean":
+            return activations.masked_fill(padding, 0).sum(dim=1, dtype=torch.float32) / (last + 1).unsqueeze(-1)
+        return activations.masked_fill(padding, -torch.inf).amax(dim=1)
+
+    with torch.inference_mode(), recorded(model, reduce) as recording:
+        decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)
+    return torch.cat([recording.layers[layer].float().cpu() for layer in sorted(recording.layers)], dim=1)
+
+
+def total(
+    exchanges: Sequence[Exchange],
+    work: Callable[[Sequence[Exchange]], Tensor],
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The sum over all batches of what ``work`` makes of each: tensors of one shape, on the CPU.
+
+    Memory is that of one batch and of two such tensors. Several ranks take the batches in turn, and all get the sum
+    over all of them; so all must call it. A batch that does not fit into memory is run in halves. ``progress(done,
+    total)`` is called after each batch. Raises ``InputError`` if the sum is not finite.
+    """
+    advice = "use a smaller batch_tokens, shorter prompts, or a device with more memory"
+    halving: Halving[Exchange] = Halving("the pass", advice, lambda part: len(part) * max(len(one.ids) for one in part))
+    own: Tensor | None = None
+    done = 0
+    for number, batch in enumerate(length_batches([one.ids for one in exchanges], batch_tokens)):
+        # With fewer batches than ranks some have no part in it; they still need a tensor to add, so they run the first.
+        mine = number % ranks.world() == ranks.rank()
+        if mine or number == 0:
+            for found in halving.over([exchanges[index] for index in batch], work):
+                share = found if mine else torch.zeros_like(found)
+                own = share if own is None else own.add_(share)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(exchanges))
+    assert own is not None, "there is at least one exchange"
+    whole = over_ranks(own)
+    if not torch.isfinite(whole).all():
+        raise InputError(
+            "the model's activations or gradients are not finite on these prompts; load it with dtype = 'float32', or "
+            "use another checkpoint"
+        )
+    return whole
+
+
+def over_ranks(own: Tensor) -> Tensor:
+    """The sum over all ranks of the tensor that each has, in the order of the ranks."""
+    whole = torch.zeros_like(own)
+    for part in ranks.each_tensor(own):
+        whole += part
+    return whole
+
+
+def run_decoder(model: Model, batch: Batch) -> None:
+    """One pass through the decoder without the LM head and without gradients, for what is recorded meanwhile."""
+    with torch.inference_mode():
+        decoder_of(model.network)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+
+
+def run_backward(model: Model, batch: Batch) -> None:
+    """One pass through the model and back from the loss, for the gradients that hooks on activations see meanwhile.
+
+    The loss is the sum over the rows of the mean negative log-likelihood of each one's answer, so that each row's
+    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched.
+    """
+    with torch.enable_grad():
+        embedded = model.network.get_input_embeddings()(batch.ids).detach().requires_grad_(True)  # type: ignore[no-untyped-call]
+        out = decoder_of(model.network)(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
+        predicting = batch.answer[:, 1:]
+        wanted = batch.ids[:, 1:][predicting]
+        said = log_probabilities(model.network, out.last_hidden_state[:, :-1][predicting])
+        weights = (1 / predicting.sum(dim=1))[:, None].expand(predicting.shape)[predicting]
+        loss = (functional.nll_loss(said, wanted, reduction="none") * weights).sum()
+        torch.autograd.grad(loss, embedded)
+
+
+def log_probabilities(network: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """Of the next token, ``[token, vocabulary]`` in float32, of final hidden states ``[token, hidden]``."""
+    logits = network.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+    cap = vars(network.config.get_text_config()).get("final_logit_softcapping")  # type: ignore[union-attr, operator]
+    capped: Tensor = logits if cap is None else cap * (logits / cap).tanh()
+    return capped.log_softmax(-1)
+
+
+def common_ending(model: Model) -> int:
+    """How many tokens the template puts after every request: its end, and what opens the answer; at least 1."""
+    first, second = (model.encode([{"role": "user", "content": text}]) for text in ("apples", "What is 7 + 5?"))
+    count = 0
+    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
+        count += 1
+    return max(1, count)
