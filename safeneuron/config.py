@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from safeneuron.catalogue import NAMES
+from safeneuron.catalogue import NAMES, PROMPT_NAMES
 from safeneuron.errors import InputError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,13 +34,16 @@ class SourceTable(Table):
     """Where prompts come from."""
 
     path: str = Field(
-        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, or hub:owner/name on the Hub"
+        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, hub:owner/name, or a benchmark: "
+        + PROMPT_NAMES
     )
     split: str = Field("", description="split of the bundled prompts (discovery, training, test) or of a Hub dataset")
     column: str = Field("", description="column with the prompt; empty finds the usual names")
     every: Count = Field(1, description="use every so-many-th row, for a sample of a file that is sorted by topic")
     count: Count | None = Field(None, description="use the first so many rows; all if not given")
     revision: str = Field("", description="revision of a Hub dataset; give a commit to make the run reproducible")
+    where: str = Field("", description="use the rows with this value in this column, as in label = safe")
+    category: str = Field("", description="category of all its prompts; over-refusal is reported by category")
 
 
 class ModelTable(Table):
