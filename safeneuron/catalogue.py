@@ -60,7 +60,7 @@ NAMES = ", ".join(name for name, known in DATA_SETS.items() if not known.images)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A benchmark of requests on the Hub: the column that holds them, and the rows that are meant (``Source.where``)."""
+    """A benchmark of requests on the Hub: the column that holds them, and the rows that are meant (see ``Source``)."""
 
     path: str
     split: str

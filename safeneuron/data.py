@@ -115,12 +115,12 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source; a keyword that is given wins over the field of a ``Source``.
 
-    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, or bundled. The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is
-    the first user turn. ``category`` (or ``topic``, ``type``) and ``id`` are kept. An empty prompt in a file is an error; in a
-    Hub dataset, which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are
-    fewer; a ``Source`` may also keep every so-many-th, those ``where`` a column has a value, and give them a category.
-    Raises InputError for anything that cannot be read, with file
-    and line number.
+    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, or bundled. The prompt is the given
+    column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is the first user turn.
+    ``category`` (or ``topic``, ``type``) and ``id`` are kept. An empty prompt in a file is an error; in a Hub dataset,
+    which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are fewer; a
+    ``Source`` may also keep every so-many-th, those ``where`` a column has a value, and give them a category. Raises
+    InputError for anything that cannot be read, with file and line number.
     """
     source = prompts_by_name(as_source(source, split, column, count, revision))
     if source.path.startswith("twins:"):

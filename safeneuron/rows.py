@@ -24,8 +24,8 @@ class Source:
     """Where prompts or pairs come from; an empty field means: all of it, or found without being told."""
 
     path: str
-    """``FILE.jsonl``, ``FILE.csv``, ``hub:owner/name``, ``hub:owner/name/config``, ``twins:unsafe``, ``twins:safe``, or a
-    name of ``catalogue``."""
+    """``FILE.jsonl``, ``FILE.csv``, ``hub:owner/name``, ``hub:owner/name/config``, ``twins:unsafe``, ``twins:safe``, or
+    a name of ``catalogue``."""
     split: str = ""
     """Hub: the split to load (``train`` if empty). Twins: ``discovery``, ``training`` or ``test``. Files have none."""
     column: str = ""

@@ -1,4 +1,4 @@
-"""Data sets and benchmarks by name, read by the real library from folders laid out as on the Hub; all texts are made up."""
+"""Data sets and benchmarks by name, read by the real library from folders laid out as on the Hub; texts are made up."""
 
 import csv
 import json
@@ -282,7 +282,7 @@ def test_a_condition_that_no_row_fulfils_says_so(tmp_path: Path) -> None:
     file.write_text('{"prompt": "Q", "label": "safe"}\n', "utf-8")
     with pytest.raises(InputError, match="no row has label = unsafe"):
         read_prompts(Source(str(file), where="label = unsafe"))
-    with pytest.raises(InputError, match="there is no column 'lable' .did you mean 'label'"):
+    with pytest.raises(InputError, match=r"there is no column 'lable' .did you mean 'label'"):
         read_prompts(Source(str(file), where="lable = safe"))
     with pytest.raises(InputError, match="'where' has no meaning"):
         read_prompts(Source("twins:safe", where="label = safe"))
