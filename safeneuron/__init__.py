@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from safeneuron.ablating import Ablation
     from safeneuron.adapters import merge_adapters
     from safeneuron.aligning import Alignment, align
-    from safeneuron.attacking import Attack, attack, perplexity
+    from safeneuron.attacking import Attack, attack, perplexity, respond
+    from safeneuron.capability import benchmark
     from safeneuron.config import Config, read_config
     from safeneuron.data import Pair, Prompt, read_prompts
     from safeneuron.errors import InputError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from safeneuron.reporting import render
     from safeneuron.runs import Run
     from safeneuron.selecting import Scores, choose, score, select
+    from safeneuron.serving import served
     from safeneuron.statistics import ActivationStats
     from safeneuron.training import Training
 
@@ -34,7 +36,8 @@ _HOMES = {
     "ablating": ("Ablation",),
     "adapters": ("merge_adapters",),
     "aligning": ("Alignment", "align"),
-    "attacking": ("Attack", "attack", "perplexity"),
+    "attacking": ("Attack", "attack", "perplexity", "respond"),
+    "capability": ("benchmark",),
     "config": ("Config", "read_config"),
     "data": ("Pair", "Prompt", "read_prompts"),
     "errors": ("InputError",),
@@ -49,6 +52,7 @@ _HOMES = {
     "reporting": ("render",),
     "runs": ("Run",),
     "selecting": ("Scores", "choose", "score", "select"),
+    "serving": ("served",),
     "statistics": ("ActivationStats",),
     "training": ("Training",),
 }
@@ -74,6 +78,7 @@ __all__ = [
     "Training",
     "align",
     "attack",
+    "benchmark",
     "choose",
     "frozen",
     "generate",
@@ -90,8 +95,10 @@ __all__ = [
     "read_prompts",
     "recorded",
     "render",
+    "respond",
     "score",
     "select",
+    "served",
 ]
 
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safeneuron import ranks
+from safeneuron import ranks, serving
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
 from safeneuron.models import Model, generate
 from safeneuron.neurons import NeuronSet
+from safeneuron.serving import Server
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,19 @@ def outcome(verdicts: Sequence[str], counted: str) -> dict[str, float]:
 
 
 def respond(
-    model: Model, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32, skip: int = 0
+    model: Model | Server, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32, skip: int = 0
 ) -> Iterator[list[Response]]:
     """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
 
-    All ranks get all answers; each of them generates its share of the batches.
+    Of a model, all ranks get all answers, and each generates its share of the batches; a checkpoint that is ``served``
+    by vLLM answers alone.
     """
     encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
-    for batch in generate(model, encoded, max_new_tokens, batch_size, skip):
+    if isinstance(model, Server):
+        batches = serving.generate(model, encoded, max_new_tokens, batch_size, skip)
+    else:
+        batches = generate(model, encoded, max_new_tokens, batch_size, skip)
+    for batch in batches:
         yield [Response(index, prompts[index].text, text) for index, text in batch]
 
 

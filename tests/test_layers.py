@@ -32,7 +32,7 @@ LAYERS = (
         "licences",
         "pushing",
     },
-    {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
+    {"moments", "neurons", "statistics", "selecting", "comparing", "coherence", "refusals"},
     {
         "models",
         "quantising",
@@ -50,8 +50,9 @@ LAYERS = (
         "ablating",
         "refreshing",
         "judges",
+        "serving",
     },
-    {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
+    {"measuring", "pairing", "aligning", "attacking", "capability", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
@@ -62,7 +63,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
-    "planning",
+    "planning", "serving",
 }  # fmt: skip
 
 
