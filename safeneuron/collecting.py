@@ -133,7 +133,7 @@ def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
     pairs = [(BASE, state) for state in others]
     pairs += [(rival, main) for main in others for rival in others
               if not main.variant and rival.variant and rival.round == main.round]  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for first, second in pairs:
         for kind, verdict, which, knowledge in COMPARED:
             one, other = (verdicts_of(run, state, kind, which, knowledge) for state in (first, second))

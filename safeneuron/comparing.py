@@ -77,9 +77,9 @@ def paired_interval(both: int, gained: int, lost: int, n: int) -> tuple[float, f
     neither = n - both - gained - lost
     second, first = (both + gained) / n, (both + lost) / n
     (low_second, high_second), (low_first, high_first) = _wilson(both + gained, n), _wilson(both + lost, n)
-    product = both * neither - gained * lost
+    product = float(both * neither - gained * lost)
     if product > 0:
-        product = max(product - n / 2, 0)
+        product = max(product - n / 2, 0.0)
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     phi = product / math.sqrt(margins) if margins else 0.0
 

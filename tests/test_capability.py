@@ -13,6 +13,7 @@ import torch
 from safeneuron.capability import TASKS, benchmark, share_of_correct
 from safeneuron.config import parse_config, read_config
 from safeneuron.errors import InputError
+from safeneuron.explaining import explain
 from safeneuron.ffn import pruned
 from safeneuron.neurons import NeuronSet
 from tests import tiny, tiny_run
@@ -262,6 +263,7 @@ def test_a_run_measures_capability_task_by_task(folder, tmp_path):
     }  # fmt: skip
     assert found["ORI"]["truthfulqa_mc2"]["value"] != found["FULL"]["truthfulqa_mc2"]["value"]
     assert found["ORI"]["arc_challenge"]["shots"] == 1
+    assert "with its safety neurons pruned" in " ".join(explain(run / "T0/capability/FULL/arc_challenge.json"))
     assert "## Capability" in (run / "report/report.md").read_text()
     # A task that is there is not done again; the others are.
     kept, lost = (run / "T0/capability" / name / "truthfulqa_mc2.json" for name in ("ORI", "FULL"))
