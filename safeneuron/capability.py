@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,7 @@ TASKS = {
 }
 """The benchmarks by the name that the harness has for them."""
 
+INSTALL = "install it with: pip install 'safeneuron[eval]'"
 LOCAL_TASKS = Path(__file__).with_name("tasks")
 FEWSHOT_SEED = 1234
 """The harness' own seed for the choice of examples, so that numbers are those of its command line."""
@@ -66,6 +68,19 @@ class BenchmarkScore:
     def to_record(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+def require_benchmarks(tasks: Sequence[str], folder: str = "") -> None:
+    """Raise ``InputError``, before hours of work, if the harness or a file of one of the tasks is missing."""
+    if find_spec("lm_eval") is None:
+        raise InputError(f"capability benchmarks need lm-evaluation-harness, which is not installed; {INSTALL}")
+    for task in tasks:
+        file = Path(folder).expanduser() / TASKS[task].file
+        if folder and not file.is_file():
+            raise InputError(
+                f"{task} asks the questions in {file}, which does not exist; put the file there, leave the task out of "
+                "capability.tasks, or leave capability.folder empty to read from the Hub"
+            )
 
 
 def benchmark(
@@ -121,8 +136,7 @@ def _harness() -> tuple[Any, Any]:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise InputError(
-            f"capability benchmarks need lm-evaluation-harness, which cannot be loaded ({error}); install it with: "
-            "pip install 'safeneuron[eval]'"
+            f"capability benchmarks need lm-evaluation-harness, which cannot be loaded ({error}); {INSTALL}"
         ) from error
     return evaluator, HFLM
 

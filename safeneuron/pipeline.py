@@ -29,7 +29,7 @@ from safeneuron import ranks
 from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.capability import TASKS, benchmark
+from safeneuron.capability import TASKS, benchmark, require_benchmarks
 from safeneuron.config import AlignTable, CapabilityTable, Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
@@ -98,6 +98,8 @@ class Pipeline:
 
     def execute(self) -> None:
         """Do whatever is not done yet, in order."""
+        if self.config.capability.enabled:
+            require_benchmarks(self.config.capability.tasks, self.config.capability.folder)
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)

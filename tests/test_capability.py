@@ -228,6 +228,26 @@ def test_without_the_harness_one_sentence_says_what_to_install(model, folder, mo
         benchmark(model, "arc_challenge", str(folder))
 
 
+def test_a_run_says_so_before_its_first_stage(folder, tmp_path, monkeypatch):
+    import sys
+
+    def begun(**changes) -> tuple[str, list[object]]:
+        table = {"enabled": "true", "folder": f'"{folder}"', **changes}
+        settings = read_config("audit", [f"capability.{key}={value}" for key, value in table.items()])
+        watch = tiny_run.Watch()
+        with pytest.raises(InputError) as caught:
+            tiny_run.execute(settings, tmp_path / "run", watch)
+        return str(caught.value), watch.events
+
+    said, events = begun(folder=f'"{tmp_path}"')
+    assert "asks the questions in" in said
+    assert events == []
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said, events = begun()
+    assert "is not installed; install it with: pip install 'safeneuron[eval]'" in said
+    assert events == []
+
+
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(InputError, match="needs at least one of the tasks"):
         parse_config("[capability]\nenabled = true\ntasks = []", "c.toml")
