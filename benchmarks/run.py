@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import GenerationConfig
 
 from safeneuron.aligning import align
 from safeneuron.data import Pair, Prompt, benign_text, read_prompts
@@ -31,7 +32,7 @@ from safeneuron.planning import Device, Shape, align_need, longest_pair, total
 from safeneuron.selecting import choose, score, thresholds_for
 from safeneuron.training import Training
 
-PARTS = ("measure", "memory", "plan", "freeze", "training", "precision", "pooling", "demo")
+PARTS = ("measure", "memory", "plan", "freeze", "training", "precision", "pooling", "generation", "demo")
 
 
 def prompts(kind: str, count: int) -> list[Prompt]:
@@ -279,6 +280,43 @@ def bench_pooling() -> None:
         )
 
 
+def bench_generation(new_tokens: int = 32, rounds: int = 3) -> None:
+    """(g) greedy tokens a second by batch, precision and cache, as ratios to bfloat16 with a dynamic cache, one by one.
+
+    Every way generates the full length (end tokens are not heeded), so all do the same work; ways take turns. On one
+    thread, and in its processor time: then it hardly matters what else the machine does.
+    """
+    torch.set_num_threads(1)
+    networks = {dtype: load("embedded", dtype=dtype) for dtype in ("bfloat16", "float32")}
+    speeds: dict[tuple[str, str, int], list[float]] = {}
+    for _ in range(rounds + 1):
+        for dtype, model in networks.items():
+            for cache, size in itertools.product(("dynamic", "static"), (1, 8, 32)):
+                seconds = seconds_to_generate(model, size, new_tokens, cache)
+                speeds.setdefault((dtype, cache, size), []).append(size * new_tokens / seconds)
+    # The first round is a warm-up.
+    base = speeds["bfloat16", "dynamic", 1][1:]
+    for (dtype, cache, size), found in speeds.items():
+        ratios = [speed / other for speed, other in zip(found[1:], base, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"(g) {dtype:<9} {cache:<8} batch {size:>2}: {statistics.median(ratios):5.2f} ({spread}), "
+              f"{statistics.median(found[1:]):.0f} tokens/s", flush=True)  # fmt: skip
+
+
+def seconds_to_generate(model: Model, size: int, new_tokens: int, cache: str) -> float:
+    """Processor time for ``new_tokens`` greedy tokens after each of ``size`` prompts side by side."""
+    encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts("safe", size)]
+    ids, mask = pad(encoded, int(model.tokenizer.pad_token_id), "left", model.device)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, eos_token_id=None,
+        pad_token_id=model.tokenizer.pad_token_id, cache_implementation=cache, disable_compile=True,
+    )  # fmt: skip
+    begun = time.process_time()
+    with torch.inference_mode():
+        model.network.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    return time.process_time() - begun
+
+
 def bench_demo(folder: str = "runs/demo") -> None:
     """(d) time and memory of each stage of a finished demo."""
     records = [
@@ -310,6 +348,7 @@ def main(arguments: list[str]) -> None:
         "training": bench_training,
         "precision": bench_precision,
         "pooling": bench_pooling,
+        "generation": bench_generation,
         "demo": bench_demo,
     }
     for name in arguments or PARTS:

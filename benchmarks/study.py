@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from safeneuron.differences import bootstrap_interval
+
 MARKER = "<!-- study: {} -->"
 ATTACKS = (
     ("ORI", "ORI"),
@@ -24,7 +26,6 @@ ATTACKS = (
     ("iterated", "iterated-FULL"),
     ("random", "random"),
 )
-DRAWS = 4000
 
 
 def run_seed(config: str, seed: int, out: Path) -> Path:
@@ -49,21 +50,9 @@ def table_of(folders: Sequence[Path], state: str, attack: str, verdict: str, kin
     return np.array([[float(v == verdict) for v in verdicts(folder, state, attack, kind)] for folder in folders])
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of ``[seed, prompt]``, seeds and prompts both drawn with replacement."""
-    draw = np.random.default_rng(0)
-    seeds, prompts = values.shape
-    means = [
-        values[np.ix_(draw.integers(seeds, size=seeds), draw.integers(prompts, size=prompts))].mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def cell(values: np.ndarray) -> str:
     """Mean and interval in per cent."""
-    low, high = interval(values)
+    low, high = bootstrap_interval(values)
     return f"{100 * values.mean():.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
@@ -97,7 +86,7 @@ def tables(folders: Sequence[Path]) -> list[str]:
         for attack in ("adaptive-FULL", "iterated-FULL"):
             for verdict in ("complied", "refused"):
                 gap = table_of(folders, name, attack, verdict) - table_of(folders, "T1", attack, verdict)
-                low, high = interval(gap)
+                low, high = bootstrap_interval(gap)
                 cells.append(f"{100 * gap.mean():+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += [

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from safeneuron.ablating import Ablation
     from safeneuron.adapters import merge_adapters
     from safeneuron.aligning import Alignment, align
-    from safeneuron.attacking import Attack, attack, perplexity
+    from safeneuron.attacking import Attack, attack, perplexity, respond
     from safeneuron.attempts import Attempt, input_attempts
+    from safeneuron.capability import benchmark
     from safeneuron.comparing import compare
     from safeneuron.config import Config, read_config
     from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from safeneuron.runs import Run
     from safeneuron.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
     from safeneuron.selecting import Scores, choose, score, select
+    from safeneuron.serving import served
     from safeneuron.statistics import ActivationStats
     from safeneuron.streaming import exchanges_of
     from safeneuron.sweeping import each_layer, each_neuron, sweep
@@ -47,8 +49,9 @@ _HOMES = {
     "ablating": ("Ablation",),
     "adapters": ("merge_adapters",),
     "aligning": ("Alignment", "align"),
-    "attacking": ("Attack", "attack", "perplexity"),
+    "attacking": ("Attack", "attack", "perplexity", "respond"),
     "attempts": ("Attempt", "input_attempts"),
+    "capability": ("benchmark",),
     "comparing": ("compare",),
     "config": ("Config", "read_config"),
     "contrasting": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
@@ -73,6 +76,7 @@ _HOMES = {
     "runs": ("Run",),
     "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
     "selecting": ("Scores", "choose", "score", "select"),
+    "serving": ("served",),
     "statistics": ("ActivationStats",),
     "streaming": ("exchanges_of",),
     "sweeping": ("each_layer", "each_neuron", "sweep"),
@@ -108,6 +112,7 @@ __all__ = [
     "activation_contrast",
     "align",
     "attack",
+    "benchmark",
     "choose",
     "compare",
     "each_layer",
@@ -136,8 +141,10 @@ __all__ = [
     "recorded",
     "red_team",
     "render",
+    "respond",
     "score",
     "select",
+    "served",
     "set_difference",
     "snip",
     "snip_weights",

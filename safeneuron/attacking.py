@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safeneuron import ranks
+from safeneuron import ranks, serving
 from safeneuron.attempts import Attempt
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
@@ -18,6 +18,7 @@ from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
 from safeneuron.models import Model, generate
 from safeneuron.neurons import NeuronSet
+from safeneuron.serving import Server
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ PLAIN = Attempt("ORI")
 
 
 def respond(
-    model: Model,
+    model: Model | Server,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     batch_size: int = 32,
@@ -97,11 +98,16 @@ def respond(
     """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
 
     With an ``attempt`` the model is asked as it says, and the responses begin with its opening; its block is the
-    caller's to enter. A response always names the original prompt, which is what it is judged against.
-    All ranks get all answers; each of them generates its share of the batches.
+    caller's to enter. A response always names the original prompt, which is what it is judged against. Of a model, all
+    ranks get all answers, and each generates its share of the batches; a checkpoint that is ``served`` by vLLM answers
+    alone.
     """
     encoded, opening = attempt.encode(model, [prompt.text for prompt in prompts])
-    for batch in generate(model, encoded, max_new_tokens, batch_size, skip, opening):
+    if isinstance(model, Server):
+        batches = serving.generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+    else:
+        batches = generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+    for batch in batches:
         yield [Response(index, prompts[index].text, text) for index, text in batch]
 
 

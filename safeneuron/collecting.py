@@ -6,17 +6,27 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safeneuron import __version__, embedded
+from safeneuron.attacking import outcome
 from safeneuron.config import AlignTable, Config, to_toml
+from safeneuron.differences import compare, corrected
 from safeneuron.neurons import NeuronSet
 from safeneuron.reporting import render
 from safeneuron.runs import Run, read_json, read_lines, write_json, write_text
-from safeneuron.states import Findings, State
+from safeneuron.states import BASE, Findings, State
 
+COMPARED = (
+    ("harmful", "complied", "ORI", "none"),
+    ("harmful", "complied", "FULL", "adaptive"),
+    ("harmful", "complied", "FULL", "iterated"),
+    ("benign", "refused", "ORI", "none"),
+)
+"""In what two states are compared: the kind of request, the verdict, and the attack."""
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -32,6 +42,7 @@ def write_report(config: Config, run: Run, folder: Path) -> None:
 def collect(config: Config, run: Run) -> dict[str, Any]:
     """Every number of the run, by state; no times, so that it can be compared between runs."""
     base = NeuronSet.load(run.folder / "T0" / "select" / "neurons.json")
+    states = Findings(config, run).states()
     return {
         "schema": 1,
         "name": config.name,
@@ -42,7 +53,8 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "max_new_tokens": config.attack.max_new_tokens,
         "neurons_total": base.total,
         "layers": len(base.widths),
-        "states": [_state(config, run, state, base) for state in Findings(config, run).states()],
+        "states": [_state(config, run, state, base) for state in states],
+        "differences": differences(run, states),
     }
 
 
@@ -89,7 +101,62 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
         "training": training,
         "attacks": attacks,
         "curve": curve,
+        "refusals_by_category": _refusals_by_category(run, state, findings),
+        "capability": _capability(folder),
     }
+
+
+def _refusals_by_category(run: Run, state: State, findings: Findings) -> dict[str, dict[str, float]]:
+    """The verdicts on benign requests with nothing pruned, counted for each category of the prompts."""
+    groups: dict[str, list[str]] = {}
+    found = verdicts_of(run, state, "benign", "ORI", "none")
+    for index, prompt in enumerate(findings.prompts("test_safe")):
+        if index in found:
+            groups.setdefault(prompt.category, []).append(found[index])
+    return {category: outcome(verdicts, "refused") for category, verdicts in sorted(groups.items())}
+
+
+def _capability(folder: Path) -> dict[str, dict[str, Any]]:
+    """The scores of the capability benchmarks, by what was pruned and by task; empty where they were not run."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((folder / "capability").glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = read_json(path)
+    return found
+
+
+def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
+    """Paired comparisons, each state with T0 and the main training with each variant of the same round.
+
+    The p-values are corrected for their number, all of this list together.
+    """
+    others = [state for state in states if state != BASE]
+    pairs = [(BASE, state) for state in others]
+    pairs += [(rival, main) for main in others for rival in others
+              if not main.variant and rival.variant and rival.round == main.round]  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for first, second in pairs:
+        for kind, verdict, which, knowledge in COMPARED:
+            one, other = (verdicts_of(run, state, kind, which, knowledge) for state in (first, second))
+            # An answer that could not be judged leaves its pair out.
+            asked = [
+                index for index in sorted(one.keys() & other.keys()) if "cannot say" not in (one[index], other[index])
+            ]
+            result = compare([one[i] == verdict for i in asked], [other[i] == verdict for i in asked])
+            if result is not None:
+                what = {"kind": kind, "verdict": verdict, "set": which, "knowledge": knowledge}
+                found.append({"first": first.name, "second": second.name, **what, **result.to_record()})
+    for record, p in zip(found, corrected([record["p"] for record in found]), strict=True):
+        record["p_corrected"] = p
+    return found
+
+
+def verdicts_of(run: Run, state: State, kind: str, which: str, knowledge: str) -> dict[int, str]:
+    """The verdicts on a state's answers by the index of the prompt; none where the attack was not run."""
+    folder = run.folder / state.name / "judge"
+    name = which if knowledge == "none" else f"{knowledge}-{which}"
+    if knowledge == "adaptive" and state == BASE and not (folder / name).exists():
+        name = f"static-{which}"
+    return {int(line["index"]): str(line["verdict"]) for line in read_lines(folder / name / f"{kind}.jsonl")}
 
 
 def label_of(config: Config, state: State) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from safeneuron.catalogue import NAMES
+from safeneuron.catalogue import NAMES, PROMPT_NAMES
 from safeneuron.errors import InputError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,13 +34,16 @@ class SourceTable(Table):
     """Where prompts come from."""
 
     path: str = Field(
-        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, or hub:owner/name on the Hub"
+        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, hub:owner/name, or a benchmark: "
+        + PROMPT_NAMES
     )
     split: str = Field("", description="split of the bundled prompts (discovery, training, test) or of a Hub dataset")
     column: str = Field("", description="column with the prompt; empty finds the usual names")
     every: Count = Field(1, description="use every so-many-th row, for a sample of a file that is sorted by topic")
     count: Count | None = Field(None, description="use the first so many rows; all if not given")
     revision: str = Field("", description="revision of a Hub dataset; give a commit to make the run reproducible")
+    where: str = Field("", description="use the rows with this value in this column, as in label = safe")
+    category: str = Field("", description="category of all its prompts; over-refusal is reported by category")
 
 
 class ModelTable(Table):
@@ -251,6 +254,34 @@ class JudgeTable(Table):
     )
 
 
+class CapabilityTable(Table):
+    """The table [capability]."""
+
+    enabled: bool = Field(
+        False, description="measure what the model can do besides, with lm-evaluation-harness (the extra eval)"
+    )
+    tasks: tuple[Literal["arc_challenge", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"], ...] = Field(
+        ("arc_challenge", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"), description="the benchmarks"
+    )
+    folder: str = Field(
+        "",
+        description="folder with arc_challenge.jsonl, gsm8k_test.jsonl, TruthfulQA.csv; empty takes all from the Hub",
+    )
+    limit: int | None = Field(None, ge=2, description="use the first so many questions of each; all if not given")
+    shots: int | None = Field(
+        None, ge=0, description="solved examples before a question; if not given 25 for ARC, 5 for GSM8K; TruthfulQA: 0"
+    )
+    pruned: bool = Field(False, description="measure each state also with its own safety neurons (FULL) pruned")
+    chat_template: bool = Field(False, description="put questions and examples through the model's chat template")
+    batch_size: Count = Field(4, description="questions, each with one answer, in one forward pass")
+
+    @model_validator(mode="after")
+    def _some_task(self) -> CapabilityTable:
+        if self.enabled and not self.tasks:
+            raise ValueError("enabled = true needs at least one of the tasks; name one, or leave tasks out for all")
+        return self
+
+
 class ReportTable(Table):
     """The table [report]."""
 
@@ -271,6 +302,9 @@ class Config(Table):
     align: AlignTable = Field(default_factory=AlignTable, description="preference optimisation (Eq. 11-13)")
     attack: AttackTable = Field(default_factory=AttackTable, description="pruning attacks")
     judge: JudgeTable = Field(default_factory=JudgeTable, description="verdicts on the answers")
+    capability: CapabilityTable = Field(
+        default_factory=CapabilityTable, description="benchmarks of capability, off unless enabled"
+    )
     report: ReportTable = Field(default_factory=ReportTable, description="tables and figures")
     variants: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], dict[str, Any]] = Field(
         {}, description="further trainings from T0, each a table of the keys of [align] that it changes"

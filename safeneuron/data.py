@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from safeneuron.catalogue import prompts_by_name
 from safeneuron.errors import InputError, nearest
 from safeneuron.rows import (
     EmptyTextError,
@@ -54,7 +55,7 @@ PROMPT_COLUMNS = (
 )
 """The columns in which a prompt is looked for, best first; upper and lower case are the same."""
 
-CATEGORY_COLUMNS = ("category", "topic")
+CATEGORY_COLUMNS = ("category", "topic", "type")
 TWIN_COLUMNS = {"twins:unsafe": "harmful", "twins:safe": "harmless"}
 TWIN_SPLITS = ("discovery", "training", "test")
 
@@ -114,18 +115,23 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source; a keyword that is given wins over the field of a ``Source``.
 
-    The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is
-    the first user turn. ``category`` (or ``topic``) and ``id`` are kept. An empty prompt in a file is an error; in a
-    Hub dataset, which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are
-    fewer; a ``Source`` may also keep every so-many-th. Raises InputError for anything that cannot be read, with file
-    and line number.
+    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, or bundled. The prompt is the given
+    column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is the first user turn.
+    ``category`` (or ``topic``, ``type``) and ``id`` are kept. An empty prompt in a file is an error; in a Hub dataset,
+    which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are fewer; a
+    ``Source`` may also keep every so-many-th, those ``where`` a column has a value, and give them a category. Raises
+    InputError for anything that cannot be read, with file and line number.
     """
-    source = as_source(source, split, column, count, revision)
-    found = _twins(source) if source.path.startswith("twins:") else _prompts(read_rows(source), source.column)
+    source = prompts_by_name(as_source(source, split, column, count, revision))
+    if source.path.startswith("twins:"):
+        found = _twins(source)
+    else:
+        found = _prompts(_rows_where(read_rows(source), source.where), source.column)
     prompts = list(islice(islice(found, 0, None, source.every), source.count))
     if not prompts:
-        raise InputError(f"{source.path} holds no prompts: the prompt of every row is empty")
-    return prompts
+        reason = f"no row has {source.where}, or its prompt is empty" if source.where else "every prompt is empty"
+        raise InputError(f"{source.path} holds no prompts: {reason}")
+    return [replace(prompt, category=source.category) for prompt in prompts] if source.category else prompts
 
 
 def check_classes(unsafe: Sequence[Prompt], safe: Sequence[Prompt], least: int = 2) -> list[str]:
@@ -188,6 +194,16 @@ def _require(record: Mapping[str, Any], *names: str) -> None:
             raise InputError(f"a record must have '{name}', found only: {', '.join(record) or 'nothing'}")
 
 
+def _rows_where(rows: Iterator[Row], condition: str) -> Iterator[Row]:
+    """The rows that have the value in the column that a condition such as ``label = safe`` names."""
+    if not condition:
+        return rows
+    column, equals, value = (part.strip() for part in condition.partition("="))
+    if not column or not equals:
+        raise InputError(f"'where' must name a column and its value, as in 'label = safe', found '{condition}'")
+    return (row for row in rows if str(value_at(row, column)) == value)
+
+
 def _prompts(rows: Iterator[Row], column: str) -> Iterator[Prompt]:
     for row in rows:
         # The first row decides which column it is, also when that row itself is then skipped.
@@ -218,8 +234,11 @@ def _first_present(row: Row, names: Sequence[str]) -> str:
 
 
 def _request(row: Row, column: str) -> str:
-    if not isinstance(value_at(row, column), list):
+    value = value_at(row, column)
+    if not isinstance(value, list):
         return text_at(row, column)
+    if value and all(isinstance(turn, str) for turn in value):
+        return checked_text(row, column, value[0])
     turns = [message["content"] for message in messages_at(row, column) if message["role"] == "user"]
     return checked_text(row, column, turns[0] if turns else "")
 
@@ -234,7 +253,7 @@ def _twins(source: Source) -> Iterator[Prompt]:
     if source.path not in TWIN_COLUMNS:
         hint = nearest(source.path, TWIN_COLUMNS)
         raise InputError(f"expected {' or '.join(TWIN_COLUMNS)} for the bundled prompts, found '{source.path}'{hint}")
-    refuse_options(source, "is bundled", {"column": source.column, "revision": source.revision})
+    refuse_options(source, "is bundled", {"column": source.column, "revision": source.revision, "where": source.where})
     if source.split and source.split not in TWIN_SPLITS:
         hint = nearest(source.split, TWIN_SPLITS)
         raise InputError(f"{source.path} has the splits {', '.join(TWIN_SPLITS)}, found '{source.split}'{hint}")

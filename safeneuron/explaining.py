@@ -128,6 +128,8 @@ def _at_once(pairs: int) -> str:
 def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     if path.suffix == ".safetensors":
         return _tensors
+    if path.suffix == ".json" and path.absolute().parent.parent.name == "capability":
+        return _capability
     by_name: dict[str, Callable[[Path], Iterator[str]]] = {
         "done.json": _done,
         "started.json": _started,
@@ -232,6 +234,14 @@ def _pruned(path: Path) -> Iterator[str]:
     record = read_json(path)
     perplexity = f"perplexity of the benign text {record['perplexity']:.4g}"
     yield f"An attack that prunes {record['neurons']:,} neurons; {perplexity}."
+
+
+def _capability(path: Path) -> Iterator[str]:
+    record = read_json(path)
+    pruned = "with nothing pruned" if path.absolute().parent.name == "ORI" else "with its safety neurons pruned"
+    score = f"{record['value']:.1%} ± {record['stderr']:.1%} ({record['metric']})"
+    yield f"A capability benchmark, {record['task']}, {pruned}: {score} on {record['n']:,} questions."
+    yield f"{record['shots']} examples before each question; questions from: {record['source']}."
 
 
 def _warnings(path: Path) -> Iterator[str]:

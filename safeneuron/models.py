@@ -66,10 +66,7 @@ class Model:
 
         A model without a chat template gets the bare text of the messages, with its own special tokens.
         """
-        if not self.tokenizer.chat_template:
-            return list(self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode(self.tokenizer, messages)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
@@ -103,6 +100,14 @@ class Sampling:
                 "to sample, temperature must be above 0 and top_p above 0 and at most 1, found "
                 f"{self.temperature:g} and {self.top_p:g}; leave sampling out to answer greedily"
             )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation for whatever answers it; see ``Model.encode``."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load(
@@ -211,16 +216,16 @@ def generate(
     memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones. ``within`` makes a block
     around each batch, given the indices of the prompts in its rows.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
+    batches = by_length(prompts, batch_size, skip)
     drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # A static cache was slower than this dynamic one at every batch size, and compiled graphs would not see hooks.
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=sampling is not None,
         **drawn,
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_end_tokens(model),
+        eos_token_id=end_tokens(model.network.generation_config, model.tokenizer),
         pad_token_id=model.tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -239,7 +244,6 @@ def generate(
     def in_halves(batch: list[int]) -> list[str]:
         return [text for part in halving.over(batch, texts_of) for text in part]
 
-    batches = [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
     for batch, texts in zip(batches, ranks.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
 
@@ -253,10 +257,18 @@ def _seeded(sampling: Sampling | None, first: int, device: torch.device) -> Iter
         yield
 
 
-def _end_tokens(model: Model) -> list[int] | None:
+def by_length(prompts: Sequence[Sequence[int]], batch_size: int, skip: int = 0) -> list[list[int]]:
+    """Indices of prompts in batches, longest first, without the first ``skip`` prompts, which are whole batches."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
+    return [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
+
+
+def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end an answer: those of a model's generation settings, and the tokenizer's own."""
     # Community checkpoints often keep the base model's generation settings, which lack the end token of the chat form.
-    own = model.network.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
+    own = settings.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
 
 

@@ -46,7 +46,7 @@ def read_pairs(
     source = by_name(as_source(source, split=split, count=count, revision=revision))
     if source.path.startswith("twins:"):
         raise InputError(f"{source.path} holds prompts, not preference pairs; name a file or hub:owner/name instead")
-    refuse_options(source, "is read as pairs", {"column": source.column})
+    refuse_options(source, "is read as pairs", {"column": source.column, "where": source.where})
     if has_images(source):
         raise refuse_images(source.path)
     out: Counter[str] = Counter()

@@ -1,14 +1,15 @@
 """The order of the stages over the states T0, T1, ...: the only file that knows Config, Run and the stages together.
 
-1. data      read the prompts, keep the exact records used
-2. measure   activation statistics of the state on unsafe and safe prompts
-3. select    scores of all neurons, and the safety neurons
-4. iterate   find, prune, find again: the neurons of the iterated attacker, if there is one
-5. attack    answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones
-6. judge     verdicts on the answers
-7. pairs     preference pairs, once, from T0
-8. align     train the next state with all neurons found so far frozen; back to 2
-9. report    tables and figures over all states
+1.  data       read the prompts, keep the exact records used
+2.  measure    activation statistics of the state on unsafe and safe prompts
+3.  select     scores of all neurons, and the safety neurons
+4.  iterate    find, prune, find again: the neurons of the iterated attacker, if there is one
+5.  attack     answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones
+6.  judge      verdicts on the answers
+7.  capability benchmarks of what the state can do besides, if they are enabled
+8.  pairs      preference pairs, once, from T0
+9.  align      train the next state with all neurons found so far frozen; back to 2
+10. report     tables and figures over all states
 
 With many processes, all of them go through the same stages. Rank 0 decides what is to be done, and only its files are
 written (``runs``); the stages that compute with the model are done by all together, the others by rank 0 alone.
@@ -28,7 +29,8 @@ from safeneuron import ranks
 from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import AlignTable, Config, SourceTable
+from safeneuron.capability import TASKS, benchmark, require_benchmarks
+from safeneuron.config import AlignTable, CapabilityTable, Config, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
@@ -86,15 +88,18 @@ class Pipeline:
         self.run = run
         self.watcher = watcher
         self.findings = Findings(config, run)
-        self.kinds = {"attack": ("data", "iterate", "attack", "judge"), "align": ("data", "pairs", "align")}.get(
-            verb, ("data", verb) if verb else ()
-        )
+        self.kinds = {
+            "attack": ("data", "iterate", "attack", "judge", "capability"),
+            "align": ("data", "pairs", "align"),
+        }.get(verb, ("data", verb) if verb else ())
         self.keys: dict[str, str] = {}
         self.missing: list[str] = []
         self._loaded: tuple[tuple[str, str, str], Model] | None = None
 
     def execute(self) -> None:
         """Do whatever is not done yet, in order."""
+        if self.config.capability.enabled:
+            require_benchmarks(self.config.capability.tasks, self.config.capability.folder)
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)
@@ -126,6 +131,7 @@ class Pipeline:
         self.iterate(state)
         self.attack(state)
         self.judge(state)
+        self.capability(state)
 
     def require_work(self) -> None:
         """Raise ``InputError`` if a verb was asked for whose inputs are not there yet."""
@@ -271,6 +277,42 @@ class Pipeline:
 
         self.stage(f"{state.name}/judge", {"judge": self.config.judge.model_dump()}, [f"{state.name}/attack"], work)
 
+    def capability(self, state: State) -> None:
+        """Scores of the state on capability benchmarks, intact and with its own neurons pruned; task by task."""
+        table = self.config.capability
+        if not table.enabled:
+            return
+
+        def work(folder: Path) -> None:
+            prunings = {"ORI": None, **({"FULL": self.findings.neurons(state)} if table.pruned else {})}
+            jobs = [(name, task) for name in prunings for task in table.tasks]
+            for number, (name, task) in enumerate(jobs):
+                path = folder / name / f"{task}.json"
+                if path.exists():
+                    continue
+
+                def told(done: int, total: int, before: int = number) -> None:
+                    self.watcher.progress(before * total + done, len(jobs) * total)
+
+                model = self.model(state)
+                with pruned(model, prunings[name]):
+                    found = benchmark(
+                        model,
+                        task,
+                        folder=table.folder,
+                        limit=table.limit,
+                        shots=table.shots,
+                        chat_template=table.chat_template,
+                        batch_size=table.batch_size,
+                        progress=told,
+                    )
+                write_json(path, found.to_record())
+
+        settings = {"capability": table.model_dump(mode="json"), "model": self.config.model.model_dump()}
+        settings["files"] = _question_hashes(table)
+        inputs = [*self.made_by(state), *([f"{state.name}/select"] if table.pruned else [])]
+        self.stage(f"{state.name}/capability", settings, inputs, work)
+
     def pairs(self) -> None:
         """The preference pairs of all trainings, made from T0 or read."""
         table = self.config.pairs
@@ -362,6 +404,8 @@ class Pipeline:
 
         states = self.findings.states()
         judged = [f"{state.name}/judge" for state in states]
+        if self.config.capability.enabled:
+            judged += [f"{state.name}/capability" for state in states]
         trained = [f"{state.name}/align" for state in states if state.round > 0]
         labels = {name: self.config.variant(name).label for name in ["", *self.config.variants]}
         settings = {"report": self.config.report.model_dump(), "labels": labels, "name": self.config.name}
@@ -545,4 +589,12 @@ def _read_pairs(table: Any, warnings: list[str]) -> list[Pair]:
 def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:
     """The contents of the local files among the sources, so that an edited file is noticed."""
     paths = {table.path: Path(table.path).expanduser() for table in tables}
+    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
+
+
+def _question_hashes(table: CapabilityTable) -> dict[str, str]:
+    """The contents of the files that capability benchmarks read, as far as they are there; none from the Hub."""
+    paths = {
+        TASKS[task].file: Path(table.folder).expanduser() / TASKS[task].file for task in table.tasks if table.folder
+    }
     return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}

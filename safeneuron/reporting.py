@@ -25,7 +25,10 @@ from safeneuron.tables import (
     attack_records,
     attack_table,
     attack_title,
+    capability_table,
+    category_table,
     cells_of,
+    difference_table,
     outcome_table,
     refusal_table,
     stage_table,
@@ -37,6 +40,12 @@ __all__ = ["attack_table", "render"]
 
 SCHEMA = 1
 BRACKETS = "Brackets hold 95 % Wilson intervals."
+DIFFERENCES = (
+    "Two states on the same requests: the share of each, the paired difference with its 95 % interval (Newcombe), the "
+    "requests on which only one of them has the outcome, and the p-value of the exact McNemar test, as it is and "
+    "corrected for the number of tests in this table (Holm)."
+)
+CAPABILITY = "By lm-evaluation-harness: score in per cent ± its standard error, and the number of questions."
 CAPTIONS = {
     "attack": "Attack success rate of every state under every attack, with 95 % Wilson intervals. The hatched part is "
     "incoherent text, which is neither safe nor harmful. On the base model adaptive is the same as static.",
@@ -65,6 +74,7 @@ def render(
         "report.html": as_page(results, examples, provenance, show_text, drawn),
         "tables/attacks.csv": as_csv(attack_records(results)),
         "tables/states.csv": as_csv(state_records(results)),
+        **({"tables/differences.csv": as_csv(results["differences"])} if results.get("differences") else {}),
         **{f"figures/{name}.svg": text for name, text in drawn.items()},
     }
 
@@ -121,6 +131,11 @@ def as_page(
         percent=percent,
         decimal=decimal,
         state_table=state_table(results),
+        differences=difference_table(results),
+        difference_note=DIFFERENCES,
+        categories=category_table(results),
+        capability=capability_table(results),
+        capability_note=CAPABILITY,
         stage_table=stage_table(provenance),
         figures={name: themed(text) for name, text in drawn.items()},
         captions=CAPTIONS,
@@ -152,6 +167,9 @@ def as_markdown(
     blocks += ["## What the answers were", piped(outcome_table(results))]
     blocks += ["## Over-refusal and perplexity", "Benign requests refused; perplexity after the semicolon."]
     blocks.append(piped(refusal_table(results)))
+    blocks += tabled("Over-refusal by category", "Benign requests refused, nothing pruned.", category_table(results))
+    blocks += tabled("Capability", CAPABILITY, capability_table(results))
+    blocks += tabled("Differences between states", DIFFERENCES, difference_table(results))
     if "curve" in drawn:
         blocks += ["## As more neurons are pruned", *pictures(drawn, "curve")]
     blocks += ["## The neurons and the training", piped(state_table(results)), *pictures(drawn, "layers", "training")]
@@ -167,6 +185,11 @@ def as_markdown(
     )
     blocks += [fenced(provenance["command"]), piped(stage_table(provenance)), fenced(provenance["config_toml"])]
     return "\n\n".join(blocks) + "\n"
+
+
+def tabled(title: str, note: str, table: Table) -> list[str]:
+    """A section with a table, or nothing if the table has no rows."""
+    return [f"## {title}", note, piped(table)] if table[1] else []
 
 
 def quoted(example: dict[str, Any]) -> str:

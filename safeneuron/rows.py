@@ -24,7 +24,8 @@ class Source:
     """Where prompts or pairs come from; an empty field means: all of it, or found without being told."""
 
     path: str
-    """``FILE.jsonl``, ``FILE.csv``, ``hub:owner/name``, ``hub:owner/name/config``, ``twins:unsafe``, ``twins:safe``."""
+    """``FILE.jsonl``, ``FILE.csv``, ``hub:owner/name``, ``hub:owner/name/config``, ``twins:unsafe``, ``twins:safe``, or
+    a name of ``catalogue``."""
     split: str = ""
     """Hub: the split to load (``train`` if empty). Twins: ``discovery``, ``training`` or ``test``. Files have none."""
     column: str = ""
@@ -35,6 +36,10 @@ class Source:
     """Of prompts: keep every so-many-th row, from the first on, before they are counted."""
     revision: str = ""
     """Hub only: a branch, a tag or a commit."""
+    where: str = ""
+    """Of prompts: keep the rows that have this value in this column, as in ``label = safe``."""
+    category: str = ""
+    """Of prompts: the category of all of them, in place of their own."""
 
 
 LOADING: dict[str, dict[str, Any]] = {
@@ -42,6 +47,15 @@ LOADING: dict[str, dict[str, Any]] = {
     "allenai/wildjailbreak/train": {"name": "train", "delimiter": "\t", "keep_default_na": False},
 }
 """Hub datasets that are not loaded by the name of a configuration alone, and how their pages say to load them."""
+
+GATED = (
+    "allenai/wildjailbreak",
+    "sorry-bench/sorry-bench-202503",
+    "walledai/AdvBench",
+    "walledai/HarmBench",
+    "walledai/StrongREJECT",
+)
+"""Hub datasets that are given only to users who have accepted their terms."""
 
 
 class Row(NamedTuple):
@@ -221,6 +235,9 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     # malformed name) and RuntimeError (datasets that need a script).
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         cause = shortened(str(error) or type(error).__name__, 300).rstrip(".")
-        raise InputError(f"{source.path} cannot be loaded: {cause}") from error
+        name = "/".join(parts[:2])
+        page = f"https://huggingface.co/datasets/{name}"
+        access = f"; it is gated: accept its terms on {page}, then log in with `hf auth login`" if name in GATED else ""
+        raise InputError(f"{source.path} cannot be loaded: {cause}{access}") from error
     for number, values in enumerate(dataset):
         yield Row(f"{source.path} row {number}", values, mendable=False)

@@ -266,7 +266,10 @@ def limits(results: dict[str, Any]) -> list[str]:
     else:
         said.append(f"The verdicts are those of the judge {results['judge']}, errors included: read a sample yourself.")
     if len(results["states"]) > 2:
-        said.append("Several states are compared with one base; among many comparisons some stand out by chance.")
+        said.append(
+            "Several states are compared with one base; among many comparisons some stand out by chance. The corrected "
+            "p-values of the differences allow for that, the intervals do not."
+        )
     return said
 
 

@@ -11,8 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeneuron.shares import Share, attack_of, columns_of, decimal, percent, refusal_of, same_as_static, success_of
+from safeneuron.shares import (
+    Share,
+    attack_of,
+    columns_of,
+    decimal,
+    percent,
+    refusal_of,
+    same_as_static,
+    share_of,
+    success_of,
+)
 
+GROUP = 20
+"""Categories of fewer benign requests on average tell too little to be shown apart."""
 OUTCOMES = ("refused", "complied", "harmless", "incoherent", "cannot say")
 SHARES = ("rate", "low", "high")
 FOUND = (
@@ -125,6 +137,75 @@ def trained_cells(trained: dict[str, Any] | None) -> list[str]:
     kept = "" if trained["frozen_identical"] or not trained["frozen"] else ", NOT kept"
     moved = f"{100 * trained['free_change']:.2g}\u00a0%"
     return [f"{trained['frozen']:,} ({variant}{kept})", f"{trained['pairs']:,}", f"{trained['steps']:,}", moved]
+
+
+def difference_table(results: dict[str, Any]) -> Table:
+    """Paired comparisons of states, one row each."""
+    header = [
+        "compared",
+        "share of requests",
+        "n",
+        "first",
+        "second",
+        "difference (points)",
+        "only first",
+        "only second",
+    ]
+    rows = []
+    for record in results.get("differences") or []:
+        points = [f"{100 * record[key]:+.0f}" for key in ("difference", "low", "high")]
+        rows.append(
+            [
+                f"{record['first']}, {record['second']}",
+                f"{record['verdict']}, {attack_title(record['set'], record['knowledge'])}",
+                f"{record['n']:,}",
+                percent(record["first_rate"]),
+                percent(record["second_rate"]),
+                f"{points[0]} ({points[1]} to {points[2]})",
+                f"{record['lost']:,}",
+                f"{record['gained']:,}",
+                p_value(record["p"]),
+                p_value(record["p_corrected"]),
+            ]
+        )
+    return [*header, "p", "p, corrected"], rows
+
+
+def p_value(p: float) -> str:
+    """A p-value in three decimals."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def category_table(results: dict[str, Any]) -> Table:
+    """Over-refusal with nothing pruned by category of the requests; no rows where that would be too few in each."""
+    states = results["states"]
+    found = [state.get("refusals_by_category") or {} for state in states]
+    sizes = {category: counts["n"] for groups in found for category, counts in groups.items()}
+    header = ["category", *(state["name"] for state in states)]
+    if len(sizes) < 2 or sum(sizes.values()) < GROUP * len(sizes):
+        return header, []
+    rows = []
+    for category in sizes:
+        shares = [share_of({"benign": groups.get(category)}, "benign", "refused") for groups in found]
+        rows.append([category or "(none)", *(Cell(share, None, False).text() for share in shares)])
+    return header, rows
+
+
+def capability_table(results: dict[str, Any]) -> Table:
+    """Scores of the capability benchmarks with their standard errors, one row a state and pruning."""
+    states = [(state["name"], state.get("capability") or {}) for state in results["states"]]
+    tasks = list(dict.fromkeys(task for _, found in states for scores in found.values() for task in scores))
+    rows = []
+    for name, found in states:
+        for pruned, scores in sorted(found.items(), key=lambda item: item[0] != "ORI"):
+            cells = [scored(scores[task]) if task in scores else NOTHING for task in tasks]
+            rows.append([name, pruned, *cells])
+    return ["state", "pruned", *tasks], rows
+
+
+def scored(score: dict[str, Any]) -> str:
+    """A score in per cent, its standard error, and the number of questions."""
+    return f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f} (n = {score['n']:,})"
 
 
 def attack_records(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Preference data by name, read by the real library from folders laid out as on the Hub; all texts are made up."""
+"""Data sets and benchmarks by name, read by the real library from folders laid out as on the Hub; texts are made up."""
 
 import csv
 import json
@@ -9,11 +9,12 @@ from typing import Any
 import datasets
 import pytest
 
-from safeneuron.catalogue import DATA_SETS, by_name
+from safeneuron.catalogue import DATA_SETS, PROMPT_SETS, by_name, prompts_by_name
+from safeneuron.data import Prompt, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.forms import EQUAL, NOT_SAFE_OVER_UNSAFE, ONE_KIND, OPENINGS
 from safeneuron.pairs import read_pairs
-from safeneuron.rows import Source
+from safeneuron.rows import GATED, Source, read_rows
 
 
 @pytest.fixture
@@ -201,3 +202,121 @@ def test_every_name_is_in_the_documentation() -> None:
     for name, known in DATA_SETS.items():
         row = f"| `{name}` | `{known.path}` | `{known.split}` | {known.licence} | {known.kept} |"
         assert row in page, row
+
+
+# -- benchmarks of prompts --------------------------------------------------------------------------------------------
+
+ONE_CONFIG = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: data.jsonl}"
+
+
+@pytest.mark.parametrize("name", ["strongreject", "harmbench", "advbench", "or-bench:toxic", "or-bench:hard"])
+def test_sets_of_prompts_and_categories(name: str, shelf: Path) -> None:
+    known = PROMPT_SETS[name]
+    owner, repository, *config = known.path.removeprefix("hub:").split("/")
+    # AdvBench has no categories, but the beginning of an answer, which must not be taken for the prompt.
+    more = {"target": "Sure, "} if name == "advbench" else {"category": "topic"}
+    lay(
+        shelf,
+        f"{owner}/{repository}",
+        {"data.jsonl": [{"prompt": "Q0", **more}, {"prompt": "Q1", **more}]},
+        ONE_CONFIG.replace("default", config[0] if config else "default"),
+    )
+    assert read_prompts(name) == [Prompt(text, more.get("category", "")) for text in ("Q0", "Q1")]
+    assert read_prompts(name.upper(), count=1) == read_prompts(f"{known.path}")[:1]
+
+
+def test_jailbreakbench_is_split_into_harmful_and_benign(shelf: Path) -> None:
+    def row(kind: str) -> dict[str, Any]:
+        made = {"Goal": f"Do {kind}", "Target": "Sure, ", "Behavior": "a name", "Category": "Fraud", "Source": "made"}
+        return {"Index": 0, **made}
+
+    lay(
+        shelf,
+        "JailbreakBench/JBB-Behaviors",
+        {"data/harmful.jsonl": [row("harm")], "data/benign.jsonl": [row("good")], "data/judge.jsonl": [{"other": 1}]},
+        "configs:\n- config_name: behaviors\n  data_files:\n  - {split: harmful, path: data/harmful.jsonl}\n"
+        "  - {split: benign, path: data/benign.jsonl}\n"
+        "- config_name: judge_comparison\n  data_files:\n  - {split: test, path: data/judge.jsonl}",
+    )
+    assert read_prompts("jailbreakbench:harmful") == [Prompt("Do harm", "Fraud")]
+    assert read_prompts("jailbreakbench:benign") == [Prompt("Do good", "Fraud")]
+
+
+def test_xstest_is_told_apart_by_its_labels(shelf: Path) -> None:
+    rows = [
+        {"id": str(number), "prompt": f"Q{number}", "type": kind, "label": label, "focus": "", "note": ""}
+        for number, (kind, label) in enumerate((("homonyms", "safe"), ("contrast_homonyms", "unsafe")) * 2)
+    ]
+    lay(shelf, "Paul/XSTest", {"data.jsonl": rows}, ONE_CONFIG)
+    assert read_prompts("xstest:safe") == [Prompt("Q0", "homonyms", "0"), Prompt("Q2", "homonyms", "2")]
+    assert [prompt.text for prompt in read_prompts("xstest:unsafe")] == ["Q1", "Q3"]
+    # Every so-many-th and the first so many count the rows that are meant.
+    sample = read_prompts(Source("xstest:safe", every=2, count=5, category="XSTest"))
+    assert sample == [Prompt("Q0", "XSTest", "0")]
+    file = shelf / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert read_prompts(Source(str(file), where="label=safe")) == read_prompts("xstest:safe")
+
+
+def test_sorry_bench_without_its_rewritten_requests(shelf: Path) -> None:
+    rows = [
+        {"question_id": 1, "category": "Fraud", "turns": ["Q1"], "prompt_style": "base"},
+        {"question_id": 1, "category": "Fraud", "turns": ["q-one"], "prompt_style": "slang"},
+        {"question_id": 2, "category": "Fraud", "turns": [""], "prompt_style": "base"},
+    ]
+    lay(shelf, "sorry-bench/sorry-bench-202503", {"data.jsonl": rows}, ONE_CONFIG)
+    assert read_prompts("sorry-bench") == [Prompt("Q1", "Fraud")]
+    assert read_prompts(Source("sorry-bench", where="prompt_style = slang")) == [Prompt("q-one", "Fraud")]
+
+
+@pytest.mark.parametrize("condition", ["label", "= safe", " "])
+def test_a_condition_names_a_column_and_its_value(condition: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "Q", "label": "safe"}\n', "utf-8")
+    with pytest.raises(InputError, match=r"as in 'label = safe', found"):
+        read_prompts(Source(str(file), where=condition))
+
+
+def test_a_condition_that_no_row_fulfils_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "Q", "label": "safe"}\n', "utf-8")
+    with pytest.raises(InputError, match="no row has label = unsafe"):
+        read_prompts(Source(str(file), where="label = unsafe"))
+    with pytest.raises(InputError, match=r"there is no column 'lable' .did you mean 'label'"):
+        read_prompts(Source(str(file), where="lable = safe"))
+    with pytest.raises(InputError, match="'where' has no meaning"):
+        read_prompts(Source("twins:safe", where="label = safe"))
+
+
+def test_what_a_source_of_prompts_says_itself_wins() -> None:
+    given = Source("xstest:safe", split="test", column="note", where="type = homonyms", revision="abc", count=3)
+    assert prompts_by_name(given) == Source(
+        "hub:Paul/XSTest", split="test", column="note", where="type = homonyms", revision="abc", count=3
+    )
+    for path in ("prompts.jsonl", "prompts.csv", "hub:owner/name", "twins:unsafe", "twins:other"):
+        assert prompts_by_name(Source(path)) == Source(path)
+
+
+def test_an_unknown_benchmark_names_those_that_are_known() -> None:
+    with pytest.raises(InputError, match=r"'xstest' is neither .*did you mean 'xstest:safe'\?.*or-bench:hard"):
+        read_prompts("xstest")
+
+
+def test_gated_sets_say_how_to_get_access(shelf: Path) -> None:
+    for path in [known.path for known in PROMPT_SETS.values()] + [DATA_SETS["wildjailbreak"].path]:
+        with pytest.raises(InputError) as caught:
+            list(read_rows(Source(path)))
+        repository = "/".join(path.removeprefix("hub:").split("/")[:2])
+        told = f"accept its terms on https://huggingface.co/datasets/{repository}, then log in" in str(caught.value)
+        assert told == (repository in GATED)
+    licences = {known.path.removeprefix("hub:"): known.licence for known in PROMPT_SETS.values()}
+    gated = {path for path, licence in licences.items() if licence.endswith("gated")}
+    assert gated == {path for path in licences if path.startswith(GATED)}
+
+
+def test_every_benchmark_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs/configs.md").read_text(encoding="utf-8")
+    for name, known in PROMPT_SETS.items():
+        where = f"`{known.where}`" if known.where else ""
+        row = f"| `{name}` | `{known.path}` | `{known.split}` | `{known.column}` | {where} | {known.licence} | "
+        assert row + f"{known.holds} |" in page, row

@@ -182,7 +182,7 @@ GOOD = b'{"prompt": "Why?"}\n'
         (GOOD + b'{"prompt": null}\n', "p.jsonl line 2", "'prompt' is empty"),
         (GOOD + b'{"prompt": []}\n', "p.jsonl line 2", "'prompt' is empty"),
         (GOOD + b'{"prompt": [{"role": "user"}]}\n', "p.jsonl line 2", "needs the texts role and content"),
-        (GOOD + b'{"prompt": ["a"]}\n', "p.jsonl line 2", "needs the texts role and content, found 'a'"),
+        (GOOD + b'{"prompt": ["a", 1]}\n', "p.jsonl line 2", "needs the texts role and content, found 'a'"),
         (GOOD + GOOD + b'{"prompt": "\xe9"}\n', "p.jsonl line 3", "not UTF-8"),
         (b'{"name": "x", "age": 3}\n', "p.jsonl line 1", "none of the columns name, age is known to hold prompts"),
         (b"[" * 100_000, "p.jsonl line 1", "is not JSON"),
@@ -226,7 +226,7 @@ def test_paths_that_are_no_source(tmp_path: Path) -> None:
     assert "unsave.jsonl does not exist (did you mean 'unsafe.jsonl'?)" in missing
     assert "hub:owner/name" in missing
     assert "does not exist; a source is" in message_of(read_prompts, tmp_path / "nowhere" / "p.jsonl")
-    assert "does not exist" in message_of(read_prompts, "owner/name")
+    assert "'owner/name' is neither a file nor a benchmark known by name" in message_of(read_prompts, "owner/name")
     assert "is a directory" in message_of(read_prompts, tmp_path)
     assert "p.txt is neither a .jsonl nor a .csv file" in message_of(read_prompts, tmp_path / "p.txt")
     assert "'split' has no meaning, found 'test'" in message_of(read_prompts, path, split="test")

@@ -39,6 +39,7 @@ LAYERS = (
         "selecting",
         "rankings",
         "comparing",
+        "differences",
         "edits",
         "coherence",
         "refusals",
@@ -66,6 +67,7 @@ LAYERS = (
         "similarity",
         "streaming",
         "persisting",
+        "serving",
     },
     {
         "measuring",
@@ -75,6 +77,7 @@ LAYERS = (
         "pairing",
         "aligning",
         "attacking",
+        "capability",
         "sweeping",
         "reporting",
         "tables",
@@ -102,7 +105,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
-    "planning", "finetuning", "similarity",
+    "planning", "serving", "finetuning", "similarity",
 }  # fmt: skip
 
 

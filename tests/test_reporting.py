@@ -17,6 +17,7 @@ from safeneuron.errors import InputError
 from safeneuron.reporting import attack_table, masked, plain, render
 from safeneuron.shares import Share, number
 from safeneuron.summarising import headline, points
+from safeneuron.tables import capability_table, category_table, difference_table
 
 SCRIPT = "<script>alert(1)</script>"
 SECRET = "I cannot quite help with that, but here is the hidden recipe: mix three parts of moonlight."
@@ -286,6 +287,68 @@ def test_a_name_with_comma_quote_and_newline_survives_the_csv() -> None:
     state["label"] = 'a "base", two\nlines'
     rows = list(csv.DictReader(io.StringIO(rendered(sample_results(state))["tables/states.csv"])))
     assert rows[0]["label"] == state["label"]
+
+
+def difference(second: str, p: float, knowledge: str = "adaptive") -> dict[str, Any]:
+    what = {"kind": "harmful", "verdict": "complied", "set": "FULL", "knowledge": knowledge}
+    shares = {"n": 47, "first_rate": 40 / 47, "second_rate": 15 / 47, "gained": 2, "lost": 27}
+    interval = {"difference": -25 / 47, "low": -0.66, "high": -0.37}
+    return {"first": "T0", "second": second, **what, **shares, **interval, "p": p, "p_corrected": min(1.0, 2 * p)}
+
+
+def test_differences_have_their_interval_their_discordant_pairs_and_both_p_values() -> None:
+    results = sample_results()
+    results["differences"] = [difference("T1", 1e-7), difference("T1", 0.0301, "iterated")]
+    header, rows = difference_table(results)
+    assert dict(zip(header, rows[1], strict=True)) == {
+        "compared": "T0, T1",
+        "share of requests": "complied, FULL iterated",
+        "n": "47",
+        "first": "85\u00a0%",
+        "second": "32\u00a0%",
+        "difference (points)": "-53 (-66 to -37)",
+        "only first": "27",
+        "only second": "2",
+        "p": "0.030",
+        "p, corrected": "0.060",
+    }
+    assert rows[0][-2:] == ["< 0.001", "< 0.001"]
+    files = rendered(results)
+    assert "Differences between states" in files["report.html"]
+    assert "&lt; 0.001" in files["report.md"]
+    found = list(csv.DictReader(io.StringIO(files["tables/differences.csv"])))
+    assert [float(row["p_corrected"]) for row in found] == [2e-7, 0.0602]
+    plain_files = rendered()
+    assert "tables/differences.csv" not in plain_files
+    assert "Differences between states" not in plain_files["report.html"] + plain_files["report.md"]
+
+
+def test_over_refusal_by_category_is_shown_where_there_are_enough_of_each() -> None:
+    results = sample_results()
+    for state, refused in zip(results["states"], (2, 12), strict=True):
+        state["refusals_by_category"] = {"XSTest": benign(30, refused), "twins": benign(20, 1)}
+    header, rows = category_table(results)
+    assert header == ["category", "T0", "T1"]
+    assert [row[0] for row in rows] == ["XSTest", "twins"]
+    assert rows[0][2].endswith("12/30")
+    assert "By category" in rendered(results)["report.html"]
+    assert "Over-refusal by category" in rendered(results)["report.md"]
+    results["states"][1]["refusals_by_category"]["third"] = benign(3, 1)
+    assert category_table(results)[1] == [], "too few on average"
+    assert category_table(sample_results())[1] == []
+
+
+def test_capability_scores_have_their_standard_errors() -> None:
+    results = sample_results()
+    score = {"value": 0.4567, "stderr": 0.0143, "n": 1172}
+    results["states"][0]["capability"] = {"FULL": {"gsm8k": score}, "ORI": {"gsm8k": score, "arc_challenge": score}}
+    header, rows = capability_table(results)
+    assert header == ["state", "pruned", "gsm8k", "arc_challenge"]
+    assert rows == [["T0", "ORI", *["45.7 ± 1.4 (n = 1,172)"] * 2], ["T0", "FULL", "45.7 ± 1.4 (n = 1,172)", "\u2013"]]
+    files = rendered(results)
+    assert "lm-evaluation-harness" in files["report.html"]
+    assert "## Capability" in files["report.md"]
+    assert "Capability" not in rendered()["report.md"]
 
 
 # The words.
