@@ -20,6 +20,10 @@ from safeneuron.errors import InputError, nearest
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+AttemptName = Literal[
+    "direction", "fine-tune", "prefill-sure", "prefill-steps", "prefix-injection", "refusal-suppression", "role-play",
+    "hypothetical", "translation", "base64",
+]  # fmt: skip
 
 
 class Table(BaseModel):
@@ -243,6 +247,30 @@ class AttackTable(Table):
     )
     curve: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (), description="densities at which to prune the top-scored neurons, for the attack curve"
+    )
+    selectors: tuple[Literal["probe", "snip", "wanda", "gradient", "twins", "contrast"], ...] = Field(
+        (),
+        description="rival attackers, who each prune as many neurons as FULL adaptive, found on the attacked state in "
+        "their own way (docs/attacks.md); contrast compares a trained state with T0",
+    )
+    selector_prompts: int = Field(64, ge=2, description="prompts of each class that a rival uses, drawn at random")
+    operators: tuple[Literal["mean", "opposite"], ...] = Field(
+        (),
+        description="what else than zero becomes of the state's own FULL neurons: their mean on harmless prompts, or "
+        "minus their mean on harmful ones",
+    )
+    transfer: str = Field("", description="a file with neurons of another model of the same shape, pruned here too")
+    attempts: tuple[AttemptName, ...] = Field(
+        (),
+        description="attacks other than pruning (docs/red-teaming.md): direction and fine-tune change the model, the "
+        "others the request or how the answer begins",
+    )
+    fine_tune_steps: Count = Field(20, description="optimizer steps of the fine-tuning attack")
+    fine_tune_rank: Count = Field(8, description="rank of its LoRA adapter")
+    fine_tune_data: str = Field(
+        "",
+        description="its demonstrations, a file with prompt and answer; empty: what the state itself answers to the "
+        "unsafe prompts with its neurons pruned",
     )
 
 

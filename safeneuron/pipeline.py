@@ -4,12 +4,13 @@
 2.  measure    activation statistics of the state on unsafe and safe prompts
 3.  select     scores of all neurons, and the safety neurons
 4.  iterate    find, prune, find again: the neurons of the iterated attacker, if there is one
-5.  attack     answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones
-6.  judge      verdicts on the answers
-7.  capability benchmarks of what the state can do besides, if they are enabled
-8.  pairs      preference pairs, once, from T0
-9.  align      train the next state with all neurons found so far frozen; back to 2
-10. report     tables and figures over all states
+5.  rivals     what rival selectors find, and what the fine-tuning attack learns, if there are any
+6.  attack     answers with neurons pruned: T0's (static), the state's own (adaptive, iterated), random ones; and others
+7.  judge      verdicts on the answers
+8.  capability benchmarks of what the state can do besides, if they are enabled
+9.  pairs      preference pairs, once, from T0
+10. align      train the next state with all neurons found so far frozen; back to 2
+11. report     tables and figures over all states
 
 With many processes, all of them go through the same stages. Rank 0 decides what is to be done, and only its files are
 written (``runs``); the stages that compute with the model are done by all together, the others by rank 0 alone.
@@ -17,44 +18,42 @@ written (``runs``); the stages that compute with the model are done by all toget
 
 from __future__ import annotations
 
-import random
 import shlex
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from safeneuron import ranks
-from safeneuron.ablating import Ablation, Refresh
+from safeneuron.ablating import Ablation
 from safeneuron.aligning import align
-from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.capability import TASKS, benchmark, require_benchmarks
-from safeneuron.config import AlignTable, CapabilityTable, Config, SourceTable
-from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
+from safeneuron.answering import answer_all
+from safeneuron.attacking import outcome
+from safeneuron.capability import benchmark, require_benchmarks
+from safeneuron.config import Config, SourceTable
+from safeneuron.data import Pair, Prompt, check_classes, check_splits
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
+from safeneuron.finding import Rivals, demonstrations, refresh_of, searched, settings_of
 from safeneuron.foreseeing import plan_for, plans_for, training_of
 from safeneuron.halving import shortage_told
 from safeneuron.judges import Judge, make_judge
-from safeneuron.measuring import measure, search
+from safeneuron.measuring import measure
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
-from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
-from safeneuron.pairs import left_out, mix, read_pairs
-from safeneuron.rows import Source
+from safeneuron.pairs import mix
 from safeneuron.runs import (
     Run,
-    append_lines,
     read_lines,
-    sha256_of,
     write_json,
     write_lines,
     writing,
 )
-from safeneuron.selecting import choose, resolve_thresholds, score, select
-from safeneuron.states import BASE, Findings, State, previous, states_of
+from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.sources import file_hashes, hashes_of, leaks, pairs_of, prompts_of, question_hashes
+from safeneuron.states import BASE, Findings, State, previous, selectors_for, states_of
 from safeneuron.statistics import ActivationStats
 from safeneuron.training import require_trainable
 
@@ -89,7 +88,7 @@ class Pipeline:
         self.watcher = watcher
         self.findings = Findings(config, run)
         self.kinds = {
-            "attack": ("data", "iterate", "attack", "judge", "capability"),
+            "attack": ("data", "iterate", "rivals", "attack", "judge", "capability"),
             "align": ("data", "pairs", "align"),
         }.get(verb, ("data", verb) if verb else ())
         self.keys: dict[str, str] = {}
@@ -129,6 +128,7 @@ class Pipeline:
         self.measure(state)
         self.select(state)
         self.iterate(state)
+        self.rivals(state)
         self.attack(state)
         self.judge(state)
         self.capability(state)
@@ -152,7 +152,7 @@ class Pipeline:
         table = self.config.data
 
         def work(folder: Path) -> None:
-            prompts = {role: _read_all(getattr(table, role)) for role in PROMPTS}
+            prompts = {role: prompts_of(getattr(table, role)) for role in PROMPTS}
             warnings = check_classes(prompts["unsafe"], prompts["safe"])
             if not prompts["test_unsafe"]:
                 raise InputError("there are no harmful prompts to attack with; check data.test_unsafe in the config")
@@ -161,7 +161,7 @@ class Pipeline:
                 write_lines(folder / f"{role}.jsonl", (prompt.to_record() for prompt in found))
             self.warn(folder, warnings)
 
-        files = {role: _file_hashes(getattr(table, role)) for role in PROMPTS}
+        files = {role: hashes_of(getattr(table, role)) for role in PROMPTS}
         self.stage("data", {"data": table.model_dump(mode="json"), "files": files}, [], work)
 
     def measure(self, state: State) -> None:
@@ -211,15 +211,48 @@ class Pipeline:
             return
 
         def work(folder: Path) -> None:
-            unsafe, safe = (self.findings.prompts(role) for role in ("unsafe", "safe"))
+            unsafe, safe = self.classes()
             first = self.findings.neurons(state)
-            sets = self.searched(self.model(state), unsafe, safe, table.searches, first)
+            sets = searched(self.config, self.model(state), unsafe, safe, table.searches, first)
             for number, neurons in enumerate(sets, start=1):
                 neurons.save(folder / f"search-{number}.json")
 
-        settings = {name: value.model_dump() for name, value in self.finding().items()} | {"searches": table.searches}
+        settings = settings_of(self.config) | {"searches": table.searches}
         inputs = ["data", *self.made_by(state), f"{state.name}/select"]
         self.stage(f"{state.name}/iterate", settings, inputs, work, together=True)
+
+    def rivals(self, state: State) -> None:
+        """What rival attackers find on the state, and what the fine-tuning attack learns."""
+        table = self.config.attack
+        if not self.has_rivals(state):
+            return
+        names, tunes = selectors_for(self.config, state), "fine-tune" in table.attempts
+
+        def work(folder: Path) -> None:
+            model, own = self.model(state), self.findings.neurons(state)
+            unsafe, safe = self.classes()
+            rivals = Rivals(self.config, model, own, unsafe, safe) if names else None
+            for number, name in enumerate(names):
+                if rivals is not None:
+                    rivals.find(name, self.another).save(folder / f"{name}.json")
+                self.watcher.progress(number + 1, len(names) + tunes)
+            if tunes:
+                learnt = demonstrations(self.config, model, own, unsafe, lambda: make_judge(self.config.judge.name))
+                write_lines(folder / "demonstrations.jsonl", (asdict(one) for one in learnt))
+                if not learnt:
+                    self.watcher.warned(
+                        f"{state.name} is not attacked by fine-tuning: pruned, it gave no answer to learn; give "
+                        "attack.fine_tune_data"
+                    )
+
+        keys = ("selectors", "selector_prompts", "batch_size", "fine_tune_data")
+        settings: dict[str, Any] = {"attack": {key: getattr(table, key) for key in keys}, "fine_tune": tunes}
+        settings |= settings_of(self.config) | {"seed": self.config.seed}
+        inputs = ["data", *self.made_by(state), f"{state.name}/select"]
+        if tunes:
+            settings["judge"] = self.config.judge.model_dump()
+            settings["files"] = file_hashes({table.fine_tune_data: Path(table.fine_tune_data)})
+        self.stage(f"{state.name}/rivals", settings, inputs, work, together=True)
 
     def attack(self, state: State) -> None:
         """Answers of the state under every pruning, and the perplexity of a benign text."""
@@ -231,32 +264,17 @@ class Pipeline:
         }
 
         def work(folder: Path) -> None:
-            model = self.model(state)
-            prunings = self.findings.prunings(state)
-            kinds = {"harmful": self.findings.prompts("test_unsafe")}
-            if table.over_refusal != "never":
-                kinds["benign"] = self.findings.prompts("test_safe")
-            harmful_only = [
-                pruning
-                for pruning in prunings
-                if pruning.knowledge == "curve" or (pruning.neurons is not None and table.over_refusal == "unpruned")
-            ]
-            total = len(kinds["harmful"]) * len(prunings)
-            total += len(kinds.get("benign", ())) * (len(prunings) - len(harmful_only))
-            done = 0
-            for pruning in prunings:
-                here = folder / pruning.folder
-                asked = {"harmful": kinds["harmful"]} if pruning in harmful_only else kinds
-                with pruned(model, pruning.neurons):
-                    for kind, prompts in asked.items():
-                        done = self.answer(model, here / f"{kind}.jsonl", prompts, done, total)
-                    if not ranks.from_main((here / "pruned.json").exists):
-                        record = {"neurons": len(pruning.neurons) if pruning.neurons is not None else 0}
-                        write_json(here / "pruned.json", {**record, "perplexity": perplexity(model, benign_text())})
+            answer_all(self.config, self.findings, state, self.model(state), folder, self.watcher.progress)
 
         inputs = ["data", *self.made_by(state), f"{state.name}/select", "T0/select"]
         if "iterated" in table.knowledge:
             inputs.append(f"{state.name}/iterate")
+        if self.has_rivals(state):
+            inputs.append(f"{state.name}/rivals")
+        if table.operators:
+            inputs.append(f"{state.name}/measure")
+        if table.transfer:
+            settings["files"] = file_hashes({table.transfer: Path(table.transfer)})
         self.stage(f"{state.name}/attack", settings, list(dict.fromkeys(inputs)), work, together=True)
 
     def judge(self, state: State) -> None:
@@ -309,7 +327,7 @@ class Pipeline:
                 write_json(path, found.to_record())
 
         settings = {"capability": table.model_dump(mode="json"), "model": self.config.model.model_dump()}
-        settings["files"] = _question_hashes(table)
+        settings["files"] = question_hashes(table)
         inputs = [*self.made_by(state), *([f"{state.name}/select"] if table.pruned else [])]
         self.stage(f"{state.name}/capability", settings, inputs, work)
 
@@ -325,7 +343,7 @@ class Pipeline:
             settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
             sources += [*table.unsafe, *table.safe]
-        settings["files"] = _file_hashes(sources)
+        settings["files"] = hashes_of(sources)
 
         def work(folder: Path) -> None:
             warnings: list[str] = []
@@ -337,7 +355,8 @@ class Pipeline:
             else:
                 pairs = safety[: table.count]
             write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
-            self.warn(folder, [*warnings, *self.leaks(pairs)])
+            tests = {role: self.findings.prompts(role) for role in ("test_unsafe", "test_safe")}
+            self.warn(folder, [*warnings, *leaks(pairs, tests)])
 
         self.stage("T0/pairs", settings, inputs, work, together="on-policy" in (table.safety, table.general))
 
@@ -363,7 +382,7 @@ class Pipeline:
                     frozen=frozen,
                     training=plan.training,
                     ablation=Ablation(found, table.ablate_share, table.ablate_reference) if table.ablate else None,
-                    refresh=self.refresh(table) if table.refresh else None,
+                    refresh=refresh_of(self.config, table, *self.classes()) if table.refresh else None,
                     freeze_rest=table.freeze == "all-but-safety",
                     checkpoints=folder / "checkpoints",
                     progress=self.watcher.progress,
@@ -394,7 +413,7 @@ class Pipeline:
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
         if table.refresh:
-            settings |= {name: value.model_dump() for name, value in self.finding().items()}
+            settings |= settings_of(self.config)
             inputs.append("data")
         self.stage(f"{state.name}/align", settings, inputs, work, together=True)
 
@@ -464,24 +483,18 @@ class Pipeline:
             self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code, quantise))
         return self._loaded[1]
 
-    def answer(self, model: Model, path: Path, prompts: Sequence[Prompt], done: int, total: int) -> int:
-        """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
-        size = self.config.attack.batch_size
+    def has_rivals(self, state: State) -> bool:
+        """Whether there is anything to find on the state but the paper's neurons."""
+        return bool(selectors_for(self.config, state)) or "fine-tune" in self.config.attack.attempts
 
-        def kept() -> int:
-            have = read_lines(path)
-            if len(have) < len(prompts):
-                have = have[: len(have) // size * size]
-                write_lines(path, have)
-            return len(have)
+    def classes(self) -> tuple[list[Prompt], list[Prompt]]:
+        """The unsafe and the safe prompts on which neurons are found."""
+        return self.findings.prompts("unsafe"), self.findings.prompts("safe")
 
-        have = ranks.from_main(kept)
-        if have < len(prompts):
-            for batch in respond(model, prompts, self.config.attack.max_new_tokens, size, skip=have):
-                append_lines(path, (response.to_record() for response in batch))
-                done += len(batch)
-                self.watcher.progress(done + have, total)
-        return done + have
+    def another(self) -> Model:
+        """T0's model beside the one that is loaded."""
+        table = self.config.model
+        return load(table.name, table.dtype, table.device, table.revision, table.trust_remote_code)
 
     def warn(self, folder: Path, warnings: Sequence[str]) -> None:
         """Tell the user, and keep the warnings for the report."""
@@ -489,62 +502,18 @@ class Pipeline:
         for warning in warnings:
             self.watcher.warned(warning)
 
-    def leaks(self, pairs: Sequence[Pair]) -> list[str]:
-        """A warning if prompts of the attack are trained on; several pairs may share a prompt."""
-        asked = {pair.prompt[-1]["content"]: Prompt(pair.prompt[-1]["content"]) for pair in pairs}
-        tests = {role: self.findings.prompts(role) for role in ("test_unsafe", "test_safe")}
-        told = check_splits(**tests)
-        return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
-
-    def finding(self) -> dict[str, Any]:
-        """The tables that decide which neurons are found on a model."""
-        return {"measure": self.config.measure, "select": self.config.select, "model": self.config.model}
-
-    def searched(
-        self,
-        model: Model,
-        unsafe: Sequence[Prompt],
-        safe: Sequence[Prompt],
-        searches: int,
-        first: NeuronSet | None = None,
-    ) -> list[NeuronSet]:
-        """What an attacker with this config finds on the model in so many searches, each set holding the one before."""
-        table, choice = self.config.measure, self.config.select
-        return search(
-            model,
-            unsafe,
-            safe,
-            lambda stats: select(stats, choice.effect_size, choice.shift, choice.density),
-            searches,
-            first=first,
-            pooling=table.pooling,
-            batch_tokens=table.batch_tokens,
-            max_tokens=table.max_tokens,
-        )
-
-    def refresh(self, table: AlignTable) -> Refresh:
-        """The attacker whose finds are ablated while a model is trained; she sees a sample of the prompts."""
-        draw = random.Random(self.config.seed)
-        samples = [self.findings.prompts(role) for role in ("unsafe", "safe")]
-        unsafe, safe = (draw.sample(prompts, min(table.refresh_prompts, len(prompts))) for prompts in samples)
-
-        def find(running: Model) -> list[NeuronSet]:
-            return self.searched(running, unsafe, safe, table.refresh_searches)
-
-        return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
-
     def read_or_made(
         self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable], warnings: list[str]
     ) -> list[Pair]:
         """Pairs from the sources, or on-policy ones of these prompts; rows that gave no pair add a warning."""
         table = self.config.pairs
         if sources != "on-policy":
-            return [pair for source in sources for pair in _read_pairs(source, warnings)]
+            return [pair for source in sources for pair in pairs_of(source, warnings)]
         model, longest = self.model(BASE), self.config.align.max_length
 
         def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
             """Without the prompts that leave no room for an answer, which could not be trained on."""
-            prompts = _read_all(tables)
+            prompts = prompts_of(tables)
             kept = [prompt for prompt in prompts if len(model.encode(_asked(prompt))) < longest]
             if len(kept) < len(prompts):
                 warnings.append(
@@ -568,33 +537,3 @@ class Pipeline:
 
 def _asked(prompt: Prompt) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt.text}]
-
-
-def _source(table: Any) -> Source:
-    return Source(**table.model_dump())
-
-
-def _read_all(tables: Sequence[SourceTable]) -> list[Prompt]:
-    return [prompt for table in tables for prompt in read_prompts(_source(table))]
-
-
-def _read_pairs(table: Any, warnings: list[str]) -> list[Pair]:
-    dropped: Counter[str] = Counter()
-    pairs = read_pairs(_source(table), dropped=dropped)
-    if dropped:
-        warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
-    return pairs
-
-
-def _file_hashes(tables: Sequence[Any]) -> dict[str, str]:
-    """The contents of the local files among the sources, so that an edited file is noticed."""
-    paths = {table.path: Path(table.path).expanduser() for table in tables}
-    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
-
-
-def _question_hashes(table: CapabilityTable) -> dict[str, str]:
-    """The contents of the files that capability benchmarks read, as far as they are there; none from the Hub."""
-    paths = {
-        TASKS[task].file: Path(table.folder).expanduser() / TASKS[task].file for task in table.tasks if table.folder
-    }
-    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}

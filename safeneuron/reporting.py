@@ -29,6 +29,7 @@ from safeneuron.tables import (
     category_table,
     cells_of,
     difference_table,
+    further_table,
     outcome_table,
     refusal_table,
     stage_table,
@@ -44,6 +45,10 @@ DIFFERENCES = (
     "Two states on the same requests: the share of each, the paired difference with its 95 % interval (Newcombe), the "
     "requests on which only one of them has the outcome, and the p-value of the exact McNemar test, as it is and "
     "corrected for the number of tests in this table (Holm)."
+)
+FURTHER = (
+    "Attackers who look for as many neurons in other ways, set them to other values, or do not prune at all. Each cell: "
+    "harmful requests complied with and the 95 % interval; then the shares refused and incoherent."
 )
 CAPABILITY = "By lm-evaluation-harness: score in per cent ± its standard error, and the number of questions."
 CAPTIONS = {
@@ -131,6 +136,8 @@ def as_page(
         percent=percent,
         decimal=decimal,
         state_table=state_table(results),
+        further=further_table(results),
+        further_note=FURTHER,
         differences=difference_table(results),
         difference_note=DIFFERENCES,
         categories=category_table(results),
@@ -164,6 +171,7 @@ def as_markdown(
     blocks += [f"> **Warning.** {plain(warning)}" for warning in provenance["warnings"]]
     blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
     blocks += [piped(attack_table(results)), *pictures(drawn, "attack")]
+    blocks += tabled("Other attacks", FURTHER, further_table(results))
     blocks += ["## What the answers were", piped(outcome_table(results))]
     blocks += ["## Over-refusal and perplexity", "Benign requests refused; perplexity after the semicolon."]
     blocks.append(piped(refusal_table(results)))

@@ -22,6 +22,10 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 """Set and knowledge of the attacker, in the order of every table and figure."""
 
 
+FURTHER = ("rival", "operator", "transfer", "model", "input")
+"""Knowledge of the attacks beside those, in the order of their table."""
+
+
 @dataclass(frozen=True)
 class Share:
     """``hits`` of ``total`` judged answers as a rate with its 95 % Wilson interval, all between 0 and 1."""
@@ -71,6 +75,12 @@ def columns_of(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The columns of this run's tables: ``COLUMNS``, without the iterated attack where no state was attacked so."""
     iterated = any(attack["knowledge"] == "iterated" for state in results["states"] for attack in state["attacks"])
     return [column for column in COLUMNS if iterated or column[1] != "iterated"]
+
+
+def further_of(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Set and knowledge of every attack beside ``COLUMNS`` that any state was under, kind by kind."""
+    attacks = [(attack["set"], attack["knowledge"]) for state in results["states"] for attack in state["attacks"]]
+    return [one for kind in FURTHER for one in dict.fromkeys(attacks) if one[1] == kind]
 
 
 def same_as_static(state: dict[str, Any], knowledge: str) -> bool:

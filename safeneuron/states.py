@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from safeneuron.config import AlignTable, Config
 from safeneuron.data import Prompt
+from safeneuron.edits import Edit
 from safeneuron.neurons import NeuronSet
 from safeneuron.runs import Run, read_json, read_lines
 from safeneuron.selecting import Scores, choose, thresholds_for
+from safeneuron.statistics import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,16 @@ class State:
 
 @dataclass(frozen=True)
 class Pruning:
-    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it."""
+    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it.
+
+    Beside the paper's attackers ``knowledge`` is ``rival`` (the set is named by its selector), ``operator`` (the FULL
+    set of the state itself, named by what becomes of it), ``transfer``, and ``model`` or ``input`` (an attempt without
+    pruning, by name).
+    """
 
     set: str
     knowledge: str
-    neurons: NeuronSet | None
+    neurons: NeuronSet | Edit | None
 
     @property
     def folder(self) -> str:
@@ -41,6 +49,10 @@ class Pruning:
 
 BASE = State("", 0)
 """T0, the model as given."""
+
+
+CHANGES = ("direction", "fine-tune")
+"""The attempts that change the model; the others change the request, or how the answer begins."""
 
 
 def states_of(config: Config) -> list[State]:
@@ -53,6 +65,11 @@ def states_of(config: Config) -> list[State]:
 def previous(state: State) -> State:
     """The state that this one was trained from; every variant starts at T0."""
     return State(state.variant if state.round > 1 else "", state.round - 1)
+
+
+def selectors_for(config: Config, state: State) -> list[str]:
+    """The rival selectors that attack the state; T0 has no other state to be contrasted with."""
+    return [name for name in config.attack.selectors if name != "contrast" or state != BASE]
 
 
 class Findings:
@@ -143,4 +160,33 @@ class Findings:
                 Pruning(f"{density:g}", "curve", choose(scores, thresholds_for(scores, density)).union)
                 for density in table.curve
             ]
-        return attacks
+        return [*attacks, *self.further(state)]
+
+    def further(self, state: State) -> list[Pruning]:
+        """The attacks beside the paper's: rival selectors, other operators, a sibling's neurons, other attempts."""
+        table = self.config.attack
+        folder = self.run.folder / state.name
+        found = [
+            Pruning(name, "rival", NeuronSet.load(folder / "rivals" / f"{name}.json"))
+            for name in selectors_for(self.config, state)
+        ]
+        if table.operators:
+            own, stats = self.neurons(state), ActivationStats.load(folder / "measure" / "stats.safetensors")
+            edits = {"mean": Edit.mean, "opposite": Edit.opposite}
+            found += [Pruning(name, "operator", edits[name](own, stats)) for name in table.operators]
+        if table.transfer:
+            own = self.neurons(state)
+            found.append(
+                Pruning("FULL", "transfer", NeuronSet.load(table.transfer).transferred(own.fingerprint, own.widths))
+            )
+        changes = [name for name in table.attempts if name in ("direction", "fine-tune")]
+        if "fine-tune" in changes and not self.demonstrations(state):
+            changes.remove("fine-tune")
+        found += [Pruning(name, "model", None) for name in changes]
+        return found + [
+            Pruning(name, "input", None) for name in table.attempts if name not in ("direction", "fine-tune")
+        ]
+
+    def demonstrations(self, state: State) -> list[dict[str, Any]]:
+        """What the fine-tuning attack on the state learns: records with ``request`` and ``answer``."""
+        return read_lines(self.run.folder / state.name / "rivals" / "demonstrations.jsonl")

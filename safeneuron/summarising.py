@@ -244,6 +244,27 @@ def not_judged(states: list[dict[str, Any]]) -> str:
     return f"The judge could not say on {unknown:,} of {total:,} answers ({share}); no rate counts them."
 
 
+def untried(results: dict[str, Any]) -> str:
+    """Which kinds of attack the results tell nothing about."""
+    tried = {(attack["set"], attack["knowledge"]) for state in results["states"] for attack in state["attacks"]}
+    kinds = {knowledge for _, knowledge in tried}
+    missing = [
+        words
+        for words, was_tried in (
+            ("other ways to find the neurons", "rival" in kinds),
+            ("clamping them to other values", "operator" in kinds),
+            ("pruning in several rounds", "iterated" in kinds),
+            ("removing a refusal direction", ("direction", "model") in tried),
+            ("fine-tuning", ("fine-tune", "model") in tried),
+            ("jailbreak prompts", "input" in kinds),
+        )
+        if not was_tried
+    ]
+    if missing:
+        return f"A low rate tells nothing of attacks that were not tried here: {listed(missing)}."
+    return "An attacker who searches longer, tunes more or asks otherwise than here may do better than any of these."
+
+
 def limits(results: dict[str, Any]) -> list[str]:
     """What the numbers of this report cannot show."""
     said = [
@@ -251,8 +272,7 @@ def limits(results: dict[str, Any]) -> list[str]:
         f"another training run: this is one run with seed {results['seed']}.",
         "Intervals that do not overlap are a strict test of a difference; intervals that overlap do not prove that "
         "there is none.",
-        "Only setting neurons to zero was tried. Clamping them to other values, pruning in several rounds, training, "
-        "removing a refusal direction and jailbreak prompts are other attacks: a low rate tells nothing of those.",
+        untried(results),
         f"Answers were cut at {results['max_new_tokens']} tokens and judged on that beginning.",
         "Static means that the attacker prunes the neurons found on the base model; adaptive, that they were found "
         "again on the model under attack. Adaptive is the honest threat; on the base model the two are the same.",

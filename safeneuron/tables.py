@@ -16,6 +16,7 @@ from safeneuron.shares import (
     attack_of,
     columns_of,
     decimal,
+    further_of,
     percent,
     refusal_of,
     same_as_static,
@@ -84,6 +85,38 @@ def attack_table(results: dict[str, Any]) -> Table:
     """THE table: attack success rate with interval and counts, states by attacks."""
     header = ["state", *(attack_title(*column) for column in columns_of(results))]
     return header, [[state["name"], *(cell.text() for cell in cells)] for state, cells in cells_of(results, success_of)]
+
+
+FURTHER_TITLES = {
+    "rival": "neurons found by {}",
+    "operator": "FULL adaptive, {} instead of zero",
+    "transfer": "neurons of another model",
+    "model": "{}",
+    "input": "{}",
+}
+OPERATORS = {"mean": "harmless mean", "opposite": "minus the harmful mean"}
+CHANGES = {"direction": "refusal direction projected out", "fine-tune": "fine-tuned on its own pruned answers"}
+
+
+def further_table(results: dict[str, Any]) -> Table:
+    """The attacks beside the paper's, one row each: success with interval, and what else was refused and incoherent."""
+    states = results["states"]
+    rows = []
+    for which, knowledge in further_of(results):
+        name = OPERATORS.get(which, CHANGES.get(which, which))
+        cells = [outcome_cell(attack_of(state, which, knowledge)) for state in states]
+        rows.append([FURTHER_TITLES[knowledge].format(name), *cells])
+    return ["attack", *(state["name"] for state in states)], rows
+
+
+def outcome_cell(attack: dict[str, Any] | None) -> str:
+    """Success with its interval, then the shares refused and incoherent."""
+    success = success_of(attack)
+    if success is None:
+        return NOTHING
+    refused, broken = (share_of(attack, "harmful", verdict) for verdict in ("refused", "incoherent"))
+    rest = ", ".join(percent(share.rate) for share in (refused, broken) if share)
+    return f"{percent(success.rate)} ({success.interval()}); {rest}"
 
 
 def refusal_table(results: dict[str, Any]) -> Table:

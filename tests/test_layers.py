@@ -95,6 +95,9 @@ LAYERS = (
         "publishing",
         "model_cards",
         "redteam",
+        "sources",
+        "finding",
+        "answering",
     },
     {"cli", "__main__"},
 )

@@ -1,0 +1,53 @@
+"""The prompts and pairs that a config names: read, counted, and known by their contents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeneuron.capability import TASKS
+from safeneuron.config import CapabilityTable, SourceTable
+from safeneuron.data import Pair, Prompt, check_splits, read_prompts
+from safeneuron.pairs import left_out, read_pairs
+from safeneuron.rows import Source
+from safeneuron.runs import sha256_of
+
+
+def prompts_of(tables: Sequence[SourceTable]) -> list[Prompt]:
+    """The prompts of all these sources, in order."""
+    return [prompt for table in tables for prompt in read_prompts(Source(**table.model_dump()))]
+
+
+def pairs_of(table: Any, warnings: list[str]) -> list[Pair]:
+    """The pairs of a source; rows that gave no pair add a warning."""
+    dropped: Counter[str] = Counter()
+    pairs = read_pairs(Source(**table.model_dump()), dropped=dropped)
+    if dropped:
+        warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
+    return pairs
+
+
+def leaks(pairs: Sequence[Pair], tests: dict[str, list[Prompt]]) -> list[str]:
+    """A warning if prompts of the attack are trained on; several pairs may share a prompt."""
+    asked = {pair.prompt[-1]["content"]: Prompt(pair.prompt[-1]["content"]) for pair in pairs}
+    told = check_splits(**tests)
+    return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
+
+
+def hashes_of(tables: Iterable[Any]) -> dict[str, str]:
+    """The contents of the local files among the sources, so that an edited file is noticed."""
+    return file_hashes({table.path: Path(table.path) for table in tables})
+
+
+def question_hashes(table: CapabilityTable) -> dict[str, str]:
+    """The contents of the files that capability benchmarks read, as far as they are there; none from the Hub."""
+    names = [TASKS[task].file for task in table.tasks] if table.folder else []
+    return file_hashes({name: Path(table.folder) / name for name in names})
+
+
+def file_hashes(paths: dict[str, Path]) -> dict[str, str]:
+    """The SHA-256 of those of the files that are there, by the names they are given here."""
+    found = {name: path.expanduser() for name, path in paths.items()}
+    return {name: sha256_of(path) for name, path in found.items() if path.is_file()}
