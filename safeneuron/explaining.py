@@ -32,7 +32,7 @@ def explain(path: Path) -> Iterator[str]:
 
 def result_table(results: dict[str, Any]) -> Iterator[str]:
     """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    from safeneuron.shares import attack_of, columns_of, success_of
+    from safeneuron.shares import attack_of, columns_of, further_of, success_of
 
     columns = columns_of(results)
     titles = {"iterated": "iterated", "control": "random"}
@@ -47,6 +47,13 @@ def result_table(results: dict[str, Any]) -> Iterator[str]:
             share = success_of(attack_of(state, *column))
             cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}")
         yield f"{name:<{width}}" + "".join(cells)
+    others = further_of(results)
+    if others:
+        yield "other attacks, in the order of the states above"
+    for column in others:
+        shares = [success_of(attack_of(state, *column)) for state in results["states"]]
+        cells = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
+        yield f"{' '.join(reversed(column)):<{max(width, 28)}}{cells}"
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 
 
@@ -161,7 +168,7 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
     }
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]
-    if path.name.startswith("search-") and path.suffix == ".json":
+    if path.suffix == ".json" and (path.name.startswith("search-") or path.parent.name == "rivals"):
         return _neurons
     return _counts if path.name in ("harmful.json", "benign.json") else None
 
@@ -282,7 +289,7 @@ def _lines(path: Path) -> Iterator[str]:
     if records and "verdict" in records[0]:
         counts = Counter(record["verdict"] for record in records)
         yield "Verdicts: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()) + "."
-    elif records and "response" in records[0]:
+    elif records and ("response" in records[0] or "answer" in records[0]):
         yield f"{len(records)} answers of an attacked model. They may be harmful: keep them in the run's folder."
     else:
         yield f"{len(records)} records with the fields {', '.join(records[0]) if records else '(none)'}."

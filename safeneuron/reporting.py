@@ -47,7 +47,7 @@ DIFFERENCES = (
     "corrected for the number of tests in this table (Holm)."
 )
 FURTHER = (
-    "Attackers who look for as many neurons in other ways, set them to other values, or do not prune at all. Each cell: "
+    "Attackers who look for as many neurons in other ways, set them to other values, or do not prune at all. A cell: "
     "harmful requests complied with and the 95 % interval; then the shares refused and incoherent."
 )
 CAPABILITY = "By lm-evaluation-harness: score in per cent ± its standard error, and the number of questions."
