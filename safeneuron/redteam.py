@@ -105,11 +105,14 @@ def red_team(
     the same draws. The record has for ``prompts`` and ``answers`` the number of samples, the losses to each filter
     (``sifting.LOSSES``), and ``rate``, ``low`` and ``high`` of what was kept. Samples on one topic are alike, so the
     Wilson interval is narrower than that for other topics. Raises ``InputError`` for a folder with work of other
-    settings, or a neuron set of another model.
+    settings, a neuron set of another model, or no requests.
     """
+    if not requests:
+        raise InputError("there are no harmful requests to be answered; give at least one")
     run = Run.create(folder)
     made_by = {
         "model": model.source,
+        "dtype": str(model.network.dtype).removeprefix("torch."),
         "neurons": "" if neurons is None else key_of(neurons.to_json()),
         **asdict(settings),
     }

@@ -51,7 +51,8 @@ def sift_prompts(
     are not applied (docs/red-teaming.md says how often they are right). A judge has no part in it: it reads answers.
     """
     vectors = like([*texts, *(prompt.text for prompt in (*harmful, *harmless))])
-    own, bad, good = vectors.split([len(texts), len(harmful), len(harmless)])
+    own, references = vectors[: len(texts)], vectors[len(texts) :]
+    bad, good = references[: len(harmful)], references[len(harmful) :]
     verdicts = [_form(text) for text in texts]
     if not like.meaning:
         return _sifted(texts, verdicts, [True] * len(texts), own, like.repeated, bad)

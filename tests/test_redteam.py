@@ -177,6 +177,11 @@ def test_the_request_in_an_answer(text, expected):
     assert first_request(text) == expected
 
 
+def test_without_requests_there_is_nothing_to_answer(model, tmp_path):
+    with pytest.raises(InputError, match="no harmful requests"):
+        red_team(model, None, [], Judge(), tmp_path / "a", SETTINGS)
+
+
 @pytest.mark.parametrize("wrong", [{"per_seed": 0}, {"batch_size": 0}, {"temperature": 0.0}, {"top_p": 2.0}])
 def test_settings_out_of_range(wrong):
     with pytest.raises(InputError):
