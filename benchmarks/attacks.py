@@ -76,7 +76,7 @@ def slow_snip(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor]
         model.network(input_ids=ids, labels=labels).loss.backward()
         for score, module in zip(scores, modules, strict=True):
             assert module.weight.grad is not None, "just computed"
-            score += (module.weight * module.weight.grad).abs().float()
+            score += (module.weight.detach() * module.weight.grad).abs().float()
     model.network.zero_grad()
     return scores
 

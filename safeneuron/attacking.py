@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safeneuron import ranks
 from safeneuron.data import Prompt
+from safeneuron.edits import Edit
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
@@ -95,7 +96,7 @@ def respond(
 
 def attack(
     model: Model,
-    neurons: NeuronSet | None,
+    neurons: NeuronSet | Edit | None,
     prompts: Sequence[Prompt],
     judge: Judge,
     max_new_tokens: int = 128,
@@ -103,6 +104,7 @@ def attack(
 ) -> Attack:
     """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
 
+    An ``Edit`` does something else to its neurons.
     Of several ranks each answers its share; the first one judges, and all get the result.
     """
     with pruned(model, neurons):
