@@ -1,21 +1,24 @@
 """What docs/benchmarks.md says of attacks: python benchmarks/attacks.py [PART ...], all parts if none is named.
 
-Ratios of two ways of doing the same work that take turns, on the embedded model, as in benchmarks/run.py.
+Ratios of two ways of doing the same work that take turns, on the embedded model. They are of processor time, not of
+time on the clock, so that what else the machine does counts little; give it one thread (OMP_NUM_THREADS=1), since
+threads that wait are counted too.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-from run import prompts, ratio
+from run import prompts
 
 from safeneuron.attacking import respond
 from safeneuron.contrasting import activation_contrast, gradient_gap
-from safeneuron.data import Prompt
 from safeneuron.ffn import feed_forwards, linear_in, recorded
+from safeneuron.measuring import measure
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.probing import probe
@@ -29,6 +32,19 @@ REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "Here is what you asked for, step by step."
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """Processor time of some work."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
+    """Median and range of the first's time over the second's."""
+    found = [seconds(first) / seconds(second) for _ in range(rounds)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}, {rounds} rounds)"
+
+
 def bench_sweep() -> None:
     """(g) a sweep of 8 sets of 1 % over one plain evaluation of the same prompts."""
     model = load("embedded")
@@ -36,12 +52,13 @@ def bench_sweep() -> None:
         {layer: range(width // 100) for layer, width in enumerate(model.widths)}, model.widths, model.fingerprint
     )
     sets = [one_percent.random_like(seed) for seed in range(SETS)]
-    for count in (4, 8, 16, 32):
+    list(respond(model, prompts("unsafe", 4), max_new_tokens=4))
+    for count, rounds in ((4, 3), (8, 3), (16, 2), (32, 1)):
         asked = prompts("unsafe", count)
         found = ratio(
             lambda asked=asked: sweep(model, asked, sets, max_new_tokens=32),  # type: ignore[misc]
             lambda asked=asked: list(respond(model, asked, max_new_tokens=32)),  # type: ignore[misc]
-            3 if count < 16 else 1,
+            rounds,
         )
         print(f"(g) sweep of {SETS} sets / one evaluation, {count} prompts, 32 new tokens: {found}", flush=True)
 
@@ -59,7 +76,7 @@ def slow_snip(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor]
         model.network(input_ids=ids, labels=labels).loss.backward()
         for score, module in zip(scores, modules, strict=True):
             assert module.weight.grad is not None, "just computed"
-            score += (module.weight * module.weight.grad).abs().float()
+            score += (module.weight.detach() * module.weight.grad).abs().float()
     model.network.zero_grad()
     return scores
 
@@ -91,7 +108,7 @@ def slow_wanda(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor
         for handle in handles:
             handle.remove()
     return [
-        module.weight.abs().float() * torch.cat(kept[n]).square().mean(dim=0).sqrt() for n, module in enumerate(modules)
+        module.weight.detach().abs().float() * torch.cat(kept[n]).square().mean(dim=0).sqrt() for n, module in enumerate(modules)
     ]
 
 
@@ -137,7 +154,7 @@ def slow_probe(model: Model, exchanges: Sequence[Exchange], harmful: int) -> lis
 def bench_selectors() -> None:
     """(h) each streaming selector against one prompt at a time, both in one precision."""
     for dtype in ("bfloat16", "float32"):
-        selectors_in(dtype, 24)
+        selectors_in(dtype, 16)
 
 
 def selectors_in(dtype: str, count: int) -> None:
@@ -159,21 +176,16 @@ def selectors_in(dtype: str, count: int) -> None:
             lambda: gradient_gap(model, refused, answered),
         ),
     }
+    if dtype == "bfloat16":  # The probe's fit takes minutes and is in float32 anyway.
+        pairs["probe"] = (
+            lambda: slow_probe(model, prompts_alone(model, [*unsafe, *safe]), count),
+            lambda: probe(model, unsafe, safe),
+        )
+    measure(model, unsafe[:2], safe[:2])
     for name, (slow, fast) in pairs.items():
         print(
-            f"(h) {name}, {dtype}, {2 * count} prompts, one at a time / streaming: {ratio(slow, fast, 2)}",
-            flush=True,
+            f"(h) {name}, {dtype}, {2 * count} prompts, one at a time / streaming: {ratio(slow, fast, 1)}", flush=True
         )
-    print(f"(h) probe, {dtype}: {once(model, unsafe, safe)}", flush=True)
-
-
-def once(model: Model, unsafe: list[Prompt], safe: list[Prompt]) -> str:
-    """The probe's ratio from one measurement, since the slow one takes minutes."""
-    begun = time.perf_counter()
-    slow_probe(model, prompts_alone(model, [*unsafe, *safe]), len(unsafe))
-    between = time.perf_counter()
-    probe(model, unsafe, safe)
-    return f"{(between - begun) / (time.perf_counter() - between):.1f} (once)"
 
 
 def main(arguments: list[str]) -> None:

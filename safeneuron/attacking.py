@@ -13,6 +13,7 @@ from torch import Tensor
 from safeneuron import ranks, serving
 from safeneuron.attempts import Attempt
 from safeneuron.data import Prompt
+from safeneuron.edits import Edit
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
@@ -113,7 +114,7 @@ def respond(
 
 def attack(
     model: Model,
-    neurons: NeuronSet | None,
+    neurons: NeuronSet | Edit | None,
     prompts: Sequence[Prompt],
     judge: Judge,
     max_new_tokens: int = 128,
@@ -122,7 +123,8 @@ def attack(
 ) -> Attack:
     """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
 
-    An ``attempt`` is made on top of it: within its block, whose model is pruned, and with its way to ask.
+    An ``Edit`` does something else to its neurons. An ``attempt`` is made on top of it: within its block, whose model
+    is pruned, and with its way to ask.
     Of several ranks each answers its share; the first one judges, and all get the result.
     """
     with attempt.block(model), pruned(model, neurons):

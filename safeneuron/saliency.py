@@ -173,9 +173,10 @@ def _gradient_pass(
 
         def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                entering, weight = inputs[0].detach(), dense(matrix.weight)
+                entering = inputs[0].detach()
 
                 def backward(leaving: Tensor) -> None:
+                    weight = dense(matrix.weight)
                     for came, goes in zip(entering, leaving, strict=True):
                         scores = reduce(matrix, (goes.T @ came).mul_(weight).abs_().float())
                         found[matrix.name] = scores + found[matrix.name] if matrix.name in found else scores

@@ -50,7 +50,7 @@ def slow_snip(model, exchanges: list[Exchange]) -> list[torch.Tensor]:
         ids, labels = labelled(one)
         model.network(input_ids=ids, labels=labels).loss.backward()
         for score, matrix in zip(scores, matrices, strict=True):
-            score += (matrix.weight * matrix.weight.grad).abs().double() / len(exchanges)
+            score += (matrix.weight.detach() * matrix.weight.grad).abs().double() / len(exchanges)
     model.network.zero_grad()
     return scores
 
