@@ -53,7 +53,7 @@ FEWSHOT_SEED = 1234
 class BenchmarkScore:
     """A model's score on one benchmark: the share ``value`` with its standard error over ``n`` questions.
 
-    ``metrics`` holds all that the harness reports, as ``(value, standard error)``; ``source`` is a folder or "Hub".
+    ``metrics`` holds all that the harness reports, as ``(value, standard error)``; ``source`` is "files" or "Hub".
     """
 
     task: str
@@ -99,12 +99,15 @@ def benchmark(
     first so many questions; ``shots`` replaces the task's own number of examples, which TruthfulQA keeps at 0.
     ``progress(done, total)`` counts answers scored or written. One process does it alone.
 
-    Raises ``InputError`` if the harness is not installed, the task is unknown, or its questions cannot be read.
+    Raises ``InputError`` if the harness is not installed, the task is unknown, or its questions cannot be read or are
+    too few.
     """
     if task not in TASKS:
         raise InputError(
             f"there is no capability benchmark {task!r}{nearest(task, TASKS)}; known are {', '.join(TASKS)}"
         )
+    if limit is not None and limit < 2:
+        raise InputError(f"a standard error needs at least 2 questions, found limit = {limit}; give more, or no limit")
     evaluator, harness = _harness()
     loaded = _loaded(task, folder, shots)
     questions, examples = len(loaded.eval_docs), int(loaded.get_config("num_fewshot"))
@@ -125,7 +128,7 @@ def benchmark(
         )
     finally:
         model.network.train(training)
-    return _score(task, folder or "Hub", examples, results)
+    return _score(task, "files" if folder else "Hub", examples, results)
 
 
 def _harness() -> tuple[Any, Any]:

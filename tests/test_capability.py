@@ -83,7 +83,7 @@ def test_arc_is_the_choice_that_is_likeliest_by_length(model, folder):
     assert found.value == pytest.approx(sum(right_by_length) / 6)
     spread = math.sqrt(sum((hit - found.value) ** 2 for hit in right_by_length) / 5 / 6)
     assert found.stderr == pytest.approx(spread)
-    assert (found.n, found.shots, found.metric, found.source) == (6, 0, "acc_norm,none", str(folder))
+    assert (found.n, found.shots, found.metric, found.source) == (6, 0, "acc_norm,none", "files")
 
 
 def test_truthfulqa_by_hand(model, folder):
@@ -209,6 +209,8 @@ def test_what_cannot_be_read_is_said(model, folder, tmp_path):
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "1 + 1?"}\n')
     with pytest.raises(InputError, match="line 1: there is no column 'answer'"):
         benchmark(model, "gsm8k", str(tmp_path))
+    with pytest.raises(InputError, match="at least 2 questions, found limit = 1"):
+        benchmark(model, "arc_challenge", str(folder), shots=0, limit=1)
     with pytest.raises(InputError, match=r"has 6 questions in .*, too few for 25 examples"):
         benchmark(model, "arc_challenge", str(folder))
 
@@ -273,6 +275,8 @@ def test_a_run_measures_capability_task_by_task(folder, tmp_path):
         "capability.pruned=true",
         "attack.curve=[]",
         "attack.random=false",
+        'attack.sets=["FULL"]',
+        'attack.over_refusal="never"',
     ]
     run = tmp_path / "run"
     assert not read_config(config).capability.enabled
