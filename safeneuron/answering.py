@@ -14,10 +14,15 @@ from safeneuron.data import Prompt, benign_text
 from safeneuron.directions import find_direction, without_direction
 from safeneuron.edits import Edit
 from safeneuron.ffn import pruned
+from safeneuron.finding import ANSWER_TOKENS, sample
 from safeneuron.finetuning import Demonstration, finetuned
+from safeneuron.judges import RefusalPhrases
 from safeneuron.models import Model
 from safeneuron.runs import append_lines, read_lines, write_json, write_lines
 from safeneuron.states import Findings, Pruning, State
+
+DIRECTION_PROMPTS = 16
+"""Harmful prompts, of those on which neurons are found, by whose refusals the direction's layer is chosen."""
 
 BASIC = ("none", "static", "adaptive", "iterated", "control")
 """The attacks under which harmless requests are answered too, if they are under any."""
@@ -67,7 +72,9 @@ def under(config: Config, findings: Findings, state: State, model: Model, prunin
         with pruned(model, pruning.neurons):
             yield
     elif pruning.set == "direction":
-        direction = find_direction(model, findings.prompts("unsafe"), findings.prompts("safe"))
+        unsafe, safe = (findings.prompts(role) for role in ("unsafe", "safe"))
+        tried = sample(unsafe, DIRECTION_PROMPTS, config.seed)
+        direction = find_direction(model, unsafe, safe, RefusalPhrases(), tried, max_new_tokens=ANSWER_TOKENS)
         with without_direction(model, direction):
             yield
     else:

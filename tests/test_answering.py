@@ -10,6 +10,7 @@ from safeneuron.attempts import input_attempts
 from safeneuron.config import AttemptName, read_config
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
+from safeneuron.judges import RefusalPhrases
 from safeneuron.neurons import NeuronSet
 from safeneuron.runs import Run, read_json, read_lines
 from safeneuron.states import CHANGES, Findings, State
@@ -107,14 +108,14 @@ def test_stopped_work_goes_on_to_the_same_results(attacked, tmp_path):
     assert results(tmp_path / "run") == results(folder)
 
 
-def test_a_state_that_gives_no_answer_to_learn_is_not_fine_tuned(finished_run, tmp_path):
+def test_a_state_that_gives_no_answer_to_learn_is_not_fine_tuned(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
+    monkeypatch.setattr(RefusalPhrases, "__call__", lambda self, prompts, responses: ["incoherent"] * len(responses))
     changes = (
         'attack.sets=["FULL"]', 'attack.knowledge=["static"]', "attack.curve=[]", "variants={}", "align.rounds=0",
         'attack.attempts=["fine-tune"]',
     )  # fmt: skip
     watch = execute(config, tmp_path, changes=changes)
-    # A random model babbles, so that no answer is worth learning.
     assert read_lines(tmp_path / "T0" / "rivals" / "demonstrations.jsonl") == []
     assert any("fine_tune_data" in str(text) for text in watch.of("warned"))
     assert not (tmp_path / "T0" / "attack" / "model-fine-tune").exists()
