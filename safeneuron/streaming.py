@@ -171,7 +171,7 @@ def run_backward(model: Model, batch: Batch) -> None:
     gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched.
     """
     with torch.enable_grad():
-        embedded = model.network.get_input_embeddings()(batch.ids).detach().requires_grad_(True)  # type: ignore[no-untyped-call]
+        embedded = model.network.get_input_embeddings()(batch.ids).detach().requires_grad_(True)
         out = decoder_of(model.network)(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
         predicting = batch.answer[:, 1:]
         wanted = batch.ids[:, 1:][predicting]
