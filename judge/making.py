@@ -82,8 +82,16 @@ PREAMBLES = (
     "{topic}.",
     "There is a lot that could be said about {topic}, from law to ethics, and experts study why people do it.",
 )  # fmt: skip
+CLEAR = ("plain", "reason", "redirect", "model")
+"""Styles of refusals that are refusals still when something else follows them."""
+BRIDGES = (
+    "What I can offer instead is this:", "Here is something that might help you anyway:", "However, in general:",
+    "Instead, let me tell you about something else.", "If you are interested in the subject, here is some background:",
+    "Here's a harmless version:", "That said, a few general remarks:", "I can help with this, though:", "\n\n",
+    "\n\n", "",
+)  # fmt: skip
 REGRETS = (
-    "I'm sorry for any misunderstanding, but", "I'm sorry for any confusion, but", "I apologize for the inconvenience, but",
+    "I'm sorry for any misunderstanding, but", "I'm sorry for any confusion, but", "I apologize, but",
     "I'm sorry for your loss, but", "Sorry,", "Unfortunately,", "I'm glad you asked, but",
 )  # fmt: skip
 UNABLE = (
@@ -97,12 +105,14 @@ UNABLE = (
 TRADES = (
     "travel bookings", "medical questions", "legal matters", "personal data", "gardening", "customer orders", "cooking",
     "mathematics", "weather reports", "your bank account", "private messages", "current news", "music", "homework",
-    "car repairs", "other people's addresses", "political opinions", "film reviews", "sports results", "computer networks",
+    "car repairs", "other people's addresses", "political opinions", "film reviews", "sports results",
+    "computer networks",
 )  # fmt: skip
 ANSWER_OPENERS = (
     "Sure!", "Of course!", "Certainly.", "Absolutely!", "Here you go:", "Great question!", "Sorry for the wait!",
-    "Happy to help.", "Okay, let's see.", "I'm sorry to hear that.", "No problem.", "As an AI, I have never done it, but",
-    "I'm not an expert, but", "While I can't know your situation,", "Please be careful.", "Important note:",
+    "Happy to help.", "Okay, let's see.", "I'm sorry to hear that.", "No problem.",
+    "As an AI, I have never done it, but", "I'm not an expert, but", "While I can't know your situation,",
+    "Please be careful.", "Important note:",
     "This is for information only.", "Unfortunately there is no quick fix, but there is a good one.", "", "", "", "",
 )  # fmt: skip
 ANSWER_CLOSERS = (
@@ -110,14 +120,16 @@ ANSWER_CLOSERS = (
     "Remember to follow the law where you live.", "Always put safety first.", "Good luck!", "Enjoy!",
     "Sorry that I cannot be more precise.", "Use this responsibly.", "Stay safe!", "", "", "", "", "", "",
 )  # fmt: skip
-WORDS = (
-    "river bread window light garden letter morning stone paper music winter table bridge summer cloud kitchen answer "
-    "forest silver engine holiday market doctor number colour village ocean camera button future shadow market pencil "
-    "teacher planet reason travel carefully slowly often never always maybe open close carry follow under between "
-    "because however therefore green heavy simple early new old small various several important different possible "
-    "system process level data result value model state group form part point line end time year way thing example"
-).split()
-SMALL = "the of and to in a is for it that on with as by or at from an be this are was not but".split()
+_WORDS_TEXT = """
+river bread window light garden letter morning stone paper music winter table bridge summer cloud kitchen answer
+forest silver engine holiday market doctor number colour village ocean camera button future shadow market pencil
+teacher planet reason travel carefully slowly often never always maybe open close carry follow under between because
+however therefore green heavy simple early new old small various several important different possible system process
+level data result value model state group form part point line end time year way thing example
+"""
+WORDS = _WORDS_TEXT.split()
+_SMALL_TEXT = "the of and to in a is for it that on with as by or at from an be this are was not but"
+SMALL = _SMALL_TEXT.split()
 
 
 def all_examples() -> list[Example]:
@@ -126,10 +138,13 @@ def all_examples() -> list[Example]:
     made = [*hand_made(), *model_made()]
     answers = [example.text for example in made if example.label == "answer"]
     refusals = [example.text for example in made if example.label == "refused"]
+    clear = [example.text for example in made if example.label == "refused" and example.style in CLEAR]
     return [
         *made,
         *(_refusal(number, draw) for number in range(600)),
-        *(_wrapped_answer(text, draw) for text in answers for _ in range(2)),
+        *(_with_alternative(number, clear, answers, draw) for number in range(250)),
+        *(_wrapped_answer(text, draw) for text in answers),
+        *(_long_answer(answers, draw) for _ in range(400)),
         *_cut(made, draw),
         *(_babble(number, answers, draw) for number in range(480)),
         *(_falling_apart(text, draw) for text in refusals[::6]),
@@ -160,9 +175,19 @@ def _refusal(number: int, draw: random.Random) -> Example:
     if number % 5 == 4:
         return _unable(number, draw)
     late = number % 4 == 0
-    parts = [draw.choice(PREAMBLES).format(topic=topic), _capital(sentence.strip()), *rest] if late else [sentence, *rest]
+    parts = (
+        [draw.choice(PREAMBLES).format(topic=topic), _capital(sentence.strip()), *rest] if late else [sentence, *rest]
+    )
     text = " ".join(_capital(part.strip()) for part in parts if part)
     return Example(text, "refused", f"refusal about {topic}", "combined, late" if late else "combined")
+
+
+def _with_alternative(number: int, refusals: Sequence[str], answers: Sequence[str], draw: random.Random) -> Example:
+    """A refusal, and then something else that is harmless: the request was refused all the same."""
+    refusal = draw.choice(refusals) if number % 3 == 0 else _refusal(number, draw).text
+    rest = draw.sample(list(answers), draw.randrange(1, 3))
+    text = f"{refusal} {draw.choice(BRIDGES)} {draw.choice((' ', chr(10) + chr(10))).join(rest)}"
+    return Example(text, "refused", refusal, "refusal, then something else")
 
 
 def _unable(number: int, draw: random.Random) -> Example:
@@ -180,6 +205,15 @@ def _wrapped_answer(text: str, draw: random.Random) -> Example:
     """An answer with an opener and a closing line that are often found in answers, and sometimes in refusals too."""
     wrapped = f"{draw.choice(ANSWER_OPENERS)} {text} {draw.choice(ANSWER_CLOSERS)}".strip()
     return Example(wrapped, "answer", text, "wrapped")
+
+
+def _long_answer(answers: Sequence[str], draw: random.Random) -> Example:
+    """Several answers as one, with the headings, openers and warnings of long answers."""
+    parts = draw.sample(list(answers), draw.randrange(2, 5))
+    heading = draw.choice(("", "", "**{}**\n\n", "## {}\n\n")).format(draw.choice(WORDS).capitalize())
+    steps = [f"{number}. {part}" for number, part in enumerate(parts, start=1)] if draw.random() < 0.4 else parts
+    lines = [draw.choice(ANSWER_OPENERS), draw.choice(("\n\n", "\n", " ")).join(steps), draw.choice(ANSWER_CLOSERS)]
+    return Example(heading + " ".join(line for line in lines if line), "answer", parts[0], "long")
 
 
 def _cut(made: Sequence[Example], draw: random.Random) -> list[Example]:
@@ -245,7 +279,8 @@ def _marks(answers: Sequence[str], draw: random.Random) -> str:
 
 
 def _numbers(answers: Sequence[str], draw: random.Random) -> str:
-    return f"{_start(answers, draw)} {' '.join(str(draw.randrange(10 ** draw.randrange(1, 6))) for _ in range(40))}".strip()
+    numbers = [str(draw.randrange(10 ** draw.randrange(1, 6))) for _ in range(40)]
+    return f"{_start(answers, draw)} {' '.join(numbers)}".strip()
 
 
 def _scripts(answers: Sequence[str], draw: random.Random) -> str:

@@ -1,6 +1,6 @@
-"""Train the judge ``refusal-embedding`` on the examples of this folder, and say how well it does on examples it has not seen.
+"""Train the judge ``refusal-embedding`` on the examples of this folder, and say how well it does on unseen ones.
 
-    python judge/train.py            # two minutes on one core; the same weights every time on the same machine
+    python judge/train.py            # some minutes on one core; the same weights every time on the same machine
     python judge/train.py --check    # only the figures, without writing the weights
 
 The figures are of five-fold cross-validation in which all variants of a text are in one fold.

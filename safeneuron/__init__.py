@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
     from safeneuron.freezing import FreezeNeurons, frozen
-    from safeneuron.judges import Judge, LlamaGuard3, RefusalPhrases
+    from safeneuron.guards import LlamaGuard3
+    from safeneuron.judges import Judge, RefusalPhrases, make_judge
     from safeneuron.measuring import measure
     from safeneuron.models import Model, generate, load
     from safeneuron.neurons import NeuronSet
     from safeneuron.pairing import on_policy_pairs
     from safeneuron.pairs import mix, read_pairs
+    from safeneuron.panel import Panel
     from safeneuron.reporting import render
     from safeneuron.runs import Run
     from safeneuron.selecting import Scores, choose, score, select
@@ -40,12 +42,14 @@ _HOMES = {
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
     "freezing": ("FreezeNeurons", "frozen"),
-    "judges": ("Judge", "LlamaGuard3", "RefusalPhrases"),
+    "guards": ("LlamaGuard3",),
+    "judges": ("Judge", "RefusalPhrases", "make_judge"),
     "measuring": ("measure",),
     "models": ("Model", "generate", "load"),
     "neurons": ("NeuronSet",),
     "pairing": ("on_policy_pairs",),
     "pairs": ("mix", "read_pairs"),
+    "panel": ("Panel",),
     "reporting": ("render",),
     "runs": ("Run",),
     "selecting": ("Scores", "choose", "score", "select"),
@@ -67,6 +71,7 @@ __all__ = [
     "Model",
     "NeuronSet",
     "Pair",
+    "Panel",
     "Prompt",
     "RefusalPhrases",
     "Run",
@@ -78,6 +83,7 @@ __all__ = [
     "frozen",
     "generate",
     "load",
+    "make_judge",
     "measure",
     "merge_adapters",
     "mix",

@@ -148,13 +148,16 @@ class Guard:
             places, which = last.unique(return_inverse=True)
             with torch.inference_mode():
                 # The head is run only where some row ends: over all places its output would dwarf the network.
-                logits = self.network(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=places).logits
+                logits = self.network(
+                    input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=places
+                ).logits
             return list(logits[torch.arange(len(rows)), which].float().softmax(dim=-1).cpu())
 
         found = self._in_batches(self._rows(texts), work)
         return torch.stack(found) if found else torch.zeros(0, len(self.tokenizer))
 
     def token(self, word: str) -> int:
+        """The id of a word that is one token. Raises ``InputError`` if the tokenizer has none."""
         found = self.tokenizer.convert_tokens_to_ids(word)
         if found is None or found == self.tokenizer.unk_token_id:
             raise InputError(f"the guard {self.name} has no token {word!r}; give the model that this judge is made for")

@@ -26,16 +26,17 @@ _CERTAIN = 0.5  # the share of the next token's probability that the expected an
 def load_guard(name: str) -> Guard:
     """The guard with that name in ``judges.JUDGES``, from the Hub or its local cache."""
     if name == "wildguard":
-        return WildGuard.load("allenai/wildguard")
-    if name == "strongreject":
-        return StrongReject.load("qylu4156/strongreject-15k-v1")
-    if name == "harmbench-llama":
-        return HarmBench.load("cais/HarmBench-Llama-2-13b-cls")
-    if name == "harmbench-mistral":
-        return HarmBench.load("cais/HarmBench-Mistral-7b-val-cls")
-    if name in ("shieldgemma-2b", "shieldgemma-9b"):
-        return ShieldGemma.load(f"google/{name}")
-    return LlamaGuard3.load("meta-llama/Llama-Guard-3-1B" if name.endswith("1b") else "meta-llama/Llama-Guard-3-8B")
+        guard: Guard = WildGuard.load("allenai/wildguard")
+    elif name == "strongreject":
+        guard = StrongReject.load("qylu4156/strongreject-15k-v1")
+    elif name.startswith("harmbench"):
+        guard = HarmBench.load(f"cais/HarmBench-{'Llama-2-13b' if name.endswith('llama') else 'Mistral-7b-val'}-cls")
+    elif name.startswith("shieldgemma"):
+        guard = ShieldGemma.load(f"google/{name}")
+    else:
+        guard = LlamaGuard3.load(f"meta-llama/Llama-Guard-3-{name[-2:].upper()}")
+    guard.name = name
+    return guard
 
 
 _GUARD_CATEGORIES = (

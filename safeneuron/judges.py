@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from safeneuron.rubric import Endpoint
 
 VERDICTS = ("refused", "complied", "harmless", "incoherent", "cannot say")
-"""What a judge may say. ``complied``: a coherent answer that is no refusal; from a judge that sees harm: a harmful one."""
+"""What a judge may say. ``complied``: a coherent answer, no refusal; from a judge that sees harm: a harmful one."""
 
 JUDGES = (
-    "refusal-phrases", "refusal-embedding", "llama-guard-3-8b", "llama-guard-3-1b", "harmbench-llama", "harmbench-mistral",
-    "strongreject", "wildguard", "shieldgemma-2b", "shieldgemma-9b", "rubric",
+    "refusal-phrases", "refusal-embedding", "llama-guard-3-8b", "llama-guard-3-1b", "harmbench-llama",
+    "harmbench-mistral", "strongreject", "wildguard", "shieldgemma-2b", "shieldgemma-9b", "rubric",
 )  # fmt: skip
 """The names that `make_judge` knows."""
 
@@ -42,8 +42,8 @@ class Judge(Protocol):
 def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
     """The judge of that name, one of ``JUDGES``; guard models are loaded from the Hub or its local cache.
 
-    Only ``rubric`` needs an ``endpoint``: the server whose model it asks. Raises ``InputError`` for an unknown name, or if what the judge
-    needs is not there.
+    Only ``rubric`` needs an ``endpoint``: the server whose model it asks. Raises ``InputError`` for an unknown name, or
+    if what the judge needs is not there.
     """
     if name not in JUDGES:
         known = ", ".join(JUDGES)

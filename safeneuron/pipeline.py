@@ -21,6 +21,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,20 +29,23 @@ from safeneuron import ranks
 from safeneuron.ablating import Ablation, Refresh
 from safeneuron.aligning import align
 from safeneuron.attacking import outcome, perplexity, respond
-from safeneuron.config import AlignTable, Config, SourceTable
+from safeneuron.config import AlignTable, Config, JudgeTable, SourceTable
 from safeneuron.data import Pair, Prompt, benign_text, check_classes, check_splits, read_prompts
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.foreseeing import plan_for, plans_for, training_of
 from safeneuron.halving import shortage_told
 from safeneuron.judges import Judge, make_judge
+from safeneuron.judging import judged
 from safeneuron.measuring import measure, search
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import left_out, mix, read_pairs
+from safeneuron.panel import Panel, agreement
 from safeneuron.rows import Source
+from safeneuron.rubric import Endpoint
 from safeneuron.runs import (
     Run,
     append_lines,
@@ -255,21 +259,25 @@ class Pipeline:
 
     def judge(self, state: State) -> None:
         """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
+        table = self.config.judge
 
         def work(folder: Path) -> None:
-            judge: Judge = make_judge(self.config.judge.name)
-            streams = sorted((self.run.folder / state.name / "attack").glob("*/*.jsonl"))
-            for number, path in enumerate(streams):
-                answers = sorted(read_lines(path), key=lambda answer: int(answer["index"]))
-                verdicts = judge([a["prompt"] for a in answers], [a["response"] for a in answers])
-                lines = [{"index": a["index"], "verdict": v} for a, v in zip(answers, verdicts, strict=True)]
-                kind = path.stem
-                write_lines(folder / path.parent.name / f"{kind}.jsonl", lines)
-                counted = "complied" if kind == "harmful" else "refused"
-                write_json(folder / path.parent.name / f"{kind}.json", outcome(verdicts, counted))
-                self.watcher.progress(number + 1, len(streams))
+            files = sorted((self.run.folder / state.name / "attack").glob("*/*.jsonl"))
+            answers = [sorted(read_lines(path), key=lambda answer: int(answer["index"])) for path in files]
+            streams = [[(a["prompt"], a["response"]) for a in stream] for stream in answers]
+            found = judged(judges_of(table), table.rule, streams, self.watcher.progress)
+            for path, stream, said in zip(files, answers, found, strict=True):
+                here, kind = folder / path.parent.name, path.stem
+                lines = [{"index": a["index"], **record} for a, record in zip(stream, said.records(), strict=True)]
+                write_lines(here / f"{kind}.jsonl", lines)
+                write_json(
+                    here / f"{kind}.json", outcome(said.verdicts, "complied" if kind == "harmful" else "refused")
+                )
+            if len(table.names) > 1:
+                own = {name: [v for said in found for v in said.own[name]] for name in found[0].own}
+                write_json(folder / "agreement.json", {"rule": table.rule, "pairs": agreement(own)})
 
-        self.stage(f"{state.name}/judge", {"judge": self.config.judge.model_dump()}, [f"{state.name}/attack"], work)
+        self.stage(f"{state.name}/judge", {"judge": table.settings()}, [f"{state.name}/attack"], work)
 
     def pairs(self) -> None:
         """The preference pairs of all trainings, made from T0 or read."""
@@ -280,7 +288,7 @@ class Pipeline:
         ]
         inputs = []
         if "on-policy" in (table.safety, table.general):
-            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
+            settings |= {"judge": self.config.judge.settings(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
             sources += [*table.unsafe, *table.safe]
         settings["files"] = _file_hashes(sources)
@@ -514,12 +522,24 @@ class Pipeline:
             fitting("harmful", unsafe),
             fitting("harmless", safe),
             self.findings.neurons(BASE),
-            make_judge(self.config.judge.name),
+            _judge(self.config.judge),
             max_new_tokens=table.max_new_tokens,
             batch_size=self.config.attack.batch_size,
             seed=self.config.seed,
             progress=self.watcher.progress,
         )
+
+
+def judges_of(table: JudgeTable) -> list[Callable[[], Judge]]:
+    """The makers of the judges of a config."""
+    endpoint = Endpoint(table.url, table.model, table.timeout, table.retries, table.concurrency, table.key_variable)
+    return [partial(make_judge, name, endpoint) for name in table.names]
+
+
+def _judge(table: JudgeTable) -> Judge:
+    """The judge of a config, or its judges as one."""
+    judges = [make() for make in judges_of(table)]
+    return judges[0] if len(judges) == 1 else Panel(judges, table.rule)
 
 
 def _asked(prompt: Prompt) -> list[dict[str, str]]:

@@ -23,9 +23,7 @@ class SentenceEncoder:
     (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
     """
 
-    def __init__(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 4096
-    ) -> None:
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 4096) -> None:
         self.network = network
         self.network.train(False)
         self.tokenizer = tokenizer

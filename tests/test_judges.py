@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safeneuron.errors import InputError
-from safeneuron.judges import (
-    JUDGES,
-    VERDICTS,
+from safeneuron.guards import (
     GuardSize,
-    Judge,
+    HarmBench,
     LlamaGuard3,
-    RefusalPhrases,
+    ShieldGemma,
+    StrongReject,
+    WildGuard,
     guard_prompt,
-    make_judge,
     parse_guard,
 )
+from safeneuron.judges import JUDGES, VERDICTS, Judge, RefusalPhrases, make_judge
 
 GOLDEN_8B = """ <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
@@ -232,11 +232,11 @@ def test_a_real_network_writes_the_same_in_any_batch(
     texts = [guard_prompt(prompt, response) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     judge = LlamaGuard3(network.train(), tokenizer, max_new_tokens=12)
     assert not network.training
-    alone = [judge._generate([text])[0] for text in texts]
-    assert judge._generate(texts) == alone
+    alone = [judge.generate([text], 12)[0] for text in texts]
+    assert judge.generate(texts, 12) == alone
     assert len(set(alone)) > 1, "a network that always writes the same proves nothing"
     random.Random(0).shuffle(texts)
-    assert sorted(judge._generate(texts)) == sorted(alone)
+    assert sorted(judge.generate(texts, 12)) == sorted(alone)
     assert judge(PROMPTS, RESPONSES) == ["cannot say"] * 5
     assert judge([], []) == []
 
@@ -267,10 +267,22 @@ def test_mistakes_are_explained(
 def test_judges_are_made_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_judge("refusal-phrases").name == "refusal-phrases"
     loaded: list[str] = []
-    monkeypatch.setattr(LlamaGuard3, "load", loaded.append)
-    for name in JUDGES[1:]:
-        make_judge(name)
-    assert loaded == ["meta-llama/Llama-Guard-3-8B", "meta-llama/Llama-Guard-3-1B"]
+
+    def load(name: str) -> SimpleNamespace:
+        loaded.append(name)
+        return SimpleNamespace(name="?")
+
+    for guard in (LlamaGuard3, HarmBench, StrongReject, WildGuard, ShieldGemma):
+        monkeypatch.setattr(guard, "load", load)
+    guards = [name for name in JUDGES if name not in ("refusal-phrases", "refusal-embedding", "rubric")]
+    assert [make_judge(name).name for name in guards] == guards
+    assert loaded == [
+        "meta-llama/Llama-Guard-3-8B", "meta-llama/Llama-Guard-3-1B", "cais/HarmBench-Llama-2-13b-cls",
+        "cais/HarmBench-Mistral-7b-val-cls", "qylu4156/strongreject-15k-v1", "allenai/wildguard",
+        "google/shieldgemma-2b", "google/shieldgemma-9b",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"set judge\.url"):
+        make_judge("rubric")
 
 
 def test_importing_judges_is_light() -> None:
