@@ -77,7 +77,7 @@ def readable(text: str) -> str:
 
     Lone halves of surrogate pairs, which JSON can hold and UTF-8 cannot, become U+FFFD.
     """
-    text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else " " for c in text)
 
 
