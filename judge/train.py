@@ -25,8 +25,8 @@ from safeneuron.sentences import SentenceEncoder
 WEIGHTS = Path(__file__).parent.parent / "safeneuron" / "judge_weights" / "refusal-embedding.safetensors"
 COLUMN = {"refused": CLASSES.index("refused"), "answer": CLASSES.index("complied"), "incoherent": 2}
 FOLDS = 5
-PENALTY = 1.0
-"""Strength of the L2 penalty on the weights; chosen by the cross-validated loss among 0.03, 0.1, 0.3, 1, 3 and 10."""
+PENALTY = 0.1
+"""Strength of the L2 penalty on the weights; chosen by the cross-validated loss among 0.1, 0.3 and 1."""
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ import torch
 from safeneuron.sentences import SentenceEncoder
 
 _PART = 240  # characters of the opening and of the ending
-_NEARNESS = 0.15  # cosine; of the embedded model's own answers none is below, of answers to other requests most
+_NEAR, _FAR = 0.2, 0.1  # cosine; of the embedded model's own answers 1 of 96 is below 0.2 and none below 0.1, of
+# answers to other requests 91 % and 73 %
 _SHARED = 2  # words
 _SHORTEST = 6  # words
 _SMALL_WORDS_TEXT = """
@@ -28,8 +29,8 @@ _ENGLISH = 0.15  # share of small words; ordinary English has 0.4 and more
 def off_topic(encoder: SentenceEncoder, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
     """For each response whether it is about something else than its prompt; False where that cannot be told.
 
-    It is, if the prompt's embedding is far from those of the whole response, of its opening and of its ending, and the
-    two share fewer than two words (by their first five letters).
+    It is, if the prompt's embedding is very far from those of the whole response, of its opening and of its ending; or
+    if it is far, and the two share fewer than two words (by their first five letters).
     """
     if not prompts:
         return []
@@ -39,7 +40,8 @@ def off_topic(encoder: SentenceEncoder, prompts: Sequence[str], responses: Seque
     ]
     near = torch.stack([(asked * part).sum(dim=1) for part in parts]).amax(dim=0).tolist()
     return [
-        nearness < _NEARNESS and _comparable(prompt, response) and len(_stems(prompt) & _stems(response)) < _SHARED
+        (nearness < _FAR or (nearness < _NEAR and len(_stems(prompt) & _stems(response)) < _SHARED))
+        and _comparable(prompt, response)
         for nearness, prompt, response in zip(near, prompts, responses, strict=True)
     ]
 

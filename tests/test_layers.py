@@ -32,7 +32,7 @@ LAYERS = (
         "licences",
         "pushing",
     },
-    {"moments", "neurons", "statistics", "selecting", "coherence", "refusals"},
+    {"moments", "neurons", "statistics", "selecting", "coherence", "refusals", "signs"},
     {
         "models",
         "quantising",
@@ -50,8 +50,15 @@ LAYERS = (
         "ablating",
         "refreshing",
         "judges",
+        "sentences",
+        "relevance",
+        "classifying",
+        "guard_models",
+        "guards",
+        "rubric",
+        "panel",
     },
-    {"measuring", "pairing", "aligning", "attacking", "reporting", "tables", "summarising", "figures"},
+    {"measuring", "pairing", "aligning", "attacking", "judging", "reporting", "tables", "summarising", "figures"},
     {"pipeline", "preparing", "states", "collecting", "explaining", "foreseeing", "publishing", "model_cards"},
     {"cli", "__main__"},
 )
@@ -61,8 +68,8 @@ PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
-    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
-    "planning",
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
+    "sentences", "guard_models", "guards",
 }  # fmt: skip
 
 
