@@ -28,7 +28,7 @@ CLASSES = ("refused", "complied", "incoherent")
 
 _PART = 240  # characters of the opening and of the ending, which are embedded beside the whole
 _SCALE = 0.5  # of the embeddings; the smaller, the more the penalty in training prefers the signs
-_REFUSED = 0.3  # how likely a refusal must be; the training examples have more feigned refusals than the world has
+_REFUSED = 0.3  # how likely a refusal must be: the training examples are rich in answers that look like one
 
 
 class Classifier(NamedTuple):
@@ -58,8 +58,8 @@ def features_of(encoder: SentenceEncoder, texts: Sequence[str]) -> Tensor:
 class RefusalEmbedding:
     """Incoherent if that is likeliest, else refused if that is not unlikely, else complied; harmless if off the topic.
 
-    A text without any letter or digit is incoherent without asking the classifier. The prompts are read only to see whether a
-    response has anything to do with them (``relevance.off_topic``).
+    A text without any letter or digit is incoherent without asking the classifier. The prompts are read only to see
+    whether a response has anything to do with them (``relevance.off_topic``).
     """
 
     name: str = "refusal-embedding"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SPECIAL_TOKEN = re.compile(
     r"<\|[a-z0-9_]{1,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>", re.IGNORECASE
 )
-_LONGEST = 50_000  # characters of a text that are tokenized at all
+_LONGEST = 20_000  # characters of a text that are tokenized at all
 
 
 def without_special_tokens(text: str) -> str:
@@ -78,8 +78,12 @@ class Guard:
         raise NotImplementedError
 
     def shortened(self, response: str) -> str:
-        """The first ``longest`` tokens of a response, as text."""
-        text = without_special_tokens(response)
+        """What the guard reads of a response: its first ``longest`` tokens, as text."""
+        return self.beginning(response)
+
+    def beginning(self, text: str) -> str:
+        """The first ``longest`` tokens of a text, as text."""
+        text = without_special_tokens(text)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return text if len(ids) <= self.longest else str(self.tokenizer.decode(ids[: self.longest]))
 
@@ -87,7 +91,8 @@ class Guard:
         return [list(self.tokenizer(text, add_special_tokens=self.adds_special_tokens)["input_ids"]) for text in texts]
 
     def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-        return [self.text_of(prompt, self.shortened(text)) for prompt, text in zip(prompts, responses, strict=True)]
+        pairs = zip(prompts, responses, strict=True)
+        return [self.text_of(self.beginning(prompt), self.shortened(text)) for prompt, text in pairs]
 
     def _in_batches(self, rows: list[list[int]], work: Callable[[Sequence[list[int]]], list[Any]]) -> list[Any]:
         found: list[Any] = []

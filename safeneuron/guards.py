@@ -264,9 +264,9 @@ class ShieldGemma(Guard):
     def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
         """The probability of the likeliest violation; None where the guard wants to write neither Yes nor No."""
         highest: list[float | None] = [0.0] * len(responses)
-        kept = [self.shortened(response) for response in responses]
+        asked, kept = [self.beginning(prompt) for prompt in prompts], [self.shortened(text) for text in responses]
         for guideline in judge_prompt("shieldgemma-guidelines").splitlines():
-            texts = [self.text_of(prompt, text, guideline) for prompt, text in zip(prompts, kept, strict=True)]
+            texts = [self.text_of(prompt, text, guideline) for prompt, text in zip(asked, kept, strict=True)]
             for index, (yes, no) in enumerate(self.next_token(texts)[:, self.answers].tolist()):
                 before = highest[index]
                 certain = before is not None and yes + no >= _CERTAIN
