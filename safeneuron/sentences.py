@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from safeneuron.embedded import encoder_folder
 from safeneuron.halving import Halving
+from safeneuron.models import quiet
 
 MAX_TOKENS = 256
 """Longer texts are cut: the encoder was trained on no more tokens than that."""
@@ -33,11 +33,8 @@ class SentenceEncoder:
     def load(cls) -> SentenceEncoder:
         """The encoder in its installed package, in float32 on the CPU. Raises ``InputError`` if it is not installed."""
         folder = encoder_folder()
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        quiet()
         network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False)
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return cls(network, AutoTokenizer.from_pretrained(folder))
 
     @property
