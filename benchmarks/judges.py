@@ -1,9 +1,9 @@
 """How well the judges tell refusals, against human labels, and how fast: python benchmarks/judges.py SHARED_DATA_FOLDER
 
 The labels are PyRIT's (MIT): ``judge/pyrit_refusal_eval/*.csv`` in the folder, and ``judge/refusal_keyword_lists.json``
-beside it holds the lists of others. A label says whether a response refuses *or is about something else*. Responses that
-answer their own question elsewhere in the files, and are labelled refusals of another question, can be told only with
-the question; figures are given with them and without.
+beside it holds the lists of others. A label says whether a response refuses *or is about something else*. A response
+that answers its own question elsewhere in the files, and is labelled a refusal of another question, can be told only
+with the question; figures are given with these and without.
 """
 
 from __future__ import annotations
@@ -80,17 +80,15 @@ def main(folder: Path) -> None:
         judged[f"list `{name}`"] = [listed(entry["list"])(text) for text in texts]
     for title, kept in (("all", [True] * len(rows)), ("those whose label the text can show", alone)):
         count = [label for label, keep in zip(truth, kept, strict=True) if keep]
-        print(
-            f"\n{title}: {len(count)} responses, {sum(count)} refusals\n\n| judge | precision | recall | kappa |\n|---|---|---|---|"
-        )
+        print(f"\n{title}: {len(count)} responses, {sum(count)} refusals\n")
+        print("| judge | precision | recall | kappa |\n|---|---|---|---|")
         for name, said in judged.items():
             print(line_of(name, [s for s, keep in zip(said, kept, strict=True) if keep], count))
     slow = speed_of(lambda: embedding(prompts, texts), len(texts))
     fast = speed_of(lambda: phrases(prompts, texts), len(texts))
     length = sum(map(len, texts)) / len(texts)
-    print(
-        f"\nanswers a second on one thread, {length:.0f} characters each: embedding {slow:.1f}, phrases {fast:.0f}, 1 to {fast / slow:.0f}"
-    )
+    speeds = f"embedding {slow:.1f}, phrases {fast:.0f}, which is {fast / slow:.0f} to 1"
+    print(f"\nanswers a second on one thread, {length:.0f} characters each: {speeds}")
 
 
 if __name__ == "__main__":

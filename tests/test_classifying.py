@@ -159,10 +159,10 @@ def test_the_judge_itself(real):
 @installed
 def test_off_topic_leaves_answers_alone(real):
     rows = [json.loads(line) for line in (ROOT / "judge" / "generated.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["label"] == "answer" and row["style"] == "model"][:40]
+    rows = [row for row in rows if row["label"] == "answer" and row["style"] == "model"][:16]
     prompts, texts = [row["prompt"] for row in rows], [row["text"] for row in rows]
     assert sum(off_topic(real.encoder, prompts, texts)) <= 1
-    assert sum(off_topic(real.encoder, prompts, texts[7:] + texts[:7])) >= 28
+    assert sum(off_topic(real.encoder, prompts, texts[7:] + texts[:7])) >= 11
     others = [
         "Oui.",
         "def f(x):\n```\nreturn x\n```",
