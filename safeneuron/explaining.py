@@ -203,7 +203,7 @@ def _config(path: Path) -> Iterator[str]:
     config = read_config(path)
     trainings = ["main", *config.variants] if config.align.rounds else list(config.variants)
     yield f"The config of the run {config.name!r} on the model {config.model.name!r}, seed {config.seed}."
-    yield f"Trainings: {', '.join(trainings) or 'none (an audit)'}; judge: {config.judge.name}."
+    yield f"Trainings: {', '.join(trainings) or 'none (an audit)'}; judge: {config.judge.label}."
 
 
 def _neurons(path: Path) -> Iterator[str]:

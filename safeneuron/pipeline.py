@@ -38,12 +38,13 @@ from safeneuron.ffn import pruned
 from safeneuron.finding import Rivals, demonstrations, refresh_of, searched, settings_of
 from safeneuron.foreseeing import plan_for, plans_for, training_of
 from safeneuron.halving import shortage_told
-from safeneuron.judges import Judge, make_judge
+from safeneuron.judging import judged
 from safeneuron.measuring import measure
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix
+from safeneuron.panel import agreement
 from safeneuron.runs import (
     Run,
     read_lines,
@@ -52,7 +53,16 @@ from safeneuron.runs import (
     writing,
 )
 from safeneuron.selecting import choose, resolve_thresholds, score
-from safeneuron.sources import file_hashes, hashes_of, leaks, pairs_of, prompts_of, question_hashes
+from safeneuron.sources import (
+    file_hashes,
+    hashes_of,
+    judge_of,
+    judges_of,
+    leaks,
+    pairs_of,
+    prompts_of,
+    question_hashes,
+)
 from safeneuron.states import BASE, Findings, State, previous, selectors_for, states_of
 from safeneuron.statistics import ActivationStats
 from safeneuron.training import require_trainable
@@ -237,7 +247,7 @@ class Pipeline:
                     rivals.find(name, self.another).save(folder / f"{name}.json")
                 self.watcher.progress(number + 1, len(names) + tunes)
             if tunes:
-                learnt = demonstrations(self.config, model, own, unsafe, lambda: make_judge(self.config.judge.name))
+                learnt = demonstrations(self.config, model, own, unsafe, lambda: judge_of(self.config.judge))
                 write_lines(folder / "demonstrations.jsonl", (asdict(one) for one in learnt))
                 if not learnt:
                     self.watcher.warned(
@@ -250,7 +260,7 @@ class Pipeline:
         settings |= settings_of(self.config) | {"seed": self.config.seed}
         inputs = ["data", *self.made_by(state), f"{state.name}/select"]
         if tunes:
-            settings["judge"] = self.config.judge.model_dump()
+            settings["judge"] = self.config.judge.settings()
             settings["files"] = file_hashes({table.fine_tune_data: Path(table.fine_tune_data)})
         self.stage(f"{state.name}/rivals", settings, inputs, work, together=True)
 
@@ -279,21 +289,25 @@ class Pipeline:
 
     def judge(self, state: State) -> None:
         """Verdicts on the state's answers; apart from the attack, so that another judge needs no new answers."""
+        table = self.config.judge
 
         def work(folder: Path) -> None:
-            judge: Judge = make_judge(self.config.judge.name)
-            streams = sorted((self.run.folder / state.name / "attack").glob("*/*.jsonl"))
-            for number, path in enumerate(streams):
-                answers = sorted(read_lines(path), key=lambda answer: int(answer["index"]))
-                verdicts = judge([a["prompt"] for a in answers], [a["response"] for a in answers])
-                lines = [{"index": a["index"], "verdict": v} for a, v in zip(answers, verdicts, strict=True)]
-                kind = path.stem
-                write_lines(folder / path.parent.name / f"{kind}.jsonl", lines)
-                counted = "complied" if kind == "harmful" else "refused"
-                write_json(folder / path.parent.name / f"{kind}.json", outcome(verdicts, counted))
-                self.watcher.progress(number + 1, len(streams))
+            files = sorted((self.run.folder / state.name / "attack").glob("*/*.jsonl"))
+            answers = [sorted(read_lines(path), key=lambda answer: int(answer["index"])) for path in files]
+            streams = [[(a["prompt"], a["response"]) for a in stream] for stream in answers]
+            found = judged(judges_of(table), table.rule, streams, self.watcher.progress)
+            for path, stream, said in zip(files, answers, found, strict=True):
+                here, kind = folder / path.parent.name, path.stem
+                lines = [{"index": a["index"], **record} for a, record in zip(stream, said.records(), strict=True)]
+                write_lines(here / f"{kind}.jsonl", lines)
+                write_json(
+                    here / f"{kind}.json", outcome(said.verdicts, "complied" if kind == "harmful" else "refused")
+                )
+            if len(table.names) > 1:
+                own = {name: [v for said in found for v in said.own[name]] for name in found[0].own}
+                write_json(folder / "agreement.json", {"rule": table.rule, "pairs": agreement(own)})
 
-        self.stage(f"{state.name}/judge", {"judge": self.config.judge.model_dump()}, [f"{state.name}/attack"], work)
+        self.stage(f"{state.name}/judge", {"judge": table.settings()}, [f"{state.name}/attack"], work)
 
     def capability(self, state: State) -> None:
         """Scores of the state on capability benchmarks, intact and with its own neurons pruned; task by task."""
@@ -340,7 +354,7 @@ class Pipeline:
         ]
         inputs = []
         if "on-policy" in (table.safety, table.general):
-            settings |= {"judge": self.config.judge.model_dump(), "max_length": self.config.align.max_length}
+            settings |= {"judge": self.config.judge.settings(), "max_length": self.config.align.max_length}
             inputs = ["T0/select"]
             sources += [*table.unsafe, *table.safe]
         settings["files"] = hashes_of(sources)
@@ -527,7 +541,7 @@ class Pipeline:
             fitting("harmful", unsafe),
             fitting("harmless", safe),
             self.findings.neurons(BASE),
-            make_judge(self.config.judge.name),
+            judge_of(self.config.judge),
             max_new_tokens=table.max_new_tokens,
             batch_size=self.config.attack.batch_size,
             seed=self.config.seed,

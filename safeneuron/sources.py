@@ -1,17 +1,21 @@
-"""The prompts and pairs that a config names: read, counted, and known by their contents."""
+"""What a config names: prompts and pairs, read and known by their contents, and the judges."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safeneuron.capability import TASKS
-from safeneuron.config import CapabilityTable, SourceTable
+from safeneuron.config import CapabilityTable, JudgeTable, SourceTable
 from safeneuron.data import Pair, Prompt, check_splits, read_prompts
+from safeneuron.judges import Judge, make_judge
 from safeneuron.pairs import left_out, read_pairs
+from safeneuron.panel import Panel
 from safeneuron.rows import Source
+from safeneuron.rubric import Endpoint
 from safeneuron.runs import sha256_of
 
 
@@ -27,6 +31,18 @@ def pairs_of(table: Any, warnings: list[str]) -> list[Pair]:
     if dropped:
         warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
     return pairs
+
+
+def judges_of(table: JudgeTable) -> list[Callable[[], Judge]]:
+    """The makers of the judges of a config."""
+    endpoint = Endpoint(table.url, table.model, table.timeout, table.retries, table.concurrency, table.key_variable)
+    return [partial(make_judge, name, endpoint) for name in table.names]
+
+
+def judge_of(table: JudgeTable) -> Judge:
+    """The judge of a config, or its judges as one."""
+    judges = [make() for make in judges_of(table)]
+    return judges[0] if len(judges) == 1 else Panel(judges, table.rule)
 
 
 def leaks(pairs: Sequence[Pair], tests: dict[str, list[Prompt]]) -> list[str]:

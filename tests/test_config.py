@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from safeneuron import config as module
-from safeneuron.config import AlignTable, Config, parse_config, presets, read_config, to_toml
+from safeneuron.config import AlignTable, Config, JudgeName, parse_config, presets, read_config, to_toml
 from safeneuron.errors import InputError
+from safeneuron.judges import JUDGES
 
 
 def message_of(text: str, *changes: str) -> str:
@@ -90,6 +92,19 @@ def test_the_paper_presets_hold_the_papers_numbers():
         assert config.attack.max_new_tokens >= 128
 
 
+def test_judges_are_one_or_several_and_only_what_decides_the_verdicts_counts():
+    one = parse_config("[judge]\nname = 'refusal-embedding'\ntimeout = 3", "x").judge
+    assert (one.names, one.label, one.settings()) == (
+        ("refusal-embedding",), "refusal-embedding", {"name": "refusal-embedding"},
+    )  # fmt: skip
+    text = "[judge]\nname = ['wildguard', 'rubric']\nrule = 'any'\nurl = 'http://h/v1'\nmodel = 'm'\nretries = 0"
+    several = parse_config(text, "x").judge
+    assert several.label == "any of wildguard, rubric"
+    assert several.settings() == {"name": ["wildguard", "rubric"], "rule": "any", "url": "http://h/v1", "model": "m"}
+    assert parse_config(to_toml(Config(judge=several)), "x").judge == several
+    assert set(get_args(JudgeName)) == set(JUDGES), "the config knows every judge"
+
+
 @given(label=st.text(), path=st.text(min_size=1), rate=st.floats(1e-300, 1e300), count=st.integers(1, 10**15))
 def test_any_value_survives_being_printed(label, path, rate, count):
     config = Config.model_validate(
@@ -167,6 +182,11 @@ BAD = [
     ("[attack]\nknowledge = 'static'", "attack.knowledge = 'static'", "use a list"),
     ("[attack]\ncurve = [0.1, 1.0]", "attack.curve.1 = 1.0", "less than 1"),
     ("[judge]\nname = 'me'", "judge.name = 'me'", "'refusal-phrases'"),
+    ("[judge]\nname = ['refusal-phrases', 'me']", "judge.name.1 = 'me'", "'refusal-phrases'"),
+    ("[judge]\nname = []", "name must hold different judges, found none", ""),
+    ("[judge]\nname = ['wildguard', 'wildguard']", "name must hold different judges, found wildguard, wildguard", ""),
+    ("[judge]\nname = 'rubric'", "the judge rubric needs url and model", ""),
+    ("[judge]\nrule = 'most'", "judge.rule = 'most'", "'majority', 'all' or 'any'"),
     ("[report]\nexamples = -1", "report.examples = -1", "greater than or equal to 0"),
     ("[variants.dpo]\nbeta = 0", "[variants.dpo]: beta = 0", "greater than 0"),
     ("[variants.dpo]\nbatch_size = 6", "[variants.dpo]: batch_size 6 is not a multiple", ""),

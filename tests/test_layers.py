@@ -43,6 +43,7 @@ LAYERS = (
         "edits",
         "coherence",
         "refusals",
+        "signs",
     },
     {
         "models",
@@ -68,6 +69,13 @@ LAYERS = (
         "streaming",
         "persisting",
         "serving",
+        "sentences",
+        "relevance",
+        "classifying",
+        "guard_models",
+        "guards",
+        "rubric",
+        "panel",
     },
     {
         "measuring",
@@ -77,6 +85,7 @@ LAYERS = (
         "pairing",
         "aligning",
         "attacking",
+        "judging",
         "capability",
         "sweeping",
         "reporting",
@@ -107,8 +116,8 @@ PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
-    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "judges", "aligning",
-    "planning", "serving", "finetuning", "similarity",
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
+    "sentences", "guard_models", "guards", "serving", "finetuning", "similarity",
 }  # fmt: skip
 
 

@@ -196,7 +196,7 @@ class Answers:
 
 def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
-    monkeypatch.setattr(module, "make_judge", lambda _: Answers())
+    monkeypatch.setattr(module, "make_judge", lambda *_: Answers())
     execute(config, tmp_path, changes=[*SMALL, "align.rounds=0"])
     (state,) = json.loads(results(tmp_path))["states"]
     for attack in state["attacks"]:
@@ -224,7 +224,7 @@ def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
 
 def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
-    monkeypatch.setattr(module, "make_judge", lambda _: Answers())
+    monkeypatch.setattr(module, "make_judge", lambda *_: Answers())
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "why " * 30}) + "\n")
     leaky = [
