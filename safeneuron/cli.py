@@ -371,7 +371,7 @@ def judge(
     if written.exists() and written.resolve() == path.resolve():
         raise InputError(f"{written} is the file to be judged, and would be lost; give another one with --out")
     from safeneuron.judging import judged, read_answers, told
-    from safeneuron.pipeline import judges_of
+    from safeneuron.sources import judges_of
 
     rows, answers = read_answers(path, prompt, response)
     (found,) = judged(judges_of(table), table.rule, [answers])
