@@ -15,6 +15,7 @@ from importlib.resources import files
 
 from safeneuron.errors import InputError, nearest
 from safeneuron.models import Model
+from safeneuron.serving import Server
 
 Block = Callable[[Model], AbstractContextManager[object]]
 PLACE = "{request}"
@@ -63,7 +64,7 @@ class Attempt:
             request = base64.b64encode(request.encode()).decode()
         return self.template.replace(PLACE, request)
 
-    def encode(self, model: Model, requests: Sequence[str]) -> tuple[list[list[int]], int]:
+    def encode(self, model: Model | Server, requests: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids of each conversation, up to the end of the opening, and how many of them are the opening.
 
         The tokens of the opening follow those of the generation prompt, so that before the answer the model reads

@@ -52,8 +52,8 @@ def result_table(results: dict[str, Any]) -> Iterator[str]:
         yield "other attacks, in the order of the states above"
     for column in others:
         shares = [success_of(attack_of(state, *column)) for state in results["states"]]
-        cells = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
-        yield f"{' '.join(reversed(column)):<{max(width, 28)}}{cells}"
+        rates = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
+        yield f"{' '.join(reversed(column)):<{max(width, 28)}}{rates}"
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 
 
