@@ -110,7 +110,6 @@ def slow_wanda(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor
     return [
         module.weight.detach().abs().float() * torch.cat(kept[number]).square().mean(dim=0).sqrt()
         for number, module in enumerate(modules)
-        for n, module in enumerate(modules)
     ]
 
 
