@@ -108,8 +108,8 @@ def slow_wanda(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor
         for handle in handles:
             handle.remove()
     return [
-        module.weight.detach().abs().float() * torch.cat(kept[n]).square().mean(dim=0).sqrt()
-        for n, module in enumerate(modules)
+        module.weight.detach().abs().float() * torch.cat(kept[number]).square().mean(dim=0).sqrt()
+        for number, module in enumerate(modules)
     ]
 
 
