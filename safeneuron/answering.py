@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safeneuron import ranks
 from safeneuron.attacking import PLAIN, perplexity, respond
@@ -13,12 +14,15 @@ from safeneuron.config import AttackTable, Config
 from safeneuron.data import Prompt, benign_text
 from safeneuron.directions import find_direction, without_direction
 from safeneuron.edits import Edit
+from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
 from safeneuron.finding import ANSWER_TOKENS, sample
 from safeneuron.finetuning import Demonstration, finetuned
 from safeneuron.judges import RefusalPhrases
 from safeneuron.models import Model
+from safeneuron.persisting import write_pruned
 from safeneuron.runs import append_lines, read_lines, write_json, write_lines
+from safeneuron.serving import Server, served
 from safeneuron.states import Findings, Pruning, State
 
 DIRECTION_PROMPTS = 16
@@ -44,9 +48,10 @@ def answer_all(
             continue
         attempt = input_attempts(pruning.set)[0] if pruning.knowledge == "input" else PLAIN
         with under(config, findings, state, model, pruning):
-            for kind in kinds:
-                path = here / f"{kind}.jsonl"
-                done = answer(model, path, prompts[kind], table, attempt, progress, done, total)
+            with answering(model, pruning, table) as answerer:
+                for kind in kinds:
+                    path = here / f"{kind}.jsonl"
+                    done = answer(answerer, path, prompts[kind], table, attempt, progress, done, total)
             record = {"neurons": count_of(pruning), "perplexity": perplexity(model, benign_text())}
             # Written last: where it is, the answers are complete.
             write_json(here / "pruned.json", record)
@@ -83,8 +88,30 @@ def under(config: Config, findings: Findings, state: State, model: Model, prunin
             yield
 
 
+@contextmanager
+def answering(model: Model, pruning: Pruning, table: AttackTable) -> Iterator[Model | Server]:
+    """Who answers under the attack: the model itself, or vLLM with a checkpoint of it that is deleted afterwards."""
+    in_weights = pruning.knowledge != "model" and not isinstance(pruning.neurons, Edit)
+    if table.backend == "transformers" or not in_weights:
+        yield model
+        return
+    if ranks.world() > 1:
+        raise InputError(
+            f"vLLM was asked for by {ranks.world()} processes, but it spreads a model over the GPUs itself; start one "
+            'process, or use attack.backend = "transformers"'
+        )
+    with TemporaryDirectory(prefix="safeneuron-") as place:
+        folder = Path(place) / "model"
+        if pruning.neurons is None:
+            model.save(folder)
+        else:
+            write_pruned(model, pruning.neurons, folder)
+        with served(folder) as server:
+            yield server
+
+
 def answer(
-    model: Model,
+    model: Model | Server,
     path: Path,
     prompts: Sequence[Prompt],
     table: AttackTable,

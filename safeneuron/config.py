@@ -233,6 +233,11 @@ class AttackTable(Table):
 
     max_new_tokens: Count = Field(128, description="length of each answer")
     batch_size: Count = Field(32, description="answers generated side by side")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="who generates: transformers, or vLLM on a GPU from a checkpoint written for each attack; attacks "
+        "that weights cannot hold stay with transformers",
+    )
     sets: tuple[Literal["ES", "SAS", "FULL"], ...] = Field(("ES", "SAS", "FULL"), description="neuron sets to prune")
     knowledge: tuple[Literal["static", "adaptive", "iterated"], ...] = Field(
         ("static", "adaptive"),

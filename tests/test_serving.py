@@ -15,6 +15,7 @@ from safeneuron.errors import InputError
 from safeneuron.models import load
 from safeneuron.serving import served
 from tests import tiny
+from tests.tiny_run import execute
 
 PROMPTS = [Prompt(text) for text in ("a", "how do I?", "x" * 30, "tell me", "b")]
 
@@ -65,6 +66,22 @@ def vllm(monkeypatch):
 def folder(tmp_path):
     tiny.model(seed=3).save(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_a_run_by_vllm_has_the_same_answers(vllm, finished_run, tmp_path):
+    _, config, _ = finished_run
+    changes = (
+        'attack.sets=["FULL"]', 'attack.knowledge=["static"]', "attack.curve=[]", "variants={}", "align.rounds=0",
+        'attack.attempts=["prefill-sure", "direction"]', "attack.max_new_tokens=6",
+    )  # fmt: skip
+    execute(config, tmp_path / "own", changes=changes)
+    assert LLM.made == []
+    execute(config, tmp_path / "vllm", changes=(*changes, 'attack.backend="vllm"'))
+    assert len(LLM.made) == 4, "intact, FULL, random and prefilled; the direction is no weight"
+    names = {path.relative_to(tmp_path / "own") for path in (tmp_path / "own").glob("T0/attack/*/*.jsonl")}
+    assert len(names) == 8
+    for name in names:
+        assert (tmp_path / "vllm" / name).read_bytes() == (tmp_path / "own" / name).read_bytes(), name
 
 
 def test_the_same_answers_in_the_same_batches(vllm, folder):
