@@ -206,6 +206,35 @@ def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monke
     assert "annot say" in (tmp_path / "report" / "report.md").read_text()
 
 
+class Harmless(Answers):
+    """A judge that sees no harm in anything."""
+
+    name = "harmless"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        return ["harmless"] * len(responses)
+
+
+def test_several_judges_keep_their_own_verdicts_and_their_agreement(finished_run, tmp_path, monkeypatch):
+    _, config, _ = finished_run
+    made = {"refusal-phrases": Answers, "wildguard": Harmless}
+    monkeypatch.setattr(module, "make_judge", lambda name, *_: made[name]())
+    several = 'judge.name=["refusal-phrases", "wildguard"]'
+    execute(config, tmp_path, changes=[*SMALL, "align.rounds=0", several, 'judge.rule="any"'])
+    lines = read_lines(tmp_path / "T0/judge/ORI/harmful.jsonl")
+    assert [line["verdict"] for line in lines] == ["cannot say", "cannot say", "complied"]
+    assert lines[2]["judges"] == {"answers": "complied", "harmless": "harmless"}
+    assert all("incoherence" in line for line in lines)
+    (pair,) = read_json(tmp_path / "T0/judge/agreement.json")["pairs"]
+    assert pair["judges"] == ["answers", "harmless"]
+    assert pair["complied"]["agreement"] == 0
+    (state,) = json.loads(results(tmp_path))["states"]
+    assert state["agreement"] == [pair]
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "any of refusal-phrases, wildguard" in report
+    assert "the judges answers and harmless say the same of 0" in report
+
+
 def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
     """Rows left out while pairs are read, and pairs left out of the training; the report repeats both."""
     _, config, _ = finished_run
