@@ -22,8 +22,8 @@ from safeneuron.errors import InputError
 from tests.tiny_run import results
 
 VERBS = (
-    "run", "audit", "measure", "select", "align", "attack", "report", "publish", "prune", "compare", "config", "plan",
-    "show",
+    "run", "audit", "measure", "select", "align", "attack", "report", "publish", "redteam", "judge", "prune", "compare",
+    "config", "plan", "show",
 )  # fmt: skip
 PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
@@ -73,7 +73,8 @@ def test_every_verb_explains_itself(verb):
     done = invoke(verb, "--help")
     assert done.exit_code == 0
     assert "Usage: " in done.stdout
-    options = {"--set", "--out", "--redo"} if verb not in ("publish", "config", "plan", "show") else {"--help"}
+    stages = ("run", "audit", "measure", "select", "align", "attack", "report")
+    options = {"--set", "--out", "--redo"} if verb in stages else {"--help"}
     assert options <= set(re.findall(r"--\w+", done.stdout))
     assert not re.search(r"\[/?(dim|red|bold)\]", done.stdout)
 
