@@ -150,7 +150,7 @@ class Guard:
         def work(rows: Sequence[list[int]]) -> list[Tensor]:
             tokens, mask = self._padded(rows, left=False)
             last = mask.sum(dim=1) - 1
-            places, which = last.unique(return_inverse=True)
+            places, which = last.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             with torch.inference_mode():
                 # The head is run only where some row ends: over all places its output would dwarf the network.
                 logits = self.network(
@@ -164,9 +164,9 @@ class Guard:
     def token(self, word: str) -> int:
         """The id of a word that is one token. Raises ``InputError`` if the tokenizer has none."""
         found = self.tokenizer.convert_tokens_to_ids(word)
-        if found is None or found == self.tokenizer.unk_token_id:
+        if not isinstance(found, int) or found == self.tokenizer.unk_token_id:
             raise InputError(f"the guard {self.name} has no token {word!r}; give the model that this judge is made for")
-        return int(found)
+        return found
 
 
 def load_network(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
