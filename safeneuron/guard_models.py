@@ -149,11 +149,7 @@ class Guard:
 
         def work(rows: Sequence[list[int]]) -> list[Tensor]:
             tokens, mask = self._padded(rows, left=False)
-<<<<<<< HEAD
-            last = mask.sum(dim=1) - 1
-=======
             last = mask.sum(dim=1).cpu() - 1  # places on the CPU fit networks that are spread over several devices
->>>>>>> judges
             places, which = last.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             with torch.inference_mode():
                 # The head is run only where some row ends: over all places its output would dwarf the network.
