@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from safeneuron import pipeline as module
-from safeneuron import sources
+from safeneuron import sources as naming
 from safeneuron.config import read_config
 from safeneuron.data import Pair, Prompt, read_prompts
 from safeneuron.errors import InputError
@@ -197,7 +197,7 @@ class Answers:
 
 def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
-    monkeypatch.setattr(sources, "make_judge", lambda *_: Answers())
+    monkeypatch.setattr(naming, "make_judge", lambda *_: Answers())
     execute(config, tmp_path, changes=[*SMALL, "align.rounds=0"])
     (state,) = json.loads(results(tmp_path))["states"]
     for attack in state["attacks"]:
@@ -219,7 +219,7 @@ class Harmless(Answers):
 def test_several_judges_keep_their_own_verdicts_and_their_agreement(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
     made = {"refusal-phrases": Answers, "wildguard": Harmless}
-    monkeypatch.setattr(sources, "make_judge", lambda name, *_: made[name]())
+    monkeypatch.setattr(naming, "make_judge", lambda name, *_: made[name]())
     several = 'judge.name=["refusal-phrases", "wildguard"]'
     execute(config, tmp_path, changes=[*SMALL, "align.rounds=0", several, 'judge.rule="any"'])
     lines = read_lines(tmp_path / "T0/judge/ORI/harmful.jsonl")
@@ -254,7 +254,7 @@ def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
 
 def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
-    monkeypatch.setattr(sources, "make_judge", lambda *_: Answers())
+    monkeypatch.setattr(naming, "make_judge", lambda *_: Answers())
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "why " * 30}) + "\n")
     leaky = [
