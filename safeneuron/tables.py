@@ -17,6 +17,7 @@ from safeneuron.shares import (
     columns_of,
     decimal,
     further_of,
+    judged,
     percent,
     refusal_of,
     same_as_static,
@@ -112,11 +113,11 @@ def further_table(results: dict[str, Any]) -> Table:
 def outcome_cell(attack: dict[str, Any] | None) -> str:
     """Success with its interval, then the shares refused and incoherent."""
     success = success_of(attack)
-    if success is None:
+    if attack is None or success is None:
         return NOTHING
-    refused, broken = (share_of(attack, "harmful", verdict) for verdict in ("refused", "incoherent"))
-    rest = ", ".join(percent(share.rate) for share in (refused, broken) if share)
-    return f"{percent(success.rate)} ({success.interval()}); {rest}"
+    counts = attack["harmful"]
+    refused, broken = (percent(counts[verdict] / judged(counts)) for verdict in ("refused", "incoherent"))
+    return f"{percent(success.rate)} ({success.interval()}); {refused}, {broken}"
 
 
 def refusal_table(results: dict[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -92,6 +93,10 @@ def test_they_stand_in_the_results_and_the_report(attacked):
     kinds = {(a["knowledge"], a["set"]) for a in found["states"][1]["attacks"]}
     assert {("rival", "contrast"), ("operator", "opposite"), ("model", "fine-tune"), ("input", "base64")} <= kinds
     page = (folder / "report" / "report.md").read_text()
+    counts = next(a["harmful"] for a in found["states"][0]["attacks"] if a["set"] == "base64")
+    shares = [f"{100 * counts[verdict] / counts['n']:.0f}" for verdict in ("complied", "refused", "incoherent")]
+    (row,) = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| base64 ")]
+    assert re.findall(r"(?:^|; |, )([\d.]+)\u00a0%", row) == shares
     assert "## Other attacks" in page
     assert "neurons found by probe" in page
     assert "jailbreak prompts" not in page, "they were tried"
