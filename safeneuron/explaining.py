@@ -32,7 +32,7 @@ def explain(path: Path) -> Iterator[str]:
 
 def result_table(results: dict[str, Any]) -> Iterator[str]:
     """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    from safeneuron.shares import attack_of, columns_of, further_of, success_of
+    from safeneuron.shares import attack_of, attack_title, columns_of, further_of, success_of
 
     columns = columns_of(results)
     titles = {"iterated": "iterated", "control": "random"}
@@ -53,7 +53,7 @@ def result_table(results: dict[str, Any]) -> Iterator[str]:
     for column in others:
         shares = [success_of(attack_of(state, *column)) for state in results["states"]]
         rates = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
-        yield f"{' '.join(reversed(column)):<{max(width, 28)}}{rates}"
+        yield f"{attack_title(*column):<{max(width, 56)}}{rates}"
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 
 

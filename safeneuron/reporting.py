@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from safeneuron.errors import InputError
 from safeneuron.figures import BLUE, FAINT, INK, draw
-from safeneuron.shares import columns_of, decimal, percent, refusal_of, success_of
+from safeneuron.shares import attack_title, columns_of, decimal, percent, refusal_of, success_of
 from safeneuron.summarising import headline, limits, points
 from safeneuron.tables import (
     OUTCOMES,
@@ -24,7 +24,6 @@ from safeneuron.tables import (
     as_csv,
     attack_records,
     attack_table,
-    attack_title,
     capability_table,
     category_table,
     cells_of,

@@ -26,6 +26,15 @@ FURTHER = ("rival", "operator", "transfer", "model", "input")
 """Knowledge of the attacks beside those, in the order of their table."""
 
 
+TITLES = {
+    ("mean", "operator"): "FULL adaptive, harmless mean instead of zero",
+    ("opposite", "operator"): "FULL adaptive, minus the harmful mean instead of zero",
+    ("FULL", "transfer"): "neurons of another model",
+    ("direction", "model"): "refusal direction projected out",
+    ("fine-tune", "model"): "fine-tuned by a LoRA adapter",
+}
+
+
 @dataclass(frozen=True)
 class Share:
     """``hits`` of ``total`` judged answers as a rate with its 95 % Wilson interval, all between 0 and 1."""
@@ -81,6 +90,14 @@ def further_of(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Set and knowledge of every attack beside ``COLUMNS`` that any state was under, kind by kind."""
     attacks = [(attack["set"], attack["knowledge"]) for state in results["states"] for attack in state["attacks"]]
     return [one for kind in FURTHER for one in dict.fromkeys(attacks) if one[1] == kind]
+
+
+def attack_title(which: str, knowledge: str) -> str:
+    """For example ``FULL adaptive``; knowledge that goes without saying is not said."""
+    if knowledge == "rival":
+        return f"neurons found by {which}"
+    plain = which if knowledge in ("none", "control", "input") else f"{which} {knowledge}"
+    return TITLES.get((which, knowledge), plain)
 
 
 def same_as_static(state: dict[str, Any], knowledge: str) -> bool:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from safeneuron.shares import Share, attack_of, decimal, incoherent_share, percent, refusal_of, success_of
+from safeneuron.shares import (
+    FURTHER,
+    Share,
+    attack_of,
+    attack_title,
+    decimal,
+    incoherent_share,
+    percent,
+    refusal_of,
+    success_of,
+)
 
 NOTABLE_INCOHERENCE = 0.1
 """A rise of the incoherent share from here on is said beside a fall of the attack success rate."""
@@ -62,6 +72,7 @@ def points(results: dict[str, Any]) -> list[Point]:
         for rival in others
         if rival["round"] == state["round"] and rival["variant"] and not state["variant"]
     ]
+    found += [Point("Strongest attack", text) for text in [strongest(states)] if text]
     found.append(Point("Random control", random_control(states)))
     found.append(Point("Over-refusal", over_refusal(states)))
     found.append(Point("Incoherent answers", incoherence(states)))
@@ -155,6 +166,21 @@ def pruning_effect(state: dict[str, Any], neurons_total: int) -> str:
         "unclear": f"{start} is not shown to change how many harmful requests {name} complies with: {numbers}; the "
         "intervals overlap.",
     }[after.compared_with(before)]
+
+
+def strongest(states: list[dict[str, Any]]) -> str:
+    """Of each state the attack that the most requests were complied with under; nothing without other attacks."""
+    said = []
+    for state in states:
+        tried = [attack for attack in state["attacks"] if attack["knowledge"] not in ("none", "control")]
+        shares = [(success_of(attack), attack_title(attack["set"], attack["knowledge"])) for attack in tried]
+        known = [(share, title) for share, title in shares if share]
+        if not any(attack["knowledge"] in FURTHER for attack in tried) or not known:
+            continue
+        share, title = max(known, key=lambda one: one[0].rate)
+        said.append(f"{title} on {state['name']}, {share.words()} complied with, of {len(known)} attacks")
+    # The highest of many rates is high by chance, too.
+    return f"{'; '.join(said)}. The highest of many is a little too high by chance." if said else ""
 
 
 def random_control(states: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from safeneuron.shares import (
     Share,
     attack_of,
+    attack_title,
     columns_of,
     decimal,
     further_of,
@@ -77,26 +78,10 @@ def cells_of(
     return rows
 
 
-def attack_title(which: str, knowledge: str) -> str:
-    """For example ``FULL adaptive``; knowledge that goes without saying is not said."""
-    return which if knowledge in ("none", "control") else f"{which} {knowledge}"
-
-
 def attack_table(results: dict[str, Any]) -> Table:
     """THE table: attack success rate with interval and counts, states by attacks."""
     header = ["state", *(attack_title(*column) for column in columns_of(results))]
     return header, [[state["name"], *(cell.text() for cell in cells)] for state, cells in cells_of(results, success_of)]
-
-
-FURTHER_TITLES = {
-    "rival": "neurons found by {}",
-    "operator": "FULL adaptive, {} instead of zero",
-    "transfer": "neurons of another model",
-    "model": "{}",
-    "input": "{}",
-}
-OPERATORS = {"mean": "harmless mean", "opposite": "minus the harmful mean"}
-CHANGES = {"direction": "refusal direction projected out", "fine-tune": "fine-tuned on its own pruned answers"}
 
 
 def further_table(results: dict[str, Any]) -> Table:
@@ -104,9 +89,8 @@ def further_table(results: dict[str, Any]) -> Table:
     states = results["states"]
     rows = []
     for which, knowledge in further_of(results):
-        name = OPERATORS.get(which, CHANGES.get(which, which))
         cells = [outcome_cell(attack_of(state, which, knowledge)) for state in states]
-        rows.append([FURTHER_TITLES[knowledge].format(name), *cells])
+        rows.append([attack_title(which, knowledge), *cells])
     return ["attack", *(state["name"] for state in states)], rows
 
 
