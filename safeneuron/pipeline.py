@@ -42,7 +42,6 @@ from safeneuron.judging import judged
 from safeneuron.measuring import measure
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.models import Model, load
-from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import mix
 from safeneuron.panel import agreement
 from safeneuron.runs import (
@@ -59,6 +58,7 @@ from safeneuron.sources import (
     judge_of,
     judges_of,
     leaks,
+    pairs_made,
     pairs_of,
     prompts_of,
     question_hashes,
@@ -362,8 +362,15 @@ class Pipeline:
         def work(folder: Path) -> None:
             warnings: list[str] = []
             safe = table.safe if table.general != "on-policy" else ()
-            safety = self.read_or_made(table.safety, table.unsafe, safe, warnings)
-            general = self.read_or_made(table.general, (), table.safe, warnings)
+
+            def read_or_made(sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable]) -> list[Pair]:
+                if sources != "on-policy":
+                    return [pair for source in sources for pair in pairs_of(source, warnings)]
+                model, neurons = self.model(BASE), self.findings.neurons(BASE)
+                return pairs_made(self.config, model, neurons, unsafe, safe, warnings, self.watcher.progress)
+
+            safety = read_or_made(table.safety, table.unsafe, safe)
+            general = read_or_made(table.general, (), table.safe)
             if general:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
@@ -515,39 +522,3 @@ class Pipeline:
         write_json(folder / "warnings.json", {"warnings": list(warnings)})
         for warning in warnings:
             self.watcher.warned(warning)
-
-    def read_or_made(
-        self, sources: Any, unsafe: Sequence[SourceTable], safe: Sequence[SourceTable], warnings: list[str]
-    ) -> list[Pair]:
-        """Pairs from the sources, or on-policy ones of these prompts; rows that gave no pair add a warning."""
-        table = self.config.pairs
-        if sources != "on-policy":
-            return [pair for source in sources for pair in pairs_of(source, warnings)]
-        model, longest = self.model(BASE), self.config.align.max_length
-
-        def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
-            """Without the prompts that leave no room for an answer, which could not be trained on."""
-            prompts = prompts_of(tables)
-            kept = [prompt for prompt in prompts if len(model.encode(_asked(prompt))) < longest]
-            if len(kept) < len(prompts):
-                warnings.append(
-                    f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
-                    f"they alone fill align.max_length = {longest} tokens"
-                )
-            return kept
-
-        return on_policy_pairs(
-            model,
-            fitting("harmful", unsafe),
-            fitting("harmless", safe),
-            self.findings.neurons(BASE),
-            judge_of(self.config.judge),
-            max_new_tokens=table.max_new_tokens,
-            batch_size=self.config.attack.batch_size,
-            seed=self.config.seed,
-            progress=self.watcher.progress,
-        )
-
-
-def _asked(prompt: Prompt) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt.text}]

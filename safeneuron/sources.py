@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron.capability import TASKS
-from safeneuron.config import CapabilityTable, JudgeTable, SourceTable
+from safeneuron.config import CapabilityTable, Config, JudgeTable, SourceTable
 from safeneuron.data import Pair, Prompt, check_splits, read_prompts
 from safeneuron.judges import Judge, make_judge
+from safeneuron.models import Model
+from safeneuron.neurons import NeuronSet
+from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import left_out, read_pairs
 from safeneuron.panel import Panel
 from safeneuron.rows import Source
@@ -31,6 +34,41 @@ def pairs_of(table: Any, warnings: list[str]) -> list[Pair]:
     if dropped:
         warnings.append(f"{table.path}: {left_out(dropped)}; {len(pairs)} pairs are used")
     return pairs
+
+
+def pairs_made(
+    config: Config,
+    model: Model,
+    neurons: NeuronSet,
+    unsafe: Sequence[SourceTable],
+    safe: Sequence[SourceTable],
+    warnings: list[str],
+    progress: Callable[[int, int], None],
+) -> list[Pair]:
+    """On-policy pairs of the prompts of these sources; prompts that leave no room for an answer add a warning."""
+    longest = config.align.max_length
+
+    def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
+        prompts = prompts_of(tables)
+        kept = [p for p in prompts if len(model.encode([{"role": "user", "content": p.text}])) < longest]
+        if len(kept) < len(prompts):
+            warnings.append(
+                f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
+                f"they alone fill align.max_length = {longest} tokens"
+            )
+        return kept
+
+    return on_policy_pairs(
+        model,
+        fitting("harmful", unsafe),
+        fitting("harmless", safe),
+        neurons,
+        judge_of(config.judge),
+        max_new_tokens=config.pairs.max_new_tokens,
+        batch_size=config.attack.batch_size,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def judges_of(table: JudgeTable) -> list[Callable[[], Judge]]:

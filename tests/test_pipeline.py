@@ -593,7 +593,7 @@ def test_general_pairs_can_be_made_on_policy(finished_run, tmp_path, monkeypatch
         assert unsafe == []
         return [Pair(({"role": "user", "content": one.text},), "Gladly.", "No.", "on-policy:safe") for one in safe]
 
-    monkeypatch.setattr(module, "on_policy_pairs", answered)
+    monkeypatch.setattr(naming, "on_policy_pairs", answered)
     own = f'pairs.safe=[{{path="{config.parent}/safe.jsonl", every=2}}]'
     changes = (*SMALL, 'pairs.general="on-policy"', "pairs.safety_share=0.5", own)
     execute(config, tmp_path, changes=changes)
