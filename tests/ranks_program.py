@@ -250,7 +250,7 @@ def cli(folder: Path, fault: str, arguments: list[str]) -> None:
 
 def _interrupt_while_answering() -> None:
     """Ctrl-C reaches rank 1 when it has the first two answers, while rank 0 goes on to the third."""
-    from safeneuron import pipeline
+    from safeneuron import answering
 
     calls: list[Path] = []
 
@@ -259,7 +259,7 @@ def _interrupt_while_answering() -> None:
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    pipeline.append_lines = interrupted
+    answering.append_lines = interrupted
 
 
 def _fail_while_training() -> None:
