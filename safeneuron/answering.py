@@ -21,7 +21,7 @@ from safeneuron.finetuning import Demonstration, finetuned
 from safeneuron.judges import RefusalPhrases
 from safeneuron.models import Model
 from safeneuron.persisting import write_pruned
-from safeneuron.runs import append_lines, read_lines, write_json, write_lines
+from safeneuron.runs import append_lines, kept_lines, read_json, write_json
 from safeneuron.serving import Server, served
 from safeneuron.states import Findings, Pruning, State
 
@@ -52,7 +52,11 @@ def answer_all(
                 for kind in kinds:
                     path = here / f"{kind}.jsonl"
                     done = answer(answerer, path, prompts[kind], table, attempt, progress, done, total)
-            record = {"neurons": count_of(pruning), "perplexity": perplexity(model, benign_text())}
+            # An attack at the input leaves the model, and so its perplexity, as it is; the intact one comes first.
+            if pruning.knowledge == "input":
+                record = read_json(folder / "ORI" / "pruned.json")
+            else:
+                record = {"neurons": count_of(pruning), "perplexity": perplexity(model, benign_text())}
             # Written last: where it is, the answers are complete.
             write_json(here / "pruned.json", record)
 
@@ -122,15 +126,7 @@ def answer(
 ) -> int:
     """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
     size = table.batch_size
-
-    def kept() -> int:
-        have = read_lines(path)
-        if len(have) < len(prompts):
-            have = have[: len(have) // size * size]
-            write_lines(path, have)
-        return len(have)
-
-    have = ranks.from_main(kept)
+    have = ranks.from_main(lambda: kept_lines(path, size, len(prompts)))
     if have < len(prompts):
         for batch in respond(model, prompts, table.max_new_tokens, size, skip=have, attempt=attempt):
             append_lines(path, (response.to_record() for response in batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from safeneuron import ranks
 from safeneuron.ablating import Refresh
 from safeneuron.attacking import respond
 from safeneuron.config import AlignTable, Config
@@ -27,6 +28,18 @@ ANSWER_TOKENS = 32
 """Tokens of the answers that rivals read: where a refusal is decided."""
 
 Progress = Callable[[int, int], None]
+
+
+def require_given(config: Config) -> None:
+    """Read the neurons and demonstrations that an attack is given in files, so that a mistake is told before all work.
+
+    Raises ``InputError`` for a file that is missing or is not what it should be.
+    """
+    table = config.attack
+    if table.transfer:
+        NeuronSet.load(table.transfer)
+    if table.fine_tune_data and "fine-tune" in table.attempts:
+        read_demonstrations(table.fine_tune_data)
 
 
 def settings_of(config: Config) -> dict[str, object]:
@@ -139,7 +152,7 @@ def demonstrations(
     prompts = sample(unsafe, table.selector_prompts, config.seed)
     with pruned(model, own):
         answers = answered(model, prompts, table.batch_size)
-    verdicts = judge()([prompt.text for prompt in prompts], answers)
+    verdicts = ranks.from_main(lambda: judge()([prompt.text for prompt in prompts], answers))
     return [
         Demonstration(prompt.text, answer)
         for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)

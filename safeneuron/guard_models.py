@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, cast
@@ -34,7 +35,7 @@ def judge_prompt(name: str) -> str:
     return (files("safeneuron") / "judge_prompts" / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
-class Guard:
+class Guard(ABC):
     """What all guards share: a network in evaluation mode, greedy and in batches, and its tokenizer.
 
     A guard says how its prompt is rendered (``text_of``) and what a response is (``verdicts``). ``longest`` is how many
@@ -69,13 +70,13 @@ class Guard:
         check_lengths(prompts, responses)
         return self.verdicts(prompts, responses)
 
+    @abstractmethod
     def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
         """One verdict a response, for lists of the same length."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_of(self, prompt: str, response: str) -> str:
         """What the guard reads to judge a response."""
-        raise NotImplementedError
 
     def shortened(self, response: str) -> str:
         """What the guard reads of a response: its first ``longest`` tokens, as text."""

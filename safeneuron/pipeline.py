@@ -35,7 +35,7 @@ from safeneuron.config import Config, SourceTable
 from safeneuron.data import Pair, Prompt, check_classes, check_splits
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
-from safeneuron.finding import Rivals, demonstrations, refresh_of, searched, settings_of
+from safeneuron.finding import Rivals, demonstrations, refresh_of, require_given, searched, settings_of
 from safeneuron.foreseeing import plan_for, plans_for, training_of
 from safeneuron.halving import shortage_told
 from safeneuron.judging import judged
@@ -109,6 +109,7 @@ class Pipeline:
         """Do whatever is not done yet, in order."""
         if self.config.capability.enabled:
             require_benchmarks(self.config.capability.tasks, self.config.capability.folder)
+        require_given(self.config)
         self.data()
         reuse_memory()
         base, *trained = states_of(self.config)

@@ -28,7 +28,7 @@ from safeneuron.judges import Judge
 from safeneuron.memory import peak_memory_mb
 from safeneuron.models import Model, Sampling, generate
 from safeneuron.neurons import NeuronSet
-from safeneuron.runs import Run, append_lines, key_of, read_json, read_lines, write_json, write_lines
+from safeneuron.runs import Run, append_lines, kept_lines, key_of, read_json, read_lines, write_json, write_lines
 from safeneuron.sifting import KEPT, LOSSES, Sifted, sift_answers, sift_prompts
 from safeneuron.similarity import Likeness, likeness
 
@@ -171,15 +171,7 @@ def _generate(
 ) -> None:
     """Append the texts that are missing in a stream, whole batches at a time."""
     path, size = here / "samples.jsonl", settings.batch_size
-
-    def kept() -> int:
-        have = read_lines(path)
-        if len(have) < len(samples):
-            have = have[: len(have) // size * size]
-            write_lines(path, have)
-        return len(have)
-
-    done = ranks.from_main(kept)
+    done = ranks.from_main(lambda: kept_lines(path, size, len(samples)))
     encoded = [model.encode([{"role": "user", "content": sample.asked}]) for sample in samples]
     with pruned(model, neurons):
         for batch in generate(model, encoded, settings.max_new_tokens, size, done, sampling=settings.sampling):

@@ -132,6 +132,15 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             file.write(text)
 
 
+def kept_lines(path: Path, size: int, total: int) -> int:
+    """Cut a JSONL stream that lacks some of its ``total`` records to whole batches of ``size``; what it has now."""
+    have = read_lines(path)
+    if len(have) < total:
+        have = have[: len(have) // size * size]
+        write_lines(path, have)
+    return len(have)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole records of a JSONL stream; a last line torn by an interruption is left out.
 

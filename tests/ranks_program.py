@@ -196,6 +196,13 @@ def loaded(folder: Path) -> float:
     return float(sum(weight.detach().double().square().sum() for weight in network.parameters()))
 
 
+AUDIT = (
+    "align.rounds=0", "variants={}", 'attack.selectors=["probe", "snip", "wanda", "gradient"]',
+    'attack.operators=["opposite"]', 'attack.attempts=["direction", "prefill-sure"]',
+)  # fmt: skip
+"""What is changed in the config for a run without training that makes many kinds of attack."""
+
+
 def audited(config: Path, folder: Path) -> list[object]:
     """A run without training, by all ranks; the stages that began, here."""
     from safeneuron.config import read_config
@@ -204,7 +211,7 @@ def audited(config: Path, folder: Path) -> list[object]:
     from safeneuron.runs import Run
     from tests.tiny_run import Watch
 
-    settings, run, watch = read_config(config, ["align.rounds=0", "variants={}"]), Run.create(folder), Watch()
+    settings, run, watch = read_config(config, AUDIT), Run.create(folder), Watch()
     with run.locked():
         ranks.from_main(lambda: prepare(settings, run, watch))
         Pipeline(settings, run, watch).execute()

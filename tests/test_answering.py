@@ -139,6 +139,7 @@ def test_what_is_not_there_is_said(change, message, finished_run, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         execute(config, tmp_path, changes=(change, "variants={}", "align.rounds=0"))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists(), "said before any work"
 
 
 def test_the_config_knows_every_bundled_attempt():

@@ -36,7 +36,6 @@ SMALL = [
     "align.rounds=1",
 ]  # fmt: skip
 NAMES = ("progress", "answers from 0", "answers from 2", "perplexity", "attack", "pairs", "not finite")
-NO_TRAINING = ["variants={}", "align.rounds=0"]
 
 
 def free_port() -> int:
@@ -214,7 +213,7 @@ def test_the_judge_is_asked_on_rank_0_only(facts, alone):
 
 
 def test_a_run_without_training_has_the_very_same_results(facts, world, tmp_path):
-    stages = tiny_run.execute(world / "tiny.toml", tmp_path, changes=NO_TRAINING).of("began")
+    stages = tiny_run.execute(world / "tiny.toml", tmp_path, changes=ranks_program.AUDIT).of("began")
     assert results(world / "audit") == results(tmp_path)
     assert facts[0]["audit"] == facts[1]["audit"] == stages
     assert len((world / "audit" / "log.txt").read_text().splitlines()) == len(stages), "one rank has written"
