@@ -27,8 +27,8 @@ FURTHER = ("rival", "operator", "transfer", "model", "input")
 
 
 TITLES = {
-    ("mean", "operator"): "FULL adaptive, harmless mean instead of zero",
-    ("opposite", "operator"): "FULL adaptive, minus the harmful mean instead of zero",
+    ("mean", "operator"): "FULL held at its harmless mean",
+    ("opposite", "operator"): "FULL held at minus its harmful mean",
     ("FULL", "transfer"): "neurons of another model",
     ("direction", "model"): "refusal direction projected out",
     ("fine-tune", "model"): "fine-tuned by a LoRA adapter",
