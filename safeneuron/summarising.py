@@ -197,8 +197,8 @@ def random_control(states: list[dict[str, Any]]) -> str:
     sentences = {
         "higher": "More in {}: which neurons are pruned matters there, not only how many.",
         "unclear": "Not told apart in {}: the intervals overlap, and no more than random damage is shown there.",
-        "lower": "Less in {}: these sets do not hold what keeps the model safe, or pruning them breaks the text instead, "
-        "which is no success (see the incoherent answers).",
+        "lower": "Less in {}: these sets do not hold what keeps the model safe, or pruning them breaks the text "
+        "instead, which is no success (see the incoherent answers).",
     }
     said = [sentences[key].format(listed(names)) for key, names in groups.items() if names]
     if not said:
