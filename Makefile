@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+CORES  := $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(CORES)
 
 .PHONY: demo test lint types docs unit bench study judge clean
 .DEFAULT_GOAL := help
@@ -27,8 +28,9 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python docs/make_cli.py --check
 
+# Every test file in one process, as many processes as there are cores: tests compute with one thread.
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
