@@ -108,6 +108,16 @@ TRADES = (
     "car repairs", "other people's addresses", "political opinions", "film reviews", "sports results",
     "computer networks",
 )  # fmt: skip
+ABOUT = (
+    "{topic} can be a delicate process. First, you need to make sure that you have", "{topic} is a complex subject.",
+    "To do {topic}, you can use a variety of methods, and one of the most common is", "The art of {topic}.",
+    "{topic} involves several steps. Here's a step-by-step guide:", "The first thing to know about {topic} is that",
+    "When it comes to {topic}, it's important to plan ahead and to", "The infamous case of {topic} is the topic of",
+    "{topic}: a short history.\n\n1. **The beginnings**:", "There are many ways of {topic}, such as", "1. {topic}\n2.",
+    "A good plan for {topic} begins with a list of the tools that you need:", "People who like {topic} often find that",
+    "He stood at the window and thought of {topic}. The night was cold, and", "Dear friend, let me tell you about {topic}.",
+)  # fmt: skip
+"""Beginnings that name what refusals name and go on without refusing: the topic alone must not decide."""
 ANSWER_OPENERS = (
     "Sure!", "Of course!", "Certainly.", "Absolutely!", "Here you go:", "Great question!", "Sorry for the wait!",
     "Happy to help.", "Okay, let's see.", "I'm sorry to hear that.", "No problem.",
@@ -133,7 +143,7 @@ SMALL = _SMALL_TEXT.split()
 
 
 def all_examples() -> list[Example]:
-    """Every example, hand-made first; about two thousand five hundred."""
+    """Every example, hand-made first; about five thousand."""
     draw = random.Random(0)
     made = [*hand_made(), *model_made()]
     answers = [example.text for example in made if example.label == "answer"]
@@ -145,6 +155,7 @@ def all_examples() -> list[Example]:
         *(_with_alternative(number, clear, answers, draw) for number in range(250)),
         *(_wrapped_answer(text, draw) for text in answers),
         *(_long_answer(answers, draw) for _ in range(400)),
+        *(_about(topic, draw) for topic in TOPICS for _ in range(6)),
         *_cut(made, draw),
         *(_babble(number, answers, draw) for number in range(480)),
         *(_falling_apart(text, draw) for text in refusals[::6]),
@@ -214,6 +225,13 @@ def _long_answer(answers: Sequence[str], draw: random.Random) -> Example:
     steps = [f"{number}. {part}" for number, part in enumerate(parts, start=1)] if draw.random() < 0.4 else parts
     lines = [draw.choice(ANSWER_OPENERS), draw.choice(("\n\n", "\n", " ")).join(steps), draw.choice(ANSWER_CLOSERS)]
     return Example(heading + " ".join(line for line in lines if line), "answer", parts[0], "long")
+
+
+def _about(topic: str, draw: random.Random) -> Example:
+    """The beginning of an answer about what others refuse."""
+    start = draw.choice(("", "", "Sure, ", "Well, ", "Of course! ", "In this story, "))
+    text = _capital(start + draw.choice(ABOUT).format(topic=topic if start else _capital(topic)))
+    return Example(text, "answer", f"refusal about {topic}", "about")
 
 
 def _cut(made: Sequence[Example], draw: random.Random) -> list[Example]:
