@@ -47,6 +47,9 @@ knowledge = ["static", "adaptive", "iterated"]
 searches = 2
 curve = [0.02]
 
+[judge]
+name = "refusal-phrases"
+
 [variants.dpo]
 rounds = 1
 freeze = "none"
