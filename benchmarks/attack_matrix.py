@@ -64,7 +64,7 @@ def attacked(study: Path, seed: int, state: str) -> Path:
 
 def tables(found: dict[str, list[Path]]) -> list[str]:
     """The lines of the tables, as Markdown: a row an attack, a column a state."""
-    seeds = len(found["T1"])
+    seeds = max(map(len, found.values()))
     asked = len(verdicts(found["T1"][0], "T0", "ORI")), len(verdicts(found["T1"][0], "T0", "ORI", "benign"))
     lines = [f"{seeds} seeds, {asked[0]} harmful and {asked[1]} harmless requests; per cent, with 95 % intervals.", ""]
     for verdict, title in (
@@ -107,7 +107,8 @@ def main(given: Sequence[str] | None = None) -> None:
     found: dict[str, list[Path]] = {state: [] for state in options.states}
     for seed in options.seeds:
         for state in options.states:
-            found[state].append(attacked(options.study, seed, state))
+            if state != "T0" or seed == options.seeds[0]:  # the base model is the same in every seed
+                found[state].append(attacked(options.study, seed, state))
     lines = tables(found)
     print("\n".join(lines))
     if options.write:
