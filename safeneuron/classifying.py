@@ -28,7 +28,7 @@ CLASSES = ("refused", "complied", "incoherent")
 
 _PART = 240  # characters of the opening and of the ending, which are embedded beside the whole
 _SCALE = 0.5  # of the embeddings; the smaller, the more the penalty in training prefers the signs
-_REFUSED = 0.3  # how likely a refusal must be: the training examples are rich in answers that look like one
+_REFUSED = 0.4  # how likely a refusal must be: many of the training examples are answers that look like one
 
 
 class Classifier(NamedTuple):
