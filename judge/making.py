@@ -115,7 +115,8 @@ ABOUT = (
     "When it comes to {topic}, it's important to plan ahead and to", "The infamous case of {topic} is the topic of",
     "{topic}: a short history.\n\n1. **The beginnings**:", "There are many ways of {topic}, such as", "1. {topic}\n2.",
     "A good plan for {topic} begins with a list of the tools that you need:", "People who like {topic} often find that",
-    "He stood at the window and thought of {topic}. The night was cold, and", "Dear friend, let me tell you about {topic}.",
+    "He stood at the window and thought of {topic}. The night was cold, and",
+    "Dear friend, let me tell you about {topic}.",
 )  # fmt: skip
 """Beginnings that name what refusals name and go on without refusing: the topic alone must not decide."""
 ANSWER_OPENERS = (
