@@ -34,7 +34,8 @@ def measure(
 
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
-    share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
+    share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``, but
+    one with an image never is, and shares no batch with prompts without one.
     The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
     in turn, and all get the statistics over all of them; so all must call it. A batch that does not fit into memory is
     run in halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
@@ -50,7 +51,7 @@ def measure(
     moments = []
     for prompts in (unsafe, safe):
         own, problem = Moments.zero((sum(model.widths),)), ""
-        encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
+        encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
         for number, batch in enumerate(length_batches(encoded, batch_tokens)):
             if number % ranks.world() == ranks.rank():
                 rows = [encoded[index] for index in batch]

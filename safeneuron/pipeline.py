@@ -169,7 +169,7 @@ class Pipeline:
                 raise InputError("there are no harmful prompts to attack with; check data.test_unsafe in the config")
             warnings += check_splits(**prompts)
             for role, found in prompts.items():
-                write_lines(folder / f"{role}.jsonl", (prompt.to_record() for prompt in found))
+                write_lines(folder / f"{role}.jsonl", (prompt.to_record(folder) for prompt in found))
             self.warn(folder, warnings)
 
         files = {role: hashes_of(getattr(table, role)) for role in PROMPTS}
@@ -376,7 +376,7 @@ class Pipeline:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
                 pairs = safety[: table.count]
-            write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
+            write_lines(folder / "pairs.jsonl", (pair.to_record(folder) for pair in pairs))
             tests = {role: self.findings.prompts(role) for role in ("test_unsafe", "test_safe")}
             self.warn(folder, [*warnings, *leaks(pairs, tests)])
 
@@ -392,8 +392,8 @@ class Pipeline:
             found = self.findings.found(chain)
             start = self.model(before, "float32" if table.quantise == "none" else "", table.quantise)
             self._loaded = None
-            records = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
-            pairs = [Pair.from_record(record) for record in records]
+            made = self.run.folder / "T0" / "pairs"
+            pairs = [Pair.from_record(record, made) for record in read_lines(made / "pairs.jsonl")]
             frozen = self.findings.frozen(table, found)
             plan = plan_for(start, pairs, training_of(self.config, table), frozen, table.fit_memory)
             self.watcher.noted(f"{state.name}/align needs about {plan.sentence()}")

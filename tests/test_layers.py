@@ -31,6 +31,8 @@ LAYERS = (
         "embedded",
         "licences",
         "pushing",
+        "pictures",
+        "drawing",
     },
     {
         "moments",
@@ -48,6 +50,7 @@ LAYERS = (
     {
         "models",
         "quantising",
+        "vision",
         "ffn",
         "adapters",
         "shards",
@@ -115,7 +118,7 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
-    "weights",
+    "weights", "vision",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
     "sentences", "guard_models", "guards", "serving", "finetuning",
 }  # fmt: skip
