@@ -126,7 +126,9 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
 
     with torch.inference_mode(), recorded(model, reduce) as recording:
         run_without_head(model.network, inputs)
-    return torch.cat([recording.layers[layer].float().cpu() for layer in sorted(recording.layers)], dim=1)
+    # A layer that is not run (those of Mllama that look at pictures, where there is none) has all its neurons at zero.
+    found = [recording.layers.get(layer, torch.zeros(len(batch), width)) for layer, width in enumerate(model.widths)]
+    return torch.cat([one.float().cpu() for one in found], dim=1)
 
 
 def total(

@@ -78,12 +78,13 @@ def _processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
 
     config = AutoConfig.from_pretrained(source, **options)
     kind = PROCESSOR_MAPPING.get(type(config), None)
-    if is_torchvision_available() or kind is None or "video_processor" not in kind.get_attributes():
+    settings, _ = ProcessorMixin.get_processor_dict(source, **options)
+    other = kind is None or settings.get("processor_class", kind.__name__) != kind.__name__
+    if is_torchvision_available() or other or "video_processor" not in kind.get_attributes():
         found = AutoProcessor.from_pretrained(source, **options)
         if not isinstance(found, ProcessorMixin):
             raise ValueError(f"there is only a {type(found).__name__}")
         return found
-    settings, _ = kind.get_processor_dict(source, **options)
     parts = {
         "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil", **options),
         "tokenizer": AutoTokenizer.from_pretrained(source, **options),
