@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from safeneuron import embedded, ranks
 from safeneuron.data import Pair
@@ -23,6 +23,7 @@ from safeneuron.ffn import decoder_of, feed_forwards
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
 from safeneuron.training import Training, is_sharded
+from safeneuron.vision import sees
 
 GB = 2**30
 Need = dict[str, float]
@@ -112,8 +113,9 @@ class Shape:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
+            kind: Any = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
             with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+                network = kind.from_config(config, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
@@ -314,12 +316,14 @@ def longest_pair(model: Model, pairs: Sequence[Pair], max_length: int) -> int:
     Only the pairs with the most characters are turned into tokens, so that it takes no time with many pairs.
     """
     texts = [
-        [*pair.prompt, {"role": "assistant", "content": answer}]
+        ([*pair.prompt, {"role": "assistant", "content": answer}], pair.image)
         for pair in pairs
         for answer in (pair.chosen, pair.rejected)
     ]
-    texts.sort(key=lambda messages: sum(len(message["content"]) for message in messages), reverse=True)
-    return min(max_length, max((len(model.encode(messages)) for messages in texts[:64]), default=max_length))
+    texts.sort(key=lambda text: sum(len(message["content"]) for message in text[0]), reverse=True)
+    # A picture's tokens do not show in the characters, so that pairs with one are taken whatever their length.
+    some = [*texts[:64], *[text for text in texts[64:] if text[1] is not None][:64]]
+    return min(max_length, max((len(model.encode(messages, image)) for messages, image in some), default=max_length))
 
 
 def _pairs_at_once(training: Training, device: Device) -> int:
