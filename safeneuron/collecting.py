@@ -202,6 +202,7 @@ def examples(config: Config, run: Run) -> list[dict[str, Any]]:
                         "knowledge": knowledge,
                         "kind": kind,
                         "prompt": answers[index]["prompt"],
+                        "image": answers[index].get("image", ""),
                         "response": answers[index]["response"],
                         "verdict": verdicts[index]["verdict"],
                     }

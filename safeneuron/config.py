@@ -118,6 +118,8 @@ class PairSourceTable(Table):
     split: str = Field("", description="split of a Hub dataset")
     count: Count | None = Field(None, description="use the first so many pairs; all if not given")
     revision: str = Field("", description="revision of a Hub dataset")
+    as_image: bool = Field(False, description="draw each request as an image, for vision-language models")
+    said: str = Field("", description="what is written beside an image that is drawn")
 
 
 class PairsTable(Table):

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeneuron.data import Prompt
+from safeneuron.data import Pair, Prompt
 from safeneuron.errors import InputError
 from safeneuron.pictures import pillow
 
@@ -64,14 +64,35 @@ def drawn(prompts: Sequence[Prompt], said: str = "", size: int = 760, font: str 
     The text stays what judges and reports see. Raises ``InputError`` for a prompt that has a picture already, and like
     ``draw``.
     """
-    found = []
     for prompt in prompts:
         if prompt.image is not None:
             raise InputError(f"{prompt.text[:60]!r} has an image already, so it cannot be drawn; leave as_image out")
-        buffer = BytesIO()
-        draw(prompt.text, size, font=font).save(buffer, "PNG")
-        found.append(replace(prompt, image=buffer.getvalue(), said=said or prompt.said or SAID))
+    return [
+        replace(prompt, image=_png(draw(prompt.text, size, font=font)), said=said or prompt.said or SAID)
+        for prompt in prompts
+    ]
+
+
+def drawn_pairs(pairs: Sequence[Pair], said: str = "") -> list[Pair]:
+    """Each pair with its request as a picture and ``said``, or ``SAID``, in its place.
+
+    Raises ``InputError`` for a pair that has a picture already, or more than one message before its answer.
+    """
+    found = []
+    for pair in pairs:
+        *before, last = pair.prompt
+        if pair.image is not None or any(message["role"] == "user" for message in before):
+            what = "has an image already" if pair.image is not None else "is a conversation of several turns"
+            raise InputError(f"the pair of {last['content'][:60]!r} {what}, so it cannot be drawn; leave as_image out")
+        asked = (*before, {**last, "content": said or SAID})
+        found.append(replace(pair, prompt=asked, image=_png(draw(last["content"]))))
     return found
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _face(font: str | Path, height: int) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safeneuron.catalogue import by_name
 from safeneuron.data import Pair
+from safeneuron.drawing import drawn_pairs
 from safeneuron.errors import InputError
 from safeneuron.forms import pairs_in
 from safeneuron.pictures import digest_of
@@ -40,7 +41,8 @@ def read_pairs(
     - WildJailbreak: one ``completion``, to which the other answer is made;
     - SPA-VL: ``image``, ``question``, ``chosen``, ``rejected``.
 
-    Texts and conversations may also have an ``image``: the path of a picture, relative to the file.
+    Texts and conversations may also have an ``image``: the path of a picture, relative to the file. With ``as_image``
+    in the source each request is drawn as one.
 
     Rows whose two answers are equal are left out. An empty text in a file is an error; in a Hub dataset, which the user
     cannot edit, its row is left out. ``dropped``, if given, is filled with the number of rows left out by reason.
@@ -57,7 +59,7 @@ def read_pairs(
         raise InputError(f"{source.path} holds no usable pair: {left_out(out)}; use another split or another source")
     if dropped is not None:
         dropped.update(out)
-    return pairs
+    return drawn_pairs(pairs, source.said) if source.as_image else pairs
 
 
 def left_out(dropped: Counter[str]) -> str:

@@ -203,7 +203,8 @@ def quoted(example: dict[str, Any]) -> str:
     """Prompt and verdict of one example, and its response as a quotation."""
     hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
     response = "\n> ".join(plain(line) for line in (example["response"] + hidden).splitlines() or [""])
-    return f"{plain(example['prompt'])} *({plain(example['verdict'])})*\n\n> {response}"
+    image = f" [image: {plain(example['image'])}]" if example.get("image") else ""
+    return f"{plain(example['prompt'])}{image} *({plain(example['verdict'])})*\n\n> {response}"
 
 
 def pictures(drawn: dict[str, str], *names: str) -> list[str]:
