@@ -1,7 +1,7 @@
 """Write what configs/tiny-vlm.toml starts from: ``python configs/make_tiny_vlm.py runs/tiny-vlm-start``.
 
-A tiny Qwen2-VL with random weights in FOLDER/model, and preference pairs from the bundled prompts in FOLDER/pairs.jsonl.
-It shows that every stage works on images, in a minute and without a network; what it answers means nothing.
+A tiny Qwen2-VL with random weights in FOLDER/model, and pairs from the bundled prompts in FOLDER/pairs.jsonl. It shows
+that every stage works on images, in a minute and without a network; what it answers means nothing.
 """
 
 from __future__ import annotations

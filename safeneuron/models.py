@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
 from safeneuron.halving import Halving
+from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -51,6 +52,7 @@ class Model:
     stored_dtype: torch.dtype = torch.float32
     processor: ProcessorMixin | None = None
     blind: str = ""
+    _known: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -84,7 +86,13 @@ class Model:
         tokens. Raises ``InputError`` for a picture that the model cannot be shown.
         """
         if self.processor is not None and self._sees_chats:
-            return vision.encode(self.processor, messages, picture)
+            if picture is None:
+                return vision.encode(self.processor, messages, None)
+            # The same pictures are asked about under every attack; how many tokens they take is remembered.
+            key = (repr(messages), digest_of(picture))
+            if key not in self._known:
+                self._known[key] = vision.encode(self.processor, messages, picture)
+            return self._known[key]
         if picture is not None:
             reason = self.blind or "it is no vision-language model, or its processor has no chat template"
             raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
