@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
     from safeneuron.data import Pair, Prompt, read_prompts
     from safeneuron.directions import Direction, find_direction, without_direction
+    from safeneuron.drawing import draw, drawn
     from safeneuron.edits import Edit
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from safeneuron.rankings import Ranking, fractions, set_difference
     from safeneuron.redteam import RedTeam, red_team
     from safeneuron.reporting import render
+    from safeneuron.rows import Source
     from safeneuron.runs import Run
     from safeneuron.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
     from safeneuron.selecting import Scores, choose, score, select
@@ -59,6 +61,7 @@ _HOMES = {
     "contrasting": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
     "data": ("Pair", "Prompt", "read_prompts"),
     "directions": ("Direction", "find_direction", "without_direction"),
+    "drawing": ("draw", "drawn"),
     "edits": ("Edit",),
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
@@ -77,6 +80,7 @@ _HOMES = {
     "rankings": ("Ranking", "fractions", "set_difference"),
     "redteam": ("RedTeam", "red_team"),
     "reporting": ("render",),
+    "rows": ("Source",),
     "runs": ("Run",),
     "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
     "selecting": ("Scores", "choose", "score", "select"),
@@ -113,6 +117,7 @@ __all__ = [
     "Run",
     "Sampling",
     "Scores",
+    "Source",
     "Training",
     "activation_contrast",
     "align",
@@ -120,6 +125,8 @@ __all__ = [
     "benchmark",
     "choose",
     "compare",
+    "draw",
+    "drawn",
     "each_layer",
     "each_neuron",
     "exchanges_of",

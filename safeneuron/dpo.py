@@ -11,7 +11,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -73,15 +72,16 @@ class PreferenceTrainer(PartsTrainer):
             return rest
         lengths = rest["attention_mask"].sum(dim=1).tolist()
         together = joined([*features, *features], lengths, rest["input_ids"].shape[1], "right")
-        return rest | pixels_at(together, cast("PreTrainedModel", network_of(self.model)))
+        policy: Any = network_of(cast("nn.Module", self.model))
+        return rest | pixels_at(together, policy)
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
         return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *arguments)
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if PAIR not in self._signature_columns:
-            self._signature_columns.append(PAIR)
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = list(dict.fromkeys([*columns, PAIR]))  # type: ignore[assignment]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the trainer logs, and the share of padding."""

@@ -80,7 +80,11 @@ def digest_of(picture: Any) -> str:
     """Sixteen hexadecimal digits that two pictures share if their files, or their pixels, are the same; "" for none."""
     if picture is None:
         return ""
-    return hashlib.sha256(bytes_of(picture)).hexdigest()[:16]
+    if isinstance(picture, bytes | str | Path):
+        return hashlib.sha256(bytes_of(picture)).hexdigest()[:16]
+    pillow()
+    plain = _plain(picture)
+    return hashlib.sha256(repr(plain.size).encode() + plain.tobytes()).hexdigest()[:16]
 
 
 def bytes_of(picture: Any) -> bytes:
@@ -89,6 +93,7 @@ def bytes_of(picture: Any) -> bytes:
         return picture
     if isinstance(picture, str | Path):
         return _existing(Path(picture).expanduser(), "").read_bytes()
+    pillow()
     buffer = BytesIO()
     _plain(picture).save(buffer, "PNG")
     return buffer.getvalue()

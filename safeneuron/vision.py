@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.import_utils import is_torchvision_available
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, network_of
@@ -74,19 +75,17 @@ def processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
 
 
 def _processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
-    from transformers.utils import is_torchvision_available
-
     config = AutoConfig.from_pretrained(source, **options)
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     settings, _ = ProcessorMixin.get_processor_dict(source, **options)
     other = kind is None or settings.get("processor_class", kind.__name__) != kind.__name__
     if is_torchvision_available() or other or "video_processor" not in kind.get_attributes():
-        found = AutoProcessor.from_pretrained(source, **options)
+        found = AutoProcessor.from_pretrained(source, **options)  # type: ignore[no-untyped-call]
         if not isinstance(found, ProcessorMixin):
             raise ValueError(f"there is only a {type(found).__name__}")
         return found
     parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(source, backend="pil", **options),
+        "image_processor": cast("Any", AutoImageProcessor).from_pretrained(source, backend="pil", **options),
         "tokenizer": AutoTokenizer.from_pretrained(source, **options),
         "video_processor": _NoVideo(settings.get("video_processor") or {}),
     }
@@ -99,8 +98,10 @@ def _processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
 def processor_without_video(kind: type[ProcessorMixin]) -> Any:
     """The class of a processor, of the same name, whose video processor may be a stand-in."""
 
+    proper: Callable[..., Any] = kind.check_argument_for_proper_class
+
     def check(self: ProcessorMixin, name: str, value: Any) -> Any:
-        return type(value) if name == "video_processor" else kind.check_argument_for_proper_class(self, name, value)
+        return type(value) if name == "video_processor" else proper(self, name, value)
 
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
 
@@ -244,8 +245,8 @@ def run_without_head(network: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 def parameters_of_sight(network: nn.Module) -> list[nn.Parameter]:
     """The parameters of the vision tower and the projector: all that are neither the decoder's nor the LM head's."""
     inner = network_of(network)
-    head = cast("PreTrainedModel", inner).get_output_embeddings()
-    embeddings = cast("PreTrainedModel", inner).get_input_embeddings()
+    whole = cast("Any", inner)
+    head, embeddings = whole.get_output_embeddings(), whole.get_input_embeddings()
     own = {id(p) for part in (decoder_of(inner), head, embeddings) if part is not None for p in part.parameters()}
     return [parameter for parameter in inner.parameters() if id(parameter) not in own]
 
