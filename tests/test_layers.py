@@ -51,6 +51,7 @@ LAYERS = (
         "models",
         "quantising",
         "vision",
+        "towers",
         "ffn",
         "adapters",
         "shards",
