@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from safeneuron.statistics import ActivationStats
     from safeneuron.streaming import exchanges_of
     from safeneuron.sweeping import each_layer, each_neuron, sweep
+    from safeneuron.towers import measure_towers, towers_of, towers_pruned
     from safeneuron.training import Training
 
 _HOMES = {
@@ -88,6 +89,7 @@ _HOMES = {
     "statistics": ("ActivationStats",),
     "streaming": ("exchanges_of",),
     "sweeping": ("each_layer", "each_neuron", "sweep"),
+    "towers": ("measure_towers", "towers_of", "towers_pruned"),
     "training": ("Training",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -140,6 +142,7 @@ __all__ = [
     "load",
     "make_judge",
     "measure",
+    "measure_towers",
     "merge_adapters",
     "mix",
     "on_policy_pairs",
@@ -162,6 +165,8 @@ __all__ = [
     "snip",
     "snip_weights",
     "sweep",
+    "towers_of",
+    "towers_pruned",
     "twin_difference",
     "twins",
     "wanda",

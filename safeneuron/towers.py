@@ -1,4 +1,4 @@
-"""The neurons of a vision-language model's eyes: the FFNs of its vision tower and of its projector, apart from the text's.
+"""The neurons of a vision-language model's eyes: the FFNs of its vision tower and projector, apart from the text's.
 
 A set of them carries another fingerprint than the model's own neurons, so that neither is taken for the other. They can
 be measured, selected and pruned; training never touches them (``aligning``).
@@ -104,9 +104,7 @@ def measure_towers(
 def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str) -> Tensor:
     """One value for each neuron of the eyes, ``[neuron]``."""
     if prompt.image is None:
-        raise InputError(
-            f"{prompt.text[:60]!r} has no image, so the model's eyes see nothing; give prompts with images"
-        )
+        raise InputError(f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images")
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -127,8 +125,8 @@ def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str)
     vector = torch.cat([seen.get(number, torch.zeros(place.width)) for number, place in enumerate(places)])
     if not torch.isfinite(vector).all():
         raise InputError(
-            f"the activations of the model's eyes are not finite on the prompt {prompt.text[:60]!r}; load it with dtype "
-            "= 'float32', or use another checkpoint"
+            f"the activations of the model's eyes are not finite on the prompt {prompt.text[:60]!r}; load it with "
+            "dtype = 'float32', or use another checkpoint"
         )
     return vector
 
