@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from safeneuron import shards
 from safeneuron.errors import InputError
@@ -23,6 +24,7 @@ from safeneuron.ffn import (
     acting,
     decoder_of,
     feed_forwards,
+    layers_of,
     fingerprint,
     has_adapters,
     linear_in,
@@ -74,7 +76,7 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
     names = names_in(network)
     slices = []
     for block in feed_forwards(network):
-        channels = neurons.layer(block.layer)
+        channels = block.own(neurons.layer(block.layer))
         if not len(channels):
             continue
         for module, rows in block.rows_of(channels):
@@ -104,9 +106,8 @@ def lora_config(model: nn.Module | HasNetwork, training: Training) -> Any:
     network = network_of(model)
     blocks = feed_forwards(network)
     ours = {linear_in(module) for block in blocks for module in (block.output, *(rows.module for rows in block.inputs))}
-    layers = decoder_of(network).layers
-    assert isinstance(layers, nn.ModuleList), "feed_forwards has checked it"
-    linears = {module for module in layers.modules() if isinstance(module, nn.Linear)}
+    layers = layers_of(decoder_of(network))
+    linears = {module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen = [
         name
         for name, module in network.named_modules()

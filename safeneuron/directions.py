@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import HasNetwork, config_of, decoder_of, network_of, require_eager
+from safeneuron.ffn import HasNetwork, config_of, decoder_of, layers_of, network_of, require_eager
 from safeneuron.judges import Judge
 from safeneuron.models import Model, generate, pad
 from safeneuron.moments import Moments
@@ -156,9 +156,7 @@ def _hooks(vector: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _layers(network: nn.Module) -> nn.ModuleList:
-    layers = decoder_of(network).layers
-    assert isinstance(layers, nn.ModuleList), "decoder_of has checked it"
-    return layers
+    return layers_of(decoder_of(network))
 
 
 def _writers(layer: nn.Module) -> list[nn.Module]:
@@ -181,7 +179,9 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
     encoded.sort(key=len, reverse=True)
     for start in range(0, len(encoded), batch_size):
-        moments = moments.merge(Moments.of(_last_of_stream(model, layers, encoded[start : start + batch_size])))
+        vectors = _last_of_stream(model, layers, encoded[start : start + batch_size])
+        # To moments NaN would be silence; here it is a fault.
+        moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
     if not torch.isfinite(moments.mean).all():
         raise InputError(
             "the model's residual stream is not finite on some prompts; load it with dtype = 'float32', or use another "

@@ -366,9 +366,15 @@ def _require_trainable(
 
 @dataclass
 class Recording:
-    """What ``recorded`` collects in the last forward pass: layer -> activations, or what ``reduce`` made of them."""
+    """What ``recorded`` collects in the last forward pass: layer -> activations, or what ``reduce`` made of them.
+
+    ``routed`` are the layers with experts, where NaN means a token that was not routed there, and ``layer`` is the one
+    whose activations ``reduce`` was given last.
+    """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
+    routed: frozenset[int] = frozenset()
+    layer: int = 0
 
 
 @contextmanager
@@ -379,12 +385,13 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
     applied at once to each layer's, so that a pooled vector is all that stays in memory. Neurons of an expert that a
     token was not routed to have no activation there: NaN. Layers without an FFN are left out.
     """
-    recording, sheets = Recording(), _Sheets()
     require_eager(model)
-    network = network_of(model)
+    network, sheets = network_of(model), _Sheets()
     found = {layer.index: layer for layer in layers(network)}
+    recording = Recording(routed=frozenset(index for index, layer in found.items() if not layer.is_plain))
 
     def keep(layer: int, activations: Tensor) -> None:
+        recording.layer = layer
         recording.layers[layer] = activations if reduce is None else reduce(activations)
 
     def tap(flow: Flow) -> None:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from safeneuron import embedded, quantising, ranks
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
+from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
 from safeneuron.runs import whole_folder
 
@@ -54,7 +54,7 @@ class Model:
     @property
     def widths(self) -> tuple[int, ...]:
         """Number of neurons of each layer."""
-        return tuple(block.width for block in feed_forwards(self.network))
+        return widths_of(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +156,7 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     network, loading = loaded
-    feed_forwards(network)
+    widths_of(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()
     if quantise == "4bit":

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from safeneuron import embedded, ranks
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, feed_forwards
+from safeneuron.ffn import decoder_of, layers_of, widths_of
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
 from safeneuron.training import Training, is_sharded
@@ -74,8 +74,8 @@ class Shape:
         size = int(vars(config).get("head_dim") or config.hidden_size // heads)
         queries = heads * size
         keys = int(vars(config).get("num_key_value_heads") or heads) * size
-        width = max(block.width for block in feed_forwards(network))
-        blocks: Any = decoder_of(network).layers
+        width = max(widths_of(network))
+        blocks: Any = layers_of(decoder_of(network))
         layer = max(blocks, key=_parameters)
         linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         embeddings: Any = network.get_input_embeddings()
