@@ -334,6 +334,9 @@ def _numbers(shape: torch.Size, dim: int, index: Tensor, experts: Tensor | None 
         return ((first + index * step)[:, None] + across * stride).flatten()
     if len(shape) == 1:
         return index
+    if len(shape) == 3:
+        assert dim == 0, "of experts in part there are numbers"
+        shape = torch.Size((shape[0], math.prod(shape[1:])))
     rows, columns = (torch.arange(size, device=index.device) for size in shape)
     rows, columns = (index, columns) if dim == 0 else (rows, index)
     return (rows[:, None] * shape[1] + columns).flatten()
