@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
@@ -19,7 +20,7 @@ from safeneuron.ablating import AblateSteps, Ablation, Refresh
 from safeneuron.adapters import adapters_of, add_adapters, lora_config
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import parameters_of_no_neuron, pruned
+from safeneuron.ffn import parameters_of_no_neuron, pruned, routers
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.memory import hand_back_memory
 from safeneuron.models import Model, quiet
@@ -121,7 +122,7 @@ def align(
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         cleanup.enter_context(answers_scored_alone())
-        fixed = parameters_of_no_neuron(policy) if freeze_rest and not training.lora_rank else []
+        fixed = _fixed(policy, training, freeze_rest) if not training.lora_rank else []
         cleanup.enter_context(untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
@@ -143,11 +144,11 @@ def align(
         policy = plain_copy(model)
         proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
-        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
+        fixed = _fixed(policy, training, freeze_rest)
         add_adapters(adapters, policy)
     elif any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         policy, proof = gathered(policy, model, frozen, freeze_rest)
-        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
+        fixed = _fixed(policy, training, freeze_rest)
     given = dequantised(model.network)
     store_in(lasting_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()
@@ -165,6 +166,13 @@ def align(
         at_once=at_once,
         warnings=_warnings(len(pairs) - len(roomy), len(pairs), training.max_length),
     )
+
+
+def _fixed(policy: PreTrainedModel, training: Training, freeze_rest: bool) -> list[nn.Parameter]:
+    """Whole parameters that are not trained."""
+    if freeze_rest:
+        return parameters_of_no_neuron(policy)
+    return routers(policy) if training.freeze_routers else []
 
 
 def _trainer(

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from safeneuron import embedded, quantising, ranks
+from safeneuron.conformance import settle_layout
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
@@ -126,6 +127,8 @@ def load(
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
+    Where its FFNs lie is proved on a few tokens (``conformance``).
+
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.
     """
@@ -163,6 +166,7 @@ def load(
         setattr(network.config, LINEAGE, fingerprint(network))
         quantising.quantise(network, decoder_of(network), place)
     network.to(place)
+    settle_layout(network)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     return Model(network, tokenizer, label, source, stored)
 
