@@ -108,19 +108,25 @@ class Shape:
 
         Raises ``InputError`` when there is no config, or it is of a model that ``ffn`` does not know.
         """
+        network = cls.network(name, revision, trust_remote_code)
+        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+
+    @staticmethod
+    def network(name: str, revision: str = "", trust_remote_code: bool = False) -> PreTrainedModel:
+        """The network that a model's config describes, on the meta device; raises ``InputError`` as ``read`` does."""
         source = str(embedded.embedded_folder()) if name == embedded.NAME else name
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
             with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+                network: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"the config of the model {name!r} cannot be read ({reason}); expected 'embedded', a folder with a "
                 "config.json in Hugging Face form, or a name on the Hub that this machine can reach"
             ) from error
-        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+        return network
 
 
 @dataclass(frozen=True)
