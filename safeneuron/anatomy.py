@@ -44,7 +44,8 @@ class FeedForward:
 
     Its neurons are ``first`` to ``first + width`` of those of the layer. ``name`` is its place in the layer, ``expert``
     its number where tokens are routed to it. Each module is the one that is called, which PEFT may have put around the
-    linear layer; ``linear_in`` finds that one.
+    linear layer; ``linear_in`` finds that one. Where a ``norm`` stands before the output projection, as in BitNet, a
+    neuron owns its gain and bias too, and the neurons of the FFN are scaled together.
     """
 
     layer: int
@@ -54,6 +55,7 @@ class FeedForward:
     first: int = 0
     name: str = ""
     expert: int | None = None
+    norm: nn.Module | None = None
 
     def rows_of(self, channels: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         """Each module that writes into the FFN, once, with the rows of its matrix that belong to these channels."""
@@ -184,9 +186,13 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _lists(module: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of modules that hold a matrix each."""
+    """The outermost lists of modules that hold a matrix each; those of a tower with a config of its own are its own."""
     found: list[nn.ModuleList] = []
+    config = vars(module).get("config")
     for child in module.children():
+        own = vars(child).get("config")
+        if config is not None and own is not None and own is not config and type(own) is not type(config):
+            continue
         if isinstance(child, nn.ModuleList):
             if len(child) and any(parameter.dim() > 1 for parameter in child[0].parameters()):
                 found.append(child)
@@ -236,7 +242,7 @@ def anatomy(network: nn.Module) -> list[Layer]:
             f"no layer of {type(decoder).__name__} has an FFN of a known form: expected a projection into {hidden} "
             f"values and one or two matrices that write its input, found {kinds[:600] or 'no layer'}"
         )
-    _require_complete(found, decoder)
+    _require_complete(found, decoder, hidden)
     seen: dict[int, int] = {}
     for layer in found:
         for block in layer.blocks:
@@ -249,7 +255,7 @@ def anatomy(network: nn.Module) -> list[Layer]:
     return found
 
 
-def _require_complete(found: list[Layer], decoder: nn.Module) -> None:
+def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> None:
     """Raise ``InputError`` where a layer holds what should be an FFN or experts, but is of no known form."""
     kinds = {
         (block.name, type(_at(unwrapped(layer.module), tuple(block.name.split("."))))) if block.name else ("", None)
@@ -263,9 +269,11 @@ def _require_complete(found: list[Layer], decoder: nn.Module) -> None:
         for name, module in inner.named_modules():
             known = (name, type(module)) in kinds and name not in here and name
             volumes = [one for one in module._parameters.values() if one is not None and shards.shape_of(one)[3:] == ()]
-            odd = not isinstance(module, nn.modules.conv._ConvNd) and id(module) not in stacked and any(
-                len(shards.shape_of(one)) == 3 and min(shards.shape_of(one)) > 1 for one in volumes
+            odd = id(module) not in stacked and any(
+                len(shards.shape_of(one)) == 3 and shards.shape_of(one)[0] > 1 and hidden in shards.shape_of(one)[1:]
+                for one in volumes
             )
+            odd = odd and not isinstance(module, nn.modules.conv._ConvNd)
             if known or odd:
                 what = "an FFN" if known else "three-dimensional weights, perhaps of experts,"
                 raise InputError(
@@ -346,18 +354,21 @@ def _feed_forward(
     for depth in range(len(output.path) - 1, -1, -1):
         place = output.path[:depth]
         near = [leaf for leaf in leaves if leaf.path[:depth] == place and leaf is not output]
-        writers = [leaf for leaf in near if leaf.inputs == hidden and leaf.outputs in (width, 2 * width)]
+        fitting = [leaf for leaf in near if leaf.inputs == hidden and leaf.outputs in (width, 2 * width)]
+        # Attention in the layer beside it may have matrices of the same sizes.
+        writers = [leaf for leaf in fitting if not any("attn" in name or "attention" in name for name in leaf.path)]
         if not writers:
             continue
         # The one hint by name: grouped-query attention may have the sizes of a fused FFN. The proof is the probe's.
-        if any(_is_attention(_at(layer, output.path[:above]), output.path[:above]) for above in range(1, depth + 1)):
+        if any(_is_attention(_at(layer, output.path[:at]), output.path[:at]) for at in range(1, len(output.path))):
             return None
         others = [leaf for leaf in near if leaf not in writers]
         if depth and not _alone(acting(_at(layer, place)), others, width, hidden):
             return None
         inputs = _inputs(writers, width, interleaved)
         name = ".".join(output.path[: depth or -1])
-        return FeedForward(index, width, output.module, inputs, name=name) if inputs else None
+        norm = _norm(_at(layer, place), width) if depth and width != hidden else None
+        return FeedForward(index, width, output.module, inputs, name=name, norm=norm) if inputs else None
     return None
 
 
@@ -370,6 +381,16 @@ def _inputs(writers: list[_Leaf], width: int, interleaved: bool) -> tuple[Rows, 
         halves = (Rows(leaf.module, 0), Rows(leaf.module, width))
         return (Rows(leaf.module, 0, 2), Rows(leaf.module, 1, 2)) if interleaved else halves
     return ()
+
+
+def _norm(place: nn.Module, width: int) -> nn.Module | None:
+    """The one module beside the matrices that has a value for each neuron, if there is one."""
+    found = [
+        module
+        for module in place.modules()
+        if size_of(module) is None and {tuple(shards.shape_of(one)) for one in module.parameters(recurse=False)} == {(width,)}
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _alone(place: nn.Module, others: list[_Leaf], width: int, hidden: int) -> bool:

@@ -55,7 +55,11 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
         return Proof((), ("weights that are not in memory",))
     unproved: list[str] = []
     with _resting(network), torch.no_grad():
-        _require_once(network, found)
+        ran = _require_once(network, found)
+        kinds = {kind: layer for kind, layer in kinds.items() if layer.index in ran}
+        silent = [str(layer.index) for layer in found if layer.blocks and layer.index not in ran]
+        if silent:
+            unproved.append(f"layer {', '.join(silent)}, which text alone does not run")
         for layer in kinds.values():
             for block in layer.blocks:
                 unproved += _prove_block(network, layer, block)
@@ -113,9 +117,9 @@ def _ids(network: nn.Module) -> Tensor:
     size = _vocabulary(network)
     ids = torch.randint(size // 8, size // 2, (ROWS, TOKENS), generator=generator)
     device = next(network.parameters()).device
-    embedding = network.get_input_embeddings() if hasattr(network, "get_input_embeddings") else None
-    if isinstance(embedding, nn.Module):
-        device = next(iter(embedding.parameters()), torch.zeros(0, device=device)).device
+    embedding = next((module for module in decoder_of(network).modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is not None:
+        device = embedding.weight.device
     return ids.to(device)
 
 
@@ -142,8 +146,8 @@ def run(network: nn.Module, last: nn.Module | None = None) -> None:
             pass
 
 
-def _require_once(network: nn.Module, found: list[Layer]) -> None:
-    """Raise ``InputError`` unless every FFN runs once in a pass, over all tokens of the batch or some of them."""
+def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
+    """The layers that run; ``InputError`` unless each of their FFNs runs once in a pass, over all tokens or some."""
     count: dict[tuple[int, int], int] = {}
 
     def tap(flow: Flow) -> None:
@@ -151,13 +155,24 @@ def _require_once(network: nn.Module, found: list[Layer]) -> None:
         count[flow.layer, flow.first] = count.get((flow.layer, flow.first), 0) + 1
 
     with watched(decoder_of(network), found, tap):
-        run(network)
+        try:
+            run(network)
+        except InputError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the text decoder of {type(network).__name__} cannot be run on token ids alone "
+                f"({type(error).__name__}: {reason}); this architecture is not supported"
+            ) from error
+    ran = {layer for layer, _ in count}
     for layer in found:
         for block in layer.blocks:
             times = count.get((layer.index, block.first), 0)
             routed = isinstance(block, ExpertStack) or block.expert is not None
-            if times > 1 or (times == 0 and not routed):
+            if times > 1 or (times == 0 and not routed and layer.index in ran):
                 raise _failed(network, layer, block, f"its FFN runs {times} times in one pass, where once was expected")
+    return ran
 
 
 def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertStack) -> list[str]:
@@ -168,9 +183,18 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
         if _within(block, flow):
             seen[flow.first] = flow.activations.detach().clone().flatten(0, -2)
 
+    def before_norm(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen[block.first] = inputs[0].detach().clone().flatten(0, -2)
+
     def activations() -> dict[int, Tensor]:
         seen.clear()
-        with watched(decoder_of(network), [layer], look):
+        norm = block.norm if isinstance(block, FeedForward) else None
+        with ExitStack() as stack:
+            if norm is None:
+                stack.enter_context(watched(decoder_of(network), [layer], look))
+            else:
+                # What is scaled together is each neuron's own only before that.
+                stack.callback(norm.register_forward_pre_hook(before_norm).remove)
             run(network, layer.module)
         return dict(seen)
 

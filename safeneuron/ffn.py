@@ -122,8 +122,9 @@ def _spans(layer: Layer) -> Iterator[tuple[int | str, int, int]]:
     """Each FFN of a layer: its number or name, its first neuron and its width."""
     for block in layer.blocks:
         if isinstance(block, ExpertStack):
+            # A second stack is one of shared experts, or of experts for images.
             for expert in range(block.count):
-                yield expert, block.first + expert * block.width, block.width
+                yield expert if block is layer.blocks[0] else f"{block.name}.{expert}", block.first + expert * block.width, block.width
         else:
             yield block.name if block.expert is None else block.expert, block.first, block.width
 
@@ -244,6 +245,8 @@ def _of_linears(names: Mapping[int, str], block: FeedForward, channels: Tensor) 
         turned = is_transposed(module)
         for own in linear_in(module).parameters():
             slices.append(Slice(names[id(own)], own, int(turned and own.dim() == 2), index))
+    for own in block.norm.parameters() if block.norm is not None else ():
+        slices.append(Slice(names[id(own)], own, 0, channels.to(own.device)))
     weight = weight_of(block.output)
     if weight is not None:
         turned = is_transposed(block.output)

@@ -180,16 +180,20 @@ class _Products(_Seen):
         super().__init__()
         self.block, self.taps = block, taps
         self.entering: Tensor | None = None
-        self.met = False
+        self.asked = self.met = False
 
     def within(self, inputs: tuple[Any, ...]) -> _Products:
         self.picked, self.met = None, False
-        self.entering = next((one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()), None)
+        tensors = [one for one in inputs if isinstance(one, Tensor)]
+        self.entering = next((one for one in tensors if one.is_floating_point()), None)
+        # A token may be routed to no expert at all, or past the last of them to one without weights.
+        routes = [one for one in tensors if one.dtype == torch.int64]
+        self.asked = any(bool((one < self.block.count).any()) for one in routes) or not routes
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
-        if error is None and not self.met and self.entering is not None and len(self.entering):
+        if error is None and self.asked and not self.met:
             raise InputError(
                 f"the experts of layer {self.block.layer} ({type(self.block.module).__name__}) computed without a "
                 f"product with {self.block.output.name} that could be followed; this mixture of experts is not supported"

@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k", "moe_top_k", "num_experts_per_token", "moe_topk", "topk", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     "first_k_dense_replace": 1,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input": 4,
     "laurel_rank": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -63,7 +63,47 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }  # fmt: skip
 # What few configs need beyond that, by model type.
-MORE: dict[str, dict[str, Any]] = {}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+THREE_AXES = {
+    "glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text",
+    "qwen2_5_omni_text", "ernie4_5_vl_moe_text",
+}  # fmt: skip
+WHOLE = {"glm4v_text"}
+MORE: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {
+        "is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False, "attention_head_size": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "xmod": {"default_language": "en_XX"},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "ple_embed_dim": 32, "hc_lowrank": 8, "ngram_vocab_size_base": 100,
+        "split_ngram_parts": 2,
+    },
+    "xlstm": {"num_heads": 2},
+    "longcat_flash": {"expert_ffn_hidden_size": 24, "head_dim": 4, "zero_expert_num": 2},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "hunyuan_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [1, 1, 1, 1]}
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    },
+    "step3p5": {"sliding_window": 16, "share_expert_dim": 24},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}, "moe_intermediate_size": [24, 16], "intermediate_size": 48},
+}  # fmt: skip
 
 
 def shrunken(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
@@ -73,11 +113,20 @@ def shrunken(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
 
 def _shrunken(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
     own = dict(vars(config))
-    names = {**dict(type(config).attribute_map or {})}
+    names = dict(type(config).attribute_map or {})
+    latent = "qk_rope_head_dim" in own
     settings = {}
     for name, value in SIZES.items():
-        if (name in own or name in names) and own.get(name, 0) is not None and not isinstance(own.get(name), list | dict | tuple):
+        if (name in own or name in names) and (own.get(name, 0) is not None or name == "head_dim") and not isinstance(own.get(name), list | dict | tuple):
             settings[name] = value
+    if latent:
+        # Of latent attention the size of a head is a sum of its parts, and every head has its own key.
+        settings.pop("head_dim", None)
+        settings["num_key_value_heads"] = 4
+    rope = own.get("rope_parameters")
+    if (isinstance(rope, dict) and "mrope_section" in rope) or config.model_type in THREE_AXES:
+        partial = isinstance(rope, dict) and rope.get("partial_rotary_factor") and config.model_type not in WHOLE
+        settings["rope_parameters"] = {**MROPE, "mrope_section": [1, 1, 0]} if partial else MROPE
     parts = {}
     for name, value in own.items():
         if isinstance(value, PreTrainedConfig):
