@@ -26,6 +26,8 @@ from safeneuron.stacks import ExpertStack, stack_in
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 # A model whose fused matrices alternate rows of gate and up says so in its config under this name.
 INTERLEAVED = "safeneuron_interleaved"
+# And one that computes on (token, row, channel), as XLNet does, instead of (row, token, channel), under this one.
+TIME_FIRST = "safeneuron_time_first"
 # A projection this many times narrower than the widest FFN of its layer is a bottleneck: an adapter, a low-rank path.
 NARROW = 8
 
@@ -265,7 +267,8 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
     for layer in found:
         inner = unwrapped(layer.module)
         here = {block.name for block in layer.blocks}
-        stacked = {id(block.module) for block in layer.blocks if isinstance(block, ExpertStack)}
+        stacks = [block.module for block in layer.blocks if isinstance(block, ExpertStack)]
+        stacked = {id(part) for module in stacks for part in (module, *module.children())}
         for name, module in inner.named_modules():
             known = (name, type(module)) in kinds and name not in here and name
             volumes = [one for one in module._parameters.values() if one is not None and shards.shape_of(one)[3:] == ()]
@@ -273,7 +276,7 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
                 len(shards.shape_of(one)) == 3 and shards.shape_of(one)[0] > 1 and hidden in shards.shape_of(one)[1:]
                 for one in volumes
             )
-            odd = odd and not isinstance(module, nn.modules.conv._ConvNd)
+            odd = odd and not isinstance(module, nn.modules.conv._ConvNd) and "attention" not in name and "attn" not in name
             if known or odd:
                 what = "an FFN" if known else "three-dimensional weights, perhaps of experts,"
                 raise InputError(
@@ -333,7 +336,8 @@ def _parts(layer: nn.Module, hidden: int) -> tuple[list[_Leaf], list[ExpertStack
             leaves.append(_Leaf(path, module, *size))
             return
         inner = acting(module)
-        stack = stack_in(inner, ".".join(path), hidden)
+        heads = any(_is_attention(_at(layer, path[:at]), path[:at]) for at in range(1, len(path) + 1))
+        stack = None if heads else stack_in(inner, ".".join(path), hidden)
         if stack is not None:
             stacks.append(stack)
             return

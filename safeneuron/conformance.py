@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron import shards
-from safeneuron.anatomy import INTERLEAVED, FeedForward, Layer, decoder_of, is_transposed, weight_of
+from safeneuron.anatomy import INTERLEAVED, TIME_FIRST, FeedForward, Layer, decoder_of, is_transposed, weight_of
 from safeneuron.errors import InputError
-from safeneuron.ffn import HasNetwork, config_of, layers, network_of
+from safeneuron.ffn import HasNetwork, config_of, layers, network_of, recorded
 from safeneuron.quantising import is_quantised
 from safeneuron.stacks import ExpertStack, Stacked
 from safeneuron.watching import Flow, watched
@@ -63,24 +63,32 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
         for layer in kinds.values():
             for block in layer.blocks:
                 unproved += _prove_block(network, layer, block)
+            if not layer.is_plain:
+                _prove_routes(network, layer)
     return Proof(tuple(layer.index for layer in kinds.values()), tuple(dict.fromkeys(unproved)))
 
 
 def settle_layout(model: nn.Module | HasNetwork) -> Proof:
-    """``prove``, and find out whether the rows of fused matrices alternate, which the config remembers from then on."""
-    config = vars(config_of(network_of(model)))
+    """``prove``, and find out what shapes do not say, which the config remembers from then on.
+
+    That is whether the rows of fused matrices alternate, and whether the FFNs compute on (token, row, channel).
+    """
+    network = network_of(model)
+    configs = [vars(config_of(network)), vars(vars(decoder_of(network))["config"])]
     try:
-        return prove(model)
+        return prove(network)
     except InputError as error:
-        decoder = vars(vars(decoder_of(network_of(model)))["config"])
-        if INTERLEAVED in decoder or not _has_fused(model):
-            raise
-        config[INTERLEAVED] = decoder[INTERLEAVED] = True
-        try:
-            return prove(model)
-        except InputError:
-            config.pop(INTERLEAVED, None), decoder.pop(INTERLEAVED, None)
-            raise error from None
+        for mark in [INTERLEAVED, TIME_FIRST] if _has_fused(network) else [TIME_FIRST]:
+            if any(mark in config for config in configs):
+                continue
+            for config in configs:
+                config[mark] = True
+            try:
+                return prove(network)
+            except InputError:
+                for config in configs:
+                    config.pop(mark, None)
+        raise error
 
 
 def _has_fused(model: nn.Module | HasNetwork) -> bool:
@@ -129,10 +137,10 @@ def _vocabulary(network: nn.Module) -> int:
     return size if isinstance(size, int) else 100
 
 
-def run(network: nn.Module, last: nn.Module | None = None) -> None:
-    """A few tokens through the decoder, up to and with the module ``last``, or to its end."""
+def run(network: nn.Module, last: nn.Module | None = None, turned: bool = False) -> None:
+    """A few tokens through the decoder, up to and with the module ``last``, or to its end; the last row first, if so."""
     decoder: Any = decoder_of(network)
-    ids = _ids(network)
+    ids = _ids(network).flip(0) if turned else _ids(network)
 
     def stop(*_: Any) -> None:
         raise _Enough
@@ -306,6 +314,25 @@ def _prove_place(
     changed = (after != before).any(dim=-1).view(ROWS, -1)
     if bool(changed[:, 1:].any()) or not bool(changed[:, 0].any()):
         raise _failed(network, layer, block, "what its neurons say at a token is not read off that token alone")
+
+
+def _prove_routes(network: nn.Module, layer: Layer) -> None:
+    """What experts are heard to say at a token must go with the row that it is in."""
+    heard = []
+    for turned in (False, True):
+        with recorded(network) as recording:
+            run(network, layer.module, turned)
+        if layer.index not in recording.layers:
+            return
+        heard.append(recording.layers[layer.index].float())
+    first, second = heard[0], heard[1].flip(0)
+    gap = float((first - second).abs().nan_to_num().max())
+    # Between experts of like scores rounding may decide.
+    strays = float((first.isnan() != second.isnan()).float().mean())
+    if gap > 0.02 * float(first.nan_to_num().abs().max()) or strays > 0.2:
+        raise _failed(
+            network, layer, layer.blocks[0], "what its experts are heard to say does not go with the tokens in the batch"
+        )
 
 
 def _output(network: nn.Module, layer: Layer) -> Tensor:

@@ -84,14 +84,12 @@ def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Dia
 
 def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, str]) -> Row:
     if isinstance(block, ExpertStack):
-        inputs = {matrix.name for matrix in block.inputs if matrix.name in block.module._parameters}
         fused = len({m.name for m in block.inputs if block.parameter(m).dim() == 3}) == 1 and len(block.inputs) > 1
         alternating = any(matrix.step == 2 for matrix in block.inputs)
         form = "stacked" + (", gate and up fused" if fused else "") + (", rows alternate" if alternating else "")
         owns = [_place(f"{block.name}.{m.name}", "e", m.dim, block.parameter(m).dim(), m.first, m.step) for m in block.inputs]
         out = block.output
         owns.append(_place(f"{block.name}.{out.name}", "e", out.dim, 3, 0, 1))
-        assert inputs, "stack_in has found them"
         return Row("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
     separate = {id(rows.module) for rows in block.inputs}
     form = "plain" if len(block.inputs) == 1 else "gated, separate" if len(separate) == 2 else "gated, fused"

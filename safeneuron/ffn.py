@@ -261,8 +261,7 @@ def _of_stack(names: Mapping[int, str], block: ExpertStack, channels: Tensor) ->
         found.setdefault((matrix.name, matrix.dim), []).append(own * matrix.step + matrix.first)
     slices = []
     for (name, dim), parts in found.items() if len(own) else ():
-        parameter = block.module._parameters[name]
-        assert parameter is not None, "stack_in has seen it"
+        parameter = block.module.get_parameter(name)
         place = parameter.device
         index, where = torch.cat(parts).to(place), experts.repeat(len(parts)).to(place)
         slices.append(Slice(names[id(parameter)], parameter, dim, index, where))

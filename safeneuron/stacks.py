@@ -44,9 +44,7 @@ class ExpertStack:
 
     def parameter(self, matrix: Stacked) -> nn.Parameter:
         """The parameter itself, as it is in the module now."""
-        found = self.module._parameters[matrix.name]
-        assert found is not None, "stack_in has seen it"
-        return found
+        return self.module.get_parameter(matrix.name)
 
 
 def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
@@ -56,9 +54,7 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     one of ``2 * width`` rows, or one or two of ``width``. Whether a fused one holds halves or alternating rows is what
     the class says in ``is_concatenated``.
     """
-    shapes = {
-        key: shards.shape_of(one) for key, one in module._parameters.items() if one is not None and len(shards.shape_of(one)) == 3
-    }
+    shapes = _volumes(module)
     if len(shapes) not in (2, 3):
         return None
     *inputs, output = shapes
@@ -83,6 +79,20 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
             if bias.startswith(key) and one is not None and tuple(shards.shape_of(one)) == (shapes[key][0], shapes[key][rows]):
                 found += [Stacked(bias, 1, *place) for place in places]
     return ExpertStack(0, width, count, module, Stacked(output, 1 if transposed else 2), tuple(found), name=name)
+
+
+def _volumes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the module's three-dimensional parameters, or of those that its children are made of."""
+    own = {key: one for key, one in module._parameters.items() if one is not None}
+    if not any(len(shards.shape_of(one)) == 3 for one in own.values()):
+        # JetMoE has a module for each matrix.
+        own = {
+            f"{name}.{key}": one
+            for name, child in module.named_children()
+            for key, one in child._parameters.items()
+            if one is not None and len(child._parameters) == 1
+        }
+    return {key: shards.shape_of(one) for key, one in own.items() if len(shards.shape_of(one)) == 3}
 
 
 def _is_transposed(inputs: list[torch.Size], output: torch.Size, hidden: int) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from safeneuron.anatomy import FeedForward, Layer
+from safeneuron.anatomy import TIME_FIRST, FeedForward, Layer
 from safeneuron.errors import InputError
 from safeneuron.stacks import ExpertStack
 
@@ -37,10 +37,11 @@ Tap = Callable[["Flow"], Tensor | None]
 
 @dataclass
 class Tokens:
-    """The batch that the decoder is running on: how many rows it has, and tokens each."""
+    """The batch that the decoder is running on: how many rows it has, and tokens each, and which of them comes first."""
 
     rows: int = 0
     length: int = 0
+    time_first: bool = False
 
     def see(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Read the shape of the decoder's input, which is token ids or their embeddings; a forward pre-hook."""
@@ -74,6 +75,8 @@ class Flow:
         batch = (self.tokens.rows, self.tokens.length)
         if values.dim() == 2 and len(values) == batch[0] * batch[1]:
             return values.unflatten(0, batch)
+        if self.tokens.time_first and values.dim() == 3:
+            values = values.transpose(0, 1)
         if values.dim() != 3 or (any(batch) and tuple(values.shape[:2]) != batch):
             raise InputError(
                 f"the FFN of layer {self.layer} computes on a tensor of shape {tuple(values.shape)} for a batch of "
@@ -85,6 +88,8 @@ class Flow:
         """The inverse of ``whole``: in the form in which the activations came."""
         if self.places is not None:
             return whole.flatten(0, 1)[self.places]
+        if self.tokens.time_first and self.activations.dim() == 3:
+            whole = whole.transpose(0, 1)
         return whole.reshape(self.activations.shape)
 
 
@@ -95,7 +100,7 @@ def watched(decoder: nn.Module, layers: list[Layer], tap: Tap) -> Iterator[None]
     Several such blocks, one within another, see what the outer ones have made of it. Raises ``InputError`` while the
     model runs where experts compute in a way that cannot be followed.
     """
-    tokens = Tokens()
+    tokens = Tokens(time_first=bool(vars(vars(decoder)["config"]).get(TIME_FIRST)))
     with ExitStack() as stack:
         stack.callback(decoder.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         for layer in layers:
@@ -148,23 +153,28 @@ class _Seen(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.picked: Tensor | None = None
+        self.taken = 0
 
     def within(self, inputs: tuple[Any, ...]) -> _Seen:
         """Itself, for a new pass."""
-        self.picked = None
+        self.picked, self.taken = None, 0
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
             source, picked = args
             if source.dim() == 2 and picked.dim() == 1 and picked.dtype == torch.int64:
-                self.picked = picked
+                self.picked, self.taken = picked, 0
         return func(*args, **(kwargs or {}))
 
     def places(self, values: Tensor, tokens: Tokens) -> Tensor:
-        """Which tokens these vectors are of. Raises ``InputError`` where that cannot be told."""
-        if self.picked is not None and len(self.picked) == len(values):
-            return self.picked
+        """Which tokens these vectors are of. Raises ``InputError`` where that cannot be told.
+
+        The rows that were picked for one expert, or of those that were picked for all of them the next ones.
+        """
+        if self.picked is not None and self.taken + len(values) <= len(self.picked):
+            self.taken += len(values)
+            return self.picked[self.taken - len(values) : self.taken]
         if len(values) == tokens.rows * tokens.length:
             return torch.arange(len(values), device=values.device)
         raise InputError(
@@ -183,7 +193,7 @@ class _Products(_Seen):
         self.asked = self.met = False
 
     def within(self, inputs: tuple[Any, ...]) -> _Products:
-        self.picked, self.met = None, False
+        self.picked, self.taken, self.met = None, 0, False
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         self.entering = next((one for one in tensors if one.is_floating_point()), None)
         # A token may be routed to no expert at all, or past the last of them to one without weights.
@@ -214,21 +224,20 @@ class _Products(_Seen):
         own = self.block.parameter(self.block.output)
         if weight.dim() == 2:
             expert = (weight.storage_offset() - own.storage_offset()) // own.stride(0)
+            here = self.places(values, self.taps[0][1])
             for tap, tokens in self.taps:
-                values = self._tapped(expert, values, lambda tokens: self.places(values, tokens), tap, tokens)
+                values = self._tapped(expert, values, here, tap, tokens)
             return values
         # All experts at once, each on all tokens; what was not routed came as zeros.
         parts = []
         for expert, one in enumerate(values):
+            here = self._asked(expert, self.taps[0][1])
             for tap, tokens in self.taps:
-                one = self._tapped(expert, one, lambda tokens, expert=expert: self._asked(expert, tokens), tap, tokens)
+                one = self._tapped(expert, one, here, tap, tokens)
             parts.append(one)
         return torch.stack(parts)
 
-    def _tapped(
-        self, expert: int, values: Tensor, places: Callable[[Tokens], Tensor], tap: Tap, tokens: Tokens
-    ) -> Tensor:
-        here = places(tokens)
+    def _tapped(self, expert: int, values: Tensor, here: Tensor, tap: Tap, tokens: Tokens) -> Tensor:
         first = self.block.first + expert * self.block.width
         chosen = values if len(here) == len(values) else values[here]
         changed = tap(Flow(self.block.layer, first, chosen, here, tokens))

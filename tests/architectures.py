@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from safeneuron.anatomy import decoder_of
-from safeneuron.conformance import prove
+from safeneuron.conformance import settle_layout
 from safeneuron.doctor import Diagnosis, diagnosis
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint, layers, pruned, recorded, widths_of
@@ -43,7 +43,7 @@ def check(name: str, model_class: Any) -> Result:
         return Result(name, model_class.__name__, "cannot be built", reason[:160])
     try:
         widths_of(network)
-        proof = prove(network)
+        proof = settle_layout(network)
     except InputError as error:
         return Result(name, model_class.__name__, "refused", str(error))
     ask_all(network)
@@ -71,6 +71,7 @@ def ask_all(network: nn.Module) -> None:
             assert values.nan_to_num().any(), f"layer {layer.index} says nothing"
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()), "weights have changed"
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    network.train()
     optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1)
     with frozen(network, neurons, optimizer) as freeze:
         for _ in range(2):

@@ -78,6 +78,7 @@ MORE: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False, "attention_head_size": 8,
     },
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},

@@ -242,10 +242,7 @@ SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
     ("config", "found"),
     [
         (transformers.MambaConfig(**SMALL, state_size=4), r"no layer of MambaModel has an FFN.*MambaBlock with mixer"),
-        (
-            transformers.JetMoeConfig(**SMALL, intermediate_size=24, kv_channels=4, num_key_value_heads=2, num_local_experts=2),
-            r"no layer of JetMoeModel has an FFN.*mlp\.input_linear\.weight \(2, 48, 16\)",
-        ),
+        (transformers.FalconMambaConfig(**SMALL, state_size=4), "no layer of FalconMambaModel has an FFN"),
     ],
 )
 def test_unknown_anatomy_says_what_was_found(config, found):
@@ -255,6 +252,13 @@ def test_unknown_anatomy_says_what_was_found(config, found):
             use(network)
     with pytest.raises(InputError, match=found), recorded(network):
         pass
+
+
+def test_experts_of_an_unknown_form_are_not_passed_over():
+    network = tiny.network()
+    network.model.layers[1].mlp.register_parameter("table", nn.Parameter(torch.ones(4, 6, tiny.HIDDEN)))
+    with pytest.raises(InputError, match=r"layer 1 of LlamaModel has an FFN of no known form.*mlp.*table \(4, 6, 32\)"):
+        feed_forwards(network)
 
 
 def test_a_module_that_is_no_transformer_is_refused():
