@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 
 from safeneuron import ranks
 from safeneuron.ablating import AblateSteps, Ablation, Refresh
-from safeneuron.adapters import adapters_of, add_adapters, lora_config
+from safeneuron.adapters import adapters_of, add_adapters, lora_config, require_unpacked
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.ffn import parameters_of_no_neuron, pruned, routers
@@ -225,6 +225,11 @@ def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest:
             f"the weights of {model.name} are in 4 bits, so they cannot be trained; set lora_rank to train adapters on "
             "them, or load the model without quantise"
         )
+    require_unpacked(
+        model.network,
+        "align trains plain weights or adapters that it merges; load an unpacked checkpoint (quantise = '4bit' for QLoRA), "
+        "or train adapters beside FreezeNeurons in a trainer of your own",
+    )
     if freeze_rest and training.lora_rank and training.lora_targets != "ffn":
         raise InputError(
             f"with everything but the safety neurons frozen, adapters have no place outside the FFNs; expected "

@@ -16,7 +16,7 @@ from safeneuron.ffn import fingerprint, layers, names_in, require_trainable, rou
 from safeneuron.errors import InputError
 from safeneuron.models import load
 from safeneuron.planning import Shape
-from safeneuron.quantising import is_quantised
+from safeneuron.quantising import is_quantised, packed_by
 from safeneuron.stacks import ExpertStack
 
 
@@ -155,7 +155,9 @@ def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[s
         yield "Can be frozen bit for bit while the rest is trained."
     except InputError as error:
         yield f"Cannot be trained as it is: {error}."
-    if any(is_quantised(parameter) for parameter in network.parameters()):
+    if packed_by(network):
+        yield f"Its weights are packed ({packed_by(network)}): a pruned checkpoint cannot be written, and align refuses it."
+    elif any(is_quantised(parameter) for parameter in network.parameters()):
         yield "Its weights are quantised: a pruned checkpoint cannot be written, and align trains LoRA adapters only."
     if any(not layer.is_plain for layer in found if layer.blocks):
         count = sum(parameter.numel() for parameter in routers(network))

@@ -205,7 +205,8 @@ def _samples(name: str, block: FeedForward | ExpertStack) -> Iterator[tuple[tupl
     weight_or_none = weight_of(block.output)
     if weight_or_none is None or weight_or_none.dim() != 2:
         # Weights packed in a way of their own: any of the integers that hold them tells them from others'.
-        packed = next(iter(linear_in(block.output).buffers()), torch.zeros(1))
+        linear = linear_in(block.output)
+        packed = next(one for one in (*linear.buffers(), *linear.parameters()) if one.numel() > 1)
         yield shape[::-1], (packed.flatten()[:4096].to(torch.int64) % 2).view(1, -1)
         return
     weight = weight_or_none
@@ -239,11 +240,17 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
     return [piece for piece in slices if not is_quantised(piece.parameter)]
 
 
+def _own(linear: nn.Module) -> list[nn.Parameter]:
+    """The weight and the bias of a linear layer, as far as it has them; not the scales of packed weights."""
+    found = [linear._parameters.get("weight"), linear._parameters.get("bias")]
+    return [one for one in found if one is not None]
+
+
 def _of_linears(names: Mapping[int, str], block: FeedForward, channels: Tensor) -> list[Slice]:
     slices = []
     for module, index in block.rows_of(channels):
         turned = is_transposed(module)
-        for own in linear_in(module).parameters():
+        for own in _own(linear_in(module)):
             slices.append(Slice(names[id(own)], own, int(turned and own.dim() == 2), index))
     for own in block.norm.parameters() if block.norm is not None else ():
         slices.append(Slice(names[id(own)], own, 0, channels.to(own.device)))
@@ -336,7 +343,7 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
                         "on it"
                     )
                 whole = size if is_transposed(module) else size[::-1]
-                for parameter in linear.parameters():
+                for parameter in _own(linear):
                     shape = size[1:] if parameter is linear._parameters.get("bias") else whole
                     _require_trainable(network, names, parameter, shape)
 

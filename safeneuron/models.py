@@ -119,7 +119,7 @@ def load(
     trust_remote_code: bool = False,
     quantise: str = "none",
 ) -> Model:
-    """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
+    """Load a chat model from the Hub, from a folder, from a GGUF file (dequantised), or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
     where the device computes in it, else float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of
@@ -134,11 +134,14 @@ def load(
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
+    file: dict[str, Any] = {}
+    if source.endswith(".gguf"):
+        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
     place = _device(device)
     precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
         raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
     try:
         stored = AutoConfig.from_pretrained(source, **options).dtype or torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -159,6 +162,8 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     network, loading = loaded
+    if file:
+        quantising.forget(network)
     widths_of(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()

@@ -25,7 +25,7 @@ from safeneuron.ffn import (
 )
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
-from safeneuron.quantising import is_quantised
+from safeneuron.quantising import is_quantised, packed_by
 from safeneuron.runs import whole_folder, write_json
 from safeneuron.stacks import ExpertStack
 
@@ -199,6 +199,12 @@ def _require_plain(network: nn.Module) -> None:
     if has_adapters(network):
         raise InputError(
             "the model has adapters, so its weights are not what it computes with; merge them first with merge_adapters"
+        )
+    packed = packed_by(network)
+    if packed:
+        raise InputError(
+            f"the weights are packed ({packed}), so single ones cannot be changed; load an unpacked checkpoint, or use the "
+            "hook (pruned)"
         )
     for name, parameter in network.named_parameters():
         if is_quantised(parameter):

@@ -149,7 +149,7 @@ def _matrices(model: Model) -> list[Matrix]:
             firsts[rows.module] = (*firsts.get(rows.module, ()), rows.first)
         for module, first in [*firsts.items(), (block.output, None)]:
             linear = linear_in(module)
-            if not isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear) or "weight" not in linear._parameters:
                 raise InputError(
                     f"SNIP and Wanda read FFNs of torch's linear layers, but layer {block.layer} has a "
                     f"{type(linear).__name__}; use the paper's selector there"
