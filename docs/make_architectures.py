@@ -125,7 +125,10 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {title: walk(title) for title in KINDS}
-    parts = [HEAD.format(version=transformers.__version__), *(section(title, found) for title, found in results.items())]
+    parts = [
+        HEAD.format(version=transformers.__version__),
+        *(section(title, found) for title, found in results.items()),
+    ]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     return int(any(result.outcome == "breaks" for found in results.values() for result in found))
 

@@ -276,7 +276,12 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
                 len(shards.shape_of(one)) == 3 and shards.shape_of(one)[0] > 1 and hidden in shards.shape_of(one)[1:]
                 for one in volumes
             )
-            odd = odd and not isinstance(module, nn.modules.conv._ConvNd) and "attention" not in name and "attn" not in name
+            odd = (
+                odd
+                and not isinstance(module, nn.modules.conv._ConvNd)
+                and "attention" not in name
+                and "attn" not in name
+            )
             if known or odd:
                 what = "an FFN" if known else "three-dimensional weights, perhaps of experts,"
                 raise InputError(
@@ -304,9 +309,7 @@ class _Leaf(NamedTuple):
     outputs: int
 
 
-def _blocks(
-    index: int, layer: nn.Module, hidden: int, interleaved: bool
-) -> tuple[FeedForward | ExpertStack, ...]:
+def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tuple[FeedForward | ExpertStack, ...]:
     """The blocks of one layer: routed experts first, then all else in the order of its definition."""
     layer = unwrapped(layer)
     leaves, stacks = _parts(layer, hidden)
@@ -392,7 +395,8 @@ def _norm(place: nn.Module, width: int) -> nn.Module | None:
     found = [
         module
         for module in place.modules()
-        if size_of(module) is None and {tuple(shards.shape_of(one)) for one in module.parameters(recurse=False)} == {(width,)}
+        if size_of(module) is None
+        and {tuple(shards.shape_of(one)) for one in module.parameters(recurse=False)} == {(width,)}
     ]
     return found[0] if len(found) == 1 else None
 

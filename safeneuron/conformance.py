@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeneuron import shards
-from safeneuron.anatomy import INTERLEAVED, TIME_FIRST, FeedForward, Layer, decoder_of, is_transposed, weight_of
+from safeneuron.anatomy import INTERLEAVED, TIME_FIRST, FeedForward, Layer, decoder_of
 from safeneuron.errors import InputError
 from safeneuron.ffn import HasNetwork, config_of, layers, network_of, recorded
-from safeneuron.quantising import is_quantised
-from safeneuron.stacks import ExpertStack, Stacked
+from safeneuron.stacks import ExpertStack
+from safeneuron.touching import biases, changed, column, in_the_open, rows_of
 from safeneuron.watching import Flow, watched
 
 ROWS, TOKENS = 2, 6
@@ -212,7 +211,7 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     first = max(before, key=lambda key: float(before[key].abs().amax()))
     channel = int(before[first].abs().amax(dim=0).argmax())
     name = f"layer {layer.index} {block.name}".strip()
-    if not _in_the_open(block):
+    if not in_the_open(block):
         return [f"the weights of {name}, which are quantised or spread"]
     expert = (first - block.first) // block.width
     _prove_column(network, layer, block, first, channel, expert)
@@ -227,15 +226,6 @@ def _within(block: FeedForward | ExpertStack, flow: Flow) -> bool:
     return block.first <= flow.first < block.first + size
 
 
-def _in_the_open(block: FeedForward | ExpertStack) -> bool:
-    """Whether the weights can be read and written here as what they are."""
-    if isinstance(block, ExpertStack):
-        weights: list[nn.Parameter | None] = [block.parameter(one) for one in (*block.inputs, block.output)]
-    else:
-        weights = [weight_of(module) for module in (block.output, *(rows.module for rows in block.inputs))]
-    return not any(one is None or is_quantised(one) or shards.is_spread(one) for one in weights)
-
-
 def _prove_column(
     network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, first: int, channel: int, expert: int
 ) -> None:
@@ -248,7 +238,7 @@ def _prove_column(
     plain = _output(network, layer)
     with watched(decoder_of(network), [layer], prune):
         by_hook = _output(network, layer)
-    with _changed(_column(block, expert, channel), torch.zeros_like):
+    with changed(column(block, expert, channel), torch.zeros_like):
         by_weight = _output(network, layer)
     gap, effect = _distance(by_hook, by_weight), _distance(plain, by_weight)
     if not gap <= max(0.05 * effect, _noise(plain)):
@@ -271,9 +261,9 @@ def _prove_rows(
     activations: Callable[[], dict[int, Tensor]],
     before: dict[int, Tensor],
 ) -> None:
-    rows = list(_rows(block, expert, channel))
+    rows = list(rows_of(block, expert, channel))
     for row in rows:
-        with _changed(row, lambda values: values * 0.5 + 0.25 * values.abs().mean().clamp(min=0.01)):
+        with changed(row, lambda values: values * 0.5 + 0.25 * values.abs().mean().clamp(min=0.01)):
             moved = _moved(before, activations())
         if moved != {(first, channel)}:
             others = len(moved - {(first, channel)})
@@ -286,9 +276,9 @@ def _prove_rows(
             )
     with ExitStack() as stack:
         for row in rows:
-            stack.enter_context(_changed(row, torch.zeros_like))
-        for bias in _biases(block, expert, channel):
-            stack.enter_context(_changed(bias, torch.zeros_like))
+            stack.enter_context(changed(row, torch.zeros_like))
+        for bias in biases(block, expert, channel):
+            stack.enter_context(changed(bias, torch.zeros_like))
         silent = activations()[first][:, channel]
     if float((silent - silent[0]).abs().max()) > 1e-3 * float(before[first].abs().amax()):
         raise _failed(
@@ -331,7 +321,10 @@ def _prove_routes(network: nn.Module, layer: Layer) -> None:
     strays = float((first.isnan() != second.isnan()).float().mean())
     if gap > 0.02 * float(first.nan_to_num().abs().max()) or strays > 0.2:
         raise _failed(
-            network, layer, layer.blocks[0], "what its experts are heard to say does not go with the tokens in the batch"
+            network,
+            layer,
+            layer.blocks[0],
+            "what its experts are heard to say does not go with the tokens in the batch",
         )
 
 
@@ -368,58 +361,6 @@ def _moved(before: dict[int, Tensor], after: dict[int, Tensor]) -> set[tuple[int
         precise = torch.finfo(values.dtype).eps * 8 * float(values.abs().amax())
         found |= {(first, channel) for channel in (gap > precise).nonzero().flatten().tolist()}
     return found
-
-
-def _column(block: FeedForward | ExpertStack, expert: int, channel: int) -> Tensor:
-    """The weights that read a neuron, as a view."""
-    if isinstance(block, ExpertStack):
-        return block.parameter(block.output)[expert].select(block.output.dim - 1, channel)
-    weight = weight_of(block.output)
-    assert weight is not None, "it is in the open"
-    return weight.select(0 if is_transposed(block.output) else 1, channel)
-
-
-def _rows(block: FeedForward | ExpertStack, expert: int, channel: int) -> Iterator[Tensor]:
-    """The weights that write a neuron, matrix by matrix, as views."""
-    if isinstance(block, ExpertStack):
-        for matrix in block.inputs:
-            if block.parameter(matrix).dim() == 3:
-                yield _stacked(block, matrix, expert, channel)
-        return
-    for module, first, step in block.inputs:
-        weight = weight_of(module)
-        assert weight is not None, "it is in the open"
-        yield weight.select(1 if is_transposed(module) else 0, first + step * channel)
-
-
-def _biases(block: FeedForward | ExpertStack, expert: int, channel: int) -> Iterator[Tensor]:
-    if isinstance(block, ExpertStack):
-        for matrix in block.inputs:
-            if block.parameter(matrix).dim() == 2:
-                yield _stacked(block, matrix, expert, channel)
-        return
-    from safeneuron.anatomy import linear_in
-
-    for module, first, step in block.inputs:
-        bias = linear_in(module)._parameters.get("bias")
-        if bias is not None:
-            yield bias[first + step * channel : first + step * channel + 1]
-
-
-def _stacked(block: ExpertStack, matrix: Stacked, expert: int, channel: int) -> Tensor:
-    place = matrix.first + matrix.step * channel
-    return block.parameter(matrix)[expert].narrow(matrix.dim - 1, place, 1)
-
-
-@contextmanager
-def _changed(view: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block these weights are what the function makes of them; then what they were, bit by bit."""
-    old = view.detach().clone()
-    try:
-        view.detach().copy_(change(old))
-        yield
-    finally:
-        view.detach().copy_(old)
 
 
 def _failed(network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, found: str) -> InputError:

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from safeneuron import embedded
 from safeneuron.anatomy import FeedForward, Layer, is_transposed, linear_in, size_of
 from safeneuron.conformance import Proof, prove
-from safeneuron.ffn import fingerprint, layers, names_in, require_trainable, routers
 from safeneuron.errors import InputError
+from safeneuron.ffn import layers, names_in, require_trainable, routers
 from safeneuron.models import load
 from safeneuron.planning import Shape
 from safeneuron.quantising import is_quantised, packed_by
@@ -87,7 +86,10 @@ def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, 
         fused = len({m.name for m in block.inputs if block.parameter(m).dim() == 3}) == 1 and len(block.inputs) > 1
         alternating = any(matrix.step == 2 for matrix in block.inputs)
         form = "stacked" + (", gate and up fused" if fused else "") + (", rows alternate" if alternating else "")
-        owns = [_place(f"{block.name}.{m.name}", "e", m.dim, block.parameter(m).dim(), m.first, m.step) for m in block.inputs]
+        owns = [
+            _place(f"{block.name}.{m.name}", "e", m.dim, block.parameter(m).dim(), m.first, m.step)
+            for m in block.inputs
+        ]
         out = block.output
         owns.append(_place(f"{block.name}.{out.name}", "e", out.dim, 3, 0, 1))
         return Row("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
@@ -162,8 +164,10 @@ def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[s
     if any(not layer.is_plain for layer in found if layer.blocks):
         count = sum(parameter.numel() for parameter in routers(network))
         yield f"Routers have {count:,} parameters; align.freeze_routers says whether they are trained."
-        yield "An expert's statistics are over the prompts that were routed to it; the rival selectors SNIP, Wanda and "\
+        yield (
+            "An expert's statistics are over the prompts that were routed to it; the rival selectors SNIP, Wanda and "
             "gradient x activation, and LoRA on stacked experts, are not available."
+        )
     silent = [layer.index for layer in found if not layer.blocks]
     if silent:
         yield f"Layers without an FFN have no neurons: {_ranges(silent)}."

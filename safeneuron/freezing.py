@@ -76,9 +76,7 @@ class Freeze:
         self._parts_now(self.network)
         for piece in self.slices:
             if piece.parameter.requires_grad:
-                handle = shards.keep_gradient_zero(
-                    piece.name, piece.parameter, piece.dim, piece.index, piece.experts
-                )
+                handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index, piece.experts)
                 self._handles.append(handle)
         for optimizer in steppers:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))

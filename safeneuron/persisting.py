@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron import shards
+from safeneuron.anatomy import FeedForward, is_transposed, weight_of
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
-from safeneuron.anatomy import FeedForward, is_transposed, weight_of
 from safeneuron.ffn import (
     LINEAGE,
     config_of,

@@ -96,9 +96,7 @@ class _Run:
         return here, numbers[here] - self.first + self.start
 
 
-def parts(
-    name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None
-) -> list[Part]:
+def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> list[Part]:
     """What this process holds of the entries ``index`` along ``dim`` of the whole parameter, or of its ``experts``.
 
     The part of the weights themselves comes first; where the optimizer steps on a copy of them, the part of that copy
@@ -123,9 +121,7 @@ def parts(
     return weights
 
 
-def whole(
-    name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None
-) -> Tensor:
+def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> Tensor:
     """The entries of the whole parameter, ``parameter.index_select(dim, index)`` or of its experts, in every process.
 
     Only these entries are exchanged, never a whole parameter. All processes that share the parameter must call it.

@@ -58,7 +58,9 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     if len(shapes) not in (2, 3):
         return None
     *inputs, output = shapes
-    transposed = vars(module).get("is_transposed", _is_transposed([shapes[key] for key in inputs], shapes[output], hidden))
+    transposed = vars(module).get(
+        "is_transposed", _is_transposed([shapes[key] for key in inputs], shapes[output], hidden)
+    )
     count, *sizes = shapes[output]
     width, out = sizes if transposed else sizes[::-1]
     if out != hidden:
@@ -76,7 +78,11 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     for key in inputs:
         found += [Stacked(key, rows, *place) for place in places]
         for bias, one in module._parameters.items():
-            if bias.startswith(key) and one is not None and tuple(shards.shape_of(one)) == (shapes[key][0], shapes[key][rows]):
+            if (
+                bias.startswith(key)
+                and one is not None
+                and tuple(shards.shape_of(one)) == (shapes[key][0], shapes[key][rows])
+            ):
                 found += [Stacked(bias, 1, *place) for place in places]
     return ExpertStack(0, width, count, module, Stacked(output, 1 if transposed else 2), tuple(found), name=name)
 

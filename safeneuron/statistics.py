@@ -61,7 +61,9 @@ class ActivationStats:
         names = ("unsafe.mean", "unsafe.m2", "safe.mean", "safe.m2")
         tensors, header = load_tensors(Path(path), "activation statistics", names)
         return ActivationStats(
-            unsafe=Moments(header["unsafe_count"], tensors["unsafe.mean"], tensors["unsafe.m2"], tensors.get("unsafe.counts")),
+            unsafe=Moments(
+                header["unsafe_count"], tensors["unsafe.mean"], tensors["unsafe.m2"], tensors.get("unsafe.counts")
+            ),
             safe=Moments(header["safe_count"], tensors["safe.mean"], tensors["safe.m2"], tensors.get("safe.counts")),
             widths=tuple(header["widths"]),
             fingerprint=header["fingerprint"],

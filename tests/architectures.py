@@ -52,7 +52,10 @@ def check(name: str, model_class: Any) -> Result:
 
 def summary(found: Diagnosis) -> str:
     """The anatomy in a line."""
-    return "; ".join(f"layers {row.layers}: {row.ffn} ({row.form})" if row.form else f"layers {row.layers}: none" for row in found.rows)
+    return "; ".join(
+        f"layers {row.layers}: {row.ffn} ({row.form})" if row.form else f"layers {row.layers}: none"
+        for row in found.rows
+    )
 
 
 def ask_all(network: nn.Module) -> None:
@@ -66,7 +69,9 @@ def ask_all(network: nn.Module) -> None:
     for layer in layers(network):
         if layer.index in recording.layers:
             values = recording.layers[layer.index]
-            assert values.shape == (*IDS.shape, layer.width), f"layer {layer.index} is recorded as {tuple(values.shape)}"
+            assert values.shape == (*IDS.shape, layer.width), (
+                f"layer {layer.index} is recorded as {tuple(values.shape)}"
+            )
             assert not values[..., neurons.layer(layer.index)].nan_to_num().any(), f"layer {layer.index} is not pruned"
             assert values.nan_to_num().any(), f"layer {layer.index} says nothing"
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()), "weights have changed"

@@ -118,7 +118,11 @@ def _shrunken(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedCo
     latent = "qk_rope_head_dim" in own
     settings = {}
     for name, value in SIZES.items():
-        if (name in own or name in names) and (own.get(name, 0) is not None or name == "head_dim") and not isinstance(own.get(name), list | dict | tuple):
+        if (
+            (name in own or name in names)
+            and (own.get(name, 0) is not None or name == "head_dim")
+            and not isinstance(own.get(name), list | dict | tuple)
+        ):
             settings[name] = value
     if latent:
         # Of latent attention the size of a head is a sum of its parts, and every head has its own key.

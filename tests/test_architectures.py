@@ -35,7 +35,10 @@ def test_the_probe_leaves_every_bit_and_no_hook():
     prove(network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(module.training for module in network.modules())
-    assert not any(vars(module).get("forward") or module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert not any(
+        vars(module).get("forward") or module._forward_hooks or module._forward_pre_hooks
+        for module in network.modules()
+    )
 
 
 class Lies(nn.Module):

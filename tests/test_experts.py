@@ -62,11 +62,15 @@ def silence(network: nn.Module, neurons: NeuronSet, output_only: bool) -> None:
     """Zero what the neurons own, by hand: the columns of the output projections, or all of it."""
     with torch.no_grad():
         for piece in owned_slices(network, neurons):
-            is_output = any(name in piece.name for name in ("down_proj", "w2", "output_proj")) and "bias" not in piece.name
+            is_output = (
+                any(name in piece.name for name in ("down_proj", "w2", "output_proj")) and "bias" not in piece.name
+            )
             if is_output or not output_only:
                 if piece.experts is None:
                     piece.parameter.index_fill_(piece.dim, piece.index, 0)
-                for expert, place in zip(piece.experts.tolist(), piece.index.tolist(), strict=True) if piece.experts is not None else ():
+                for expert, place in (
+                    zip(piece.experts.tolist(), piece.index.tolist(), strict=True) if piece.experts is not None else ()
+                ):
                     piece.parameter[expert].select(piece.dim - 1, place).zero_()
 
 
@@ -133,7 +137,9 @@ def test_a_place_that_is_not_there_is_refused():
     network = tiny_experts.network("qwen2-moe")
     shared = neurons_at(network, [(0, "mlp.shared_expert", 39)])
     assert shared.layers()[0].tolist() == [EXPERTS * WIDTH + 39]
-    with pytest.raises(InputError, match=r"no channel 24 of 1 in layer 0; expected one of 0, 1, 2, 3, mlp.shared_expert"):
+    with pytest.raises(
+        InputError, match=r"no channel 24 of 1 in layer 0; expected one of 0, 1, 2, 3, mlp.shared_expert"
+    ):
         neurons_at(network, [(0, 1, 24)])
 
 
