@@ -1,6 +1,6 @@
 """Write docs/architectures.md: what of transformers' architectures works, by trying each on a tiny model.
 
-``python docs/make_architectures.py`` walks every class that the installed transformers registers for causal language
+``make architectures`` walks every class that the installed transformers registers for causal language
 models and for image-text-to-text, builds a tiny one from its config, and records, prunes and freezes its neurons. Each
 is tried in a process of its own, with a limit of time and memory. Ends with exit code 1 where a class breaks.
 """
@@ -15,9 +15,6 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 import transformers
@@ -42,17 +39,17 @@ KINDS = {
 HEAD = """\
 # Architectures
 
-This page is written by `python docs/make_architectures.py` (`make architectures`), which builds a tiny random model of every class
-that transformers {version} registers, and asks of each:
+This page is written by `make architectures`, which builds a tiny random model of every class that transformers
+{version} registers, and asks of each:
 
 1. its FFNs are found, by the shapes of their matrices and their place in the tree, and the probe confirms them
    ([how](method.md#where-the-neurons-are));
 2. the activations of all neurons are recorded, `[row, token, neuron]`, and those of pruned ones are zero;
 3. two steps of AdamW with weight decay, clipping and frozen neurons leave these bit-identical, and move the rest.
 
-*Works* means all of that, for the text decoder (of image-text-to-text models, on text alone). *Refused* models end with the sentence in
-the table and exit code 2. *Cannot be built* are classes whose tiny version could not be made here: a package that is missing, or sizes
-that a config does not take; nothing is said about them.
+*Works* means all of that, for the text decoder (of image-text-to-text models, on text alone). *Refused* models end with
+the sentence in the table and exit code 2. *Cannot be built* are classes whose tiny version could not be made here: a
+package that is missing, or sizes that a config does not take; nothing is said about them.
 """
 
 

@@ -118,8 +118,8 @@ def lora_config(model: nn.Module | HasNetwork, training: Training) -> Any:
     ]
     if not chosen:
         raise InputError(
-            f"no linear layer of the model is one of lora_targets = {training.lora_targets!r}: the experts of a mixture "
-            "share parameters that adapters cannot be put on; expected 'attention' or 'ffn+attention', or lora_rank = 0"
+            f"no linear layer of the model is one of lora_targets = {training.lora_targets!r}: the experts of a "
+            "mixture share parameters that take no adapters; expected 'attention' or 'ffn+attention', or lora_rank = 0"
         )
     return LoraConfig(
         r=training.lora_rank,

@@ -227,8 +227,8 @@ def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest:
         )
     require_unpacked(
         model.network,
-        "align trains plain weights or adapters that it merges; load an unpacked checkpoint (quantise = '4bit' for QLoRA), "
-        "or train adapters beside FreezeNeurons in a trainer of your own",
+        "align trains plain weights or adapters that it merges; load an unpacked checkpoint (quantise = '4bit' for "
+        "QLoRA), or train adapters beside FreezeNeurons in a trainer of your own",
     )
     if freeze_rest and training.lora_rank and training.lora_targets != "ffn":
         raise InputError(

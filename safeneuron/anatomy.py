@@ -152,7 +152,8 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a linear layer's weights are."""
-    for tensor in (*linear_in(module).parameters(), *linear_in(module).buffers()):
+    linear: nn.Module = linear_in(module)
+    for tensor in (*linear.parameters(), *linear.buffers()):
         return tensor.device
     return torch.device("cpu")
 
@@ -178,7 +179,7 @@ def decoder_of(network: nn.Module) -> nn.Module:
     if callable(find) and _lists(network):
         return network
     raise InputError(
-        f"{type(network).__name__} has no text decoder with a list of layers: expected get_decoder() to have one, found "
+        f"{type(network).__name__} has no text decoder with a list of layers: get_decoder() should have one, found "
         f"{names_of(network.named_children())}; use a causal language model"
     )
 
@@ -322,9 +323,10 @@ def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tup
     blocks: list[FeedForward | ExpertStack] = []
     first = 0
     routed = [replace(stack, layer=index) for stack in stacks]
-    for block in (*sorted(routed, key=lambda stack: -stack.count), *split, *dense):
-        blocks.append(replace(block, first=first))
-        first += block.width * (block.count if isinstance(block, ExpertStack) else 1)
+    ordered: list[FeedForward | ExpertStack] = [*sorted(routed, key=lambda stack: -stack.count), *split, *dense]
+    for one in ordered:
+        blocks.append(replace(one, first=first))
+        first += one.width * (one.count if isinstance(one, ExpertStack) else 1)
     return tuple(blocks)
 
 

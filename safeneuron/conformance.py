@@ -8,7 +8,7 @@ it says at a token is read off that token alone. Who fails is refused, so that n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ def _vocabulary(network: nn.Module) -> int:
 
 
 def run(network: nn.Module, last: nn.Module | None = None, turned: bool = False) -> None:
-    """A few tokens through the decoder, up to and with the module ``last``, or to its end; the last row first, if so."""
+    """A few tokens through the decoder, up to and with the module ``last`` if given; ``turned`` swaps the rows."""
     decoder: Any = decoder_of(network)
     ids = _ids(network).flip(0) if turned else _ids(network)
 
@@ -147,10 +147,8 @@ def run(network: nn.Module, last: nn.Module | None = None, turned: bool = False)
     with ExitStack() as stack:
         if last is not None:
             stack.callback(last.register_forward_hook(stop).remove)
-        try:
+        with suppress(_Enough):
             decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except _Enough:
-            pass
 
 
 def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
@@ -301,8 +299,8 @@ def _prove_place(
         for module in {rows.module for rows in block.inputs}:
             stack.callback(module.register_forward_pre_hook(other).remove)
         after = activations()[block.first]
-    changed = (after != before).any(dim=-1).view(ROWS, -1)
-    if bool(changed[:, 1:].any()) or not bool(changed[:, 0].any()):
+    moved = (after != before).any(dim=-1).view(ROWS, -1)
+    if bool(moved[:, 1:].any()) or not bool(moved[:, 0].any()):
         raise _failed(network, layer, block, "what its neurons say at a token is not read off that token alone")
 
 
@@ -365,6 +363,6 @@ def _moved(before: dict[int, Tensor], after: dict[int, Tensor]) -> set[tuple[int
 
 def _failed(network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, found: str) -> InputError:
     return InputError(
-        f"layer {layer.index} ({type(layer.module).__name__}) of {type(network).__name__} is not what its matrices look "
-        f"like: of the FFN in {block.name or 'the layer'} {found}; this architecture is not supported"
+        f"layer {layer.index} ({type(layer.module).__name__}) of {type(network).__name__} is not what its matrices "
+        f"look like: of the FFN in {block.name or 'the layer'} {found}; this architecture is not supported"
     )

@@ -66,17 +66,17 @@ def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Dia
         key = tuple((row.ffn, row.neurons, row.form, *row.owns) for row in rows)
         groups.setdefault(key, []).append(layer.index)
         described[layer.index] = rows
-    rows = []
+    listed: list[Row] = []
     for numbers in groups.values():
         where = _ranges(numbers)
         of_first = described[numbers[0]]
-        rows += [Row(where, *row[1:]) for row in of_first] or [Row(where, "none", "0", "", ())]
+        listed += [Row(where, *row[1:]) for row in of_first] or [Row(where, "none", "0", "", ())]
     return Diagnosis(
         name=name,
         kind=type(network).__name__,
         fingerprint=known_as,
         neurons=sum(layer.width for layer in found),
-        rows=tuple(rows),
+        rows=tuple(listed),
         remarks=tuple(_remarks(network, found, proof)),
     )
 
@@ -147,7 +147,7 @@ def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[s
     """What was proved, and what cannot be done."""
     meta = any(parameter.is_meta for parameter in network.parameters())
     if proof.probed:
-        yield f"Proved on the weights of layer {_ranges(list(proof.probed))}, one of each kind: pruning, ownership, place."
+        yield f"Proved on the weights of layer {_ranges(list(proof.probed))}, one of each kind: pruning and ownership."
     if proof.unproved or meta:
         what = ", ".join(proof.unproved) or "read off the config alone"
         yield f"Not proved: {what}."
@@ -158,7 +158,8 @@ def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[s
     except InputError as error:
         yield f"Cannot be trained as it is: {error}."
     if packed_by(network):
-        yield f"Its weights are packed ({packed_by(network)}): a pruned checkpoint cannot be written, and align refuses it."
+        packed = packed_by(network)
+        yield f"Its weights are packed ({packed}): a pruned checkpoint cannot be written, and align refuses it."
     elif any(is_quantised(parameter) for parameter in network.parameters()):
         yield "Its weights are quantised: a pruned checkpoint cannot be written, and align trains LoRA adapters only."
     if any(not layer.is_plain for layer in found if layer.blocks):

@@ -113,7 +113,10 @@ def everywhere(edit: Edit, layer: int, first: int = 0, width: int | None = None)
 def by_row(
     edits: Sequence[Edit | None], rows: Sequence[int], layer: int, first: int = 0, width: int | None = None
 ) -> Change | None:
-    """What several edits make of a layer's activations, row ``r`` being under ``edits[rows[r]]``; see ``everywhere``."""
+    """What several edits make of a layer's activations, row ``r`` being under ``edits[rows[r]]``.
+
+    ``first`` and ``width`` are as for ``everywhere``.
+    """
     parts = [edit.layer(layer, first, width) if edit is not None else _NOTHING for edit in edits]
     sizes = torch.tensor([len(parts[number][0]) for number in rows])
     if not int(sizes.sum()):

@@ -35,9 +35,10 @@ def measure(
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
     share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
-    An expert counts the prompts that were routed to it alone (see ``streaming.pooled``). The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
-    in turn, and all get the statistics over all of them; so all must call it. A batch that does not fit into memory is
-    run in halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
+    An expert counts the prompts that were routed to it alone (see ``streaming.pooled``). The LM head is never run.
+    ``progress(done, total)`` is called after each batch. Several ranks take the same batches in turn, and all get the
+    statistics over all of them; so all must call it. A batch that does not fit into memory is run in halves, with a
+    ``MemoryShortage`` warning, and so are all later ones with as many tokens.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """

@@ -119,7 +119,7 @@ def load(
     trust_remote_code: bool = False,
     quantise: str = "none",
 ) -> Model:
-    """Load a chat model from the Hub, from a folder, from a GGUF file (dequantised), or the embedded one (``"embedded"``).
+    """Load a chat model from the Hub, from a folder or GGUF file (dequantised), or the embedded one (``"embedded"``).
 
     ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
     where the device computes in it, else float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of

@@ -203,8 +203,8 @@ def _require_plain(network: nn.Module) -> None:
     packed = packed_by(network)
     if packed:
         raise InputError(
-            f"the weights are packed ({packed}), so single ones cannot be changed; load an unpacked checkpoint, or use the "
-            "hook (pruned)"
+            f"the weights are packed ({packed}), so single ones cannot be changed; load an unpacked checkpoint, or use "
+            "the hook (pruned)"
         )
     for name, parameter in network.named_parameters():
         if is_quantised(parameter):

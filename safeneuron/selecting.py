@@ -115,8 +115,8 @@ class Selection(NamedTuple):
 class Scores:
     """All scores of all neurons: effect size ``d``, shift ``D``, its layer-wise ``z``, ``t`` and q-value.
 
-    ``scored``, boolean ``[neuron]``, says whose experts saw too few prompts to be scored: those have zeros and can never
-    be chosen. ``None`` where all neurons are scored.
+    ``scored``, boolean ``[neuron]``, says whose experts saw too few prompts to be scored: those have zeros and
+    can never be chosen. ``None`` where all neurons are scored.
     """
 
     d: Tensor

@@ -24,8 +24,8 @@ SCHEMA = 1
 class ActivationStats:
     """Moments of every neuron over unsafe and over safe prompts; one pooled activation vector a prompt (Eq. 4).
 
-    The moments are ``[neuron]``, layers laid end to end; ``widths`` is the number of neurons of each layer. In a mixture
-    of experts they have their own counts for each neuron: of the prompts that its expert was asked about.
+    The moments are ``[neuron]``, layers laid end to end; ``widths`` is the number of neurons of each layer. In a
+    mixture of experts they have their own counts for each neuron: of the prompts that its expert was asked about.
     """
 
     unsafe: Moments

@@ -37,7 +37,7 @@ Tap = Callable[["Flow"], Tensor | None]
 
 @dataclass
 class Tokens:
-    """The batch that the decoder is running on: how many rows it has, and tokens each, and which of them comes first."""
+    """The batch that the decoder is running on: how many rows, how many tokens each, and which comes first."""
 
     rows: int = 0
     length: int = 0
@@ -74,7 +74,7 @@ class Flow:
             values = flat.index_copy(0, self.places, values)
         batch = (self.tokens.rows, self.tokens.length)
         if values.dim() == 2 and len(values) == batch[0] * batch[1]:
-            return values.unflatten(0, batch)
+            return values.reshape(*batch, values.shape[-1])
         if self.tokens.time_first and values.dim() == 3:
             values = values.transpose(0, 1)
         if values.dim() != 3 or (any(batch) and tuple(values.shape[:2]) != batch):
@@ -114,7 +114,7 @@ def watched(decoder: nn.Module, layers: list[Layer], tap: Tap) -> Iterator[None]
                     routed.setdefault(_parent(layer.module, block), []).append(block)
             for parent, blocks in routed.items():
                 seen = _Seen()
-                stack.enter_context(_running(parent, lambda inputs, seen=seen: seen.within(inputs)))
+                stack.enter_context(_running(parent, seen.within))
                 for block in blocks:
                     hook = _routed_hook(block, tap, tokens, seen)
                     stack.callback(block.output.register_forward_pre_hook(hook).remove)
@@ -202,11 +202,12 @@ class _Products(_Seen):
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if error is None and self.asked and not self.met:
             raise InputError(
                 f"the experts of layer {self.block.layer} ({type(self.block.module).__name__}) computed without a "
-                f"product with {self.block.output.name} that could be followed; this mixture of experts is not supported"
+                f"product with {self.block.output.name} that could be followed; this mixture of experts is not "
+                "supported"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -252,7 +253,7 @@ class _Products(_Seen):
         flat = self.entering.flatten(0, -2)
         if len(flat) == count:
             return torch.arange(count, device=flat.device)
-        own = flat.unflatten(0, (-1, count))[expert]
+        own = flat.reshape(-1, count, flat.shape[-1])[expert]
         return own.any(dim=-1).nonzero().flatten()
 
 

@@ -1,4 +1,4 @@
-"""What is asked of every architecture: its neurons recorded, pruned and frozen, on a tiny model made from its config."""
+"""What is asked of every architecture: its neurons recorded, pruned and frozen, on a tiny model of its own."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ SIZES: dict[str, Any] = {
                      "feed_forward_size", "ffn_hidden_size", "d_inner", "dff", "prefix_intermediate_size",
                      "intermediate_size_mlp", "block_ff_dim", "mlp_dim", "dense_intermediate_size", "dim_ff"), 48),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "expert_dim"), 24),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"), 40),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size",
+                     "moe_shared_expert_intermediate_size"), 40),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers",
                      "num_decoder_layers", "num_encoder_layers", "depth", "num_blocks"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "n_heads",
@@ -32,7 +33,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx",
                      "original_max_position_embeddings", "max_target_positions", "max_source_positions"), 128),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k", "moe_top_k", "num_experts_per_token", "moe_topk", "topk", "top_k_experts"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k", "moe_top_k", "num_experts_per_token", "moe_topk", "topk",
+                     "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     "first_k_dense_replace": 1,
     "hidden_size_per_layer_input": 4,
@@ -65,7 +67,8 @@ SIZES: dict[str, Any] = {
 # What few configs need beyond that, by model type.
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 THREE_AXES = {
-    "glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text",
+    "glm4v_text", "glm46v_text", "glm4v_moe_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text",
+    "paddleocr_vl_text",
     "qwen2_5_omni_text", "ernie4_5_vl_moe_text",
 }  # fmt: skip
 WHOLE = {"glm4v_text"}
@@ -80,8 +83,14 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba2": {
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba": {
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -103,7 +112,9 @@ MORE: dict[str, dict[str, Any]] = {
         }
     },
     "step3p5": {"sliding_window": 16, "share_expert_dim": 24},
-    "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}, "moe_intermediate_size": [24, 16], "intermediate_size": 48},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]},
+        "moe_intermediate_size": [24, 16], "intermediate_size": 48},
 }  # fmt: skip
 
 
@@ -136,7 +147,7 @@ def _shrunken(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedCo
     for name, value in own.items():
         if isinstance(value, PreTrainedConfig):
             parts[name] = _shrunken(value, {})
-    settings |= {k: v for k, v in MORE.get(config.model_type, {}).items()} | changes
+    settings |= dict(MORE.get(config.model_type, {}).items()) | changes
     kept = {}
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(own.get(name), list):

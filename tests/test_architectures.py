@@ -1,4 +1,4 @@
-"""The families of which most chat models are, built tiny: recorded, pruned and frozen. All others: make architectures."""
+"""The most used families, built tiny: recorded, pruned and frozen; and the probe. All others: make architectures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def test_most_used_families_work(name):
 def test_layers_without_an_ffn_have_no_neurons():
     network = shrunken.network(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING["nemotron_h"]])
     widths = widths_of(network)
-    assert 0 in widths and max(widths) > 0
+    assert 0 in widths
+    assert max(widths) > 0
     assert [layer.width for layer in layers(network)] == list(widths)
 
 
@@ -104,7 +105,7 @@ def test_rows_that_alternate_are_found_out_and_remembered(tmp_path):
     network = tiny.network()
     for layer in network.model.layers:
         layer.mlp = Alternating(tiny.HIDDEN, tiny.WIDTH)
-    with pytest.raises(InputError, match="changes that neuron and 0 others|changes not that neuron"):
+    with pytest.raises(InputError, match=r"changes that neuron and 0 others|changes not that neuron"):
         prove(network)
     settle_layout(network)
     assert vars(network.config)[INTERLEAVED]

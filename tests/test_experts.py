@@ -201,9 +201,14 @@ def test_the_model_is_what_it_was_after_an_exception(mixture):
     network = tiny_experts.network(mixture)
     before = logits(network)
     forwards = [vars(module).get("forward") for module in network.modules()]
-    with pytest.raises(KeyError), pruned(network, some(network)), recorded(network):
-        logits(network)
-        raise KeyError("something broke inside")
+
+    def fail() -> None:
+        with pruned(network, some(network)), recorded(network):
+            logits(network)
+            raise KeyError("something broke inside")
+
+    with pytest.raises(KeyError):
+        fail()
     assert [vars(module).get("forward") for module in network.modules()] == forwards
     assert torch.equal(logits(network), before)
 
@@ -235,7 +240,8 @@ def test_frozen_slices_of_experts_stay_bit_for_bit(mixture, optimizer):
     for name, mask in masks.items():
         after = network.get_parameter(name)
         assert torch.equal(after[mask], before[name][mask]), name
-        assert mask.any() and not mask.all() and (after != before[name])[~mask].any(), name
+        assert mask.any() and not mask.all(), name  # noqa: PT018
+        assert (after != before[name])[~mask].any(), name
 
 
 def test_a_restore_puts_back_what_was_moved(mixture):
@@ -247,14 +253,16 @@ def test_a_restore_puts_back_what_was_moved(mixture):
             parameter += 1
     assert len(freeze.changed()) == len(freeze.slices)
     freeze.restore()
-    assert freeze.changed() == [] and freeze.digest() == digest
+    assert freeze.changed() == []
+    assert freeze.digest() == digest
 
 
 def test_routers_are_what_is_neither_neuron_nor_attention(mixture):
     network = tiny_experts.network(mixture)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     found = {names[id(parameter)] for parameter in routers(network)}
-    assert found and all("gate" in name or "router" in name for name in found)
+    assert found
+    assert all("gate" in name or "router" in name for name in found)
     assert not any("gate_up" in name or "gate_proj" in name for name in found)
     free = {names[id(parameter)] for parameter in parameters_of_no_neuron(network)}
     assert found <= free
@@ -307,20 +315,25 @@ def test_experts_that_hear_too_little_are_not_scored(tmp_path):
     silent = scores.scored.view(2, EXPERTS, WIDTH)[:, :, 0]
     enough = (stats.unsafe.counts >= FEWEST) & (stats.safe.counts >= FEWEST)
     assert torch.equal(silent, enough.view(2, EXPERTS, WIDTH)[:, :, 0])
-    assert scores.unscored and not silent.all() and silent.any()
-    assert not scores.d[~scores.scored].any() and not scores.z[~scores.scored].any()
+    assert scores.unscored
+    assert not silent.all()
+    assert silent.any()
+    assert not scores.d[~scores.scored].any()
+    assert not scores.z[~scores.scored].any()
     neurons = select(again, density=0.05)
-    assert len(neurons) and scores.scored[neurons.flat].all()
+    assert len(neurons)
+    assert scores.scored[neurons.flat].all()
 
 
 def test_what_reads_whole_layers_refuses_experts():
     model = tiny_experts.model()
     asked = [Prompt("how are you")] * 2
-    with pytest.raises(InputError, match="SNIP or Wanda reads one FFN a layer.*has experts"):
+    with pytest.raises(InputError, match=r"SNIP or Wanda reads one FFN a layer.*has experts"):
         wanda(model, exchanges_of(model, asked, ["well", "fine"]))
 
 
 def test_dense_models_have_no_counts(tiny_model):
     stats = measure(tiny_model, prompts(4, 0), prompts(4, 10))
-    assert stats.unsafe.counts is None and stats.safe.counts is None
+    assert stats.unsafe.counts is None
+    assert stats.safe.counts is None
     assert len(tiny_model.widths) == tiny.LAYERS

@@ -49,6 +49,14 @@ LAYERS = (
         "models",
         "quantising",
         "ffn",
+        "naming",
+        "owning",
+        "anatomy",
+        "stacks",
+        "watching",
+        "touching",
+        "conformance",
+        "doctor",
         "adapters",
         "shards",
         "freezing",
@@ -117,7 +125,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
-    "sentences", "guard_models", "guards", "serving", "finetuning",
+    "sentences", "guard_models", "guards", "serving", "finetuning", "anatomy", "adapters",
 }  # fmt: skip
 
 

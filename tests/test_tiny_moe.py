@@ -41,7 +41,8 @@ def test_frozen_slices_of_experts_are_bit_equal_and_the_rest_moved(folder):
     before, after = weights(folder / "model"), weights(folder / "run" / "T1" / "align" / "model")
     neurons = NeuronSet.load(folder / "run" / "T0" / "select" / "neurons.json")
     pieces = owned_slices(after, neurons)
-    assert len(pieces) == 4 and all(piece.experts is not None for piece in pieces)
+    assert len(pieces) == 4
+    assert all(piece.experts is not None for piece in pieces)
     for piece in pieces:
         old, new = (model.get_parameter(piece.name).detach() for model in (before, after))
         frozen = torch.zeros(old.shape, dtype=torch.bool)
@@ -50,7 +51,8 @@ def test_frozen_slices_of_experts_are_bit_equal_and_the_rest_moved(folder):
         assert torch.equal(old[frozen], new[frozen])
         assert (old[~frozen] != new[~frozen]).any()
     record = read_json(folder / "run" / "T1" / "align" / "frozen.json")
-    assert record["frozen"] == len(neurons) and record["frozen_identical"]
+    assert record["frozen"] == len(neurons)
+    assert record["frozen_identical"]
 
 
 @pytest.mark.parametrize(("state", "frozen"), [("T1", True), ("routers-T1", False)])
