@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 
 from safeneuron import ranks
 from safeneuron.ablating import AblateSteps, Ablation, Refresh
-from safeneuron.adapters import adapters_of, add_adapters, lora_config
+from safeneuron.adapters import adapters_of, add_adapters, lora_config, require_unpacked
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import parameters_of_no_neuron, pruned
+from safeneuron.ffn import parameters_of_no_neuron, pruned, routers
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.memory import hand_back_memory
 from safeneuron.models import Model, quiet
@@ -124,7 +124,7 @@ def align(
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         cleanup.enter_context(answers_scored_alone())
-        fixed = _fixed(policy, freeze_rest) if not training.lora_rank else []
+        fixed = _fixed(policy, training, freeze_rest) if not training.lora_rank else []
         cleanup.enter_context(untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
@@ -146,11 +146,11 @@ def align(
         policy = plain_copy(model)
         proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
-        fixed = _fixed(policy, freeze_rest)
+        fixed = _fixed(policy, training, freeze_rest)
         add_adapters(adapters, policy)
     elif any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         policy, proof = gathered(policy, model, frozen, freeze_rest)
-        fixed = _fixed(policy, freeze_rest)
+        fixed = _fixed(policy, training, freeze_rest)
     given = dequantised(model.network)
     store_in(lasting_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()
@@ -168,6 +168,14 @@ def align(
         at_once=at_once,
         warnings=_warnings(len(pairs) - len(roomy), len(pairs), training.max_length),
     )
+
+
+def _fixed(policy: PreTrainedModel, training: Training, freeze_rest: bool) -> list[nn.Parameter]:
+    """Whole parameters that are not trained; the vision tower and the projector never are."""
+    sight = parameters_of_sight(policy)
+    if freeze_rest:
+        return [*sight, *parameters_of_no_neuron(policy)]
+    return [*sight, *(routers(policy) if training.freeze_routers else [])]
 
 
 def _trainer(
@@ -215,11 +223,6 @@ def _trainer(
     return trainer
 
 
-def _fixed(network: PreTrainedModel, freeze_rest: bool) -> list[nn.Parameter]:
-    """What is not trained: the vision tower and the projector, and with ``freeze_rest`` all that is no neuron's."""
-    return [*parameters_of_sight(network), *(parameters_of_no_neuron(network) if freeze_rest else [])]
-
-
 def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest: bool) -> None:
     _check_pairs(model, pairs)
     if has_four_bits(model.network) and not training.lora_rank:
@@ -227,6 +230,11 @@ def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest:
             f"the weights of {model.name} are in 4 bits, so they cannot be trained; set lora_rank to train adapters on "
             "them, or load the model without quantise"
         )
+    require_unpacked(
+        model.network,
+        "align trains plain weights or adapters that it merges; load an unpacked checkpoint (quantise = '4bit' for "
+        "QLoRA), or train adapters beside FreezeNeurons in a trainer of your own",
+    )
     if freeze_rest and training.lora_rank and training.lora_targets != "ffn":
         raise InputError(
             f"with everything but the safety neurons frozen, adapters have no place outside the FFNs; expected "

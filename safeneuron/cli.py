@@ -293,6 +293,29 @@ def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a b
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    weights: Annotated[
+        bool, typer.Option("--weights/--config-only", help="Load it and prove it, or read its config alone?")
+    ] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Where a model's neurons lie and what each owns, proved on its weights, and what cannot be done with it."""
+    from rich.table import Table
+
+    from safeneuron.doctor import examine
+
+    found = examine(model, weights=weights, device=device)
+    known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
+    out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")
+    table = Table("layers", "FFN", "neurons", "form", "neuron j owns")
+    for row in found.rows:
+        table.add_row(row.layers, row.ffn, row.neurons, row.form, Text("\n".join(row.owns)))
+    out.print(table)
+    _print_lines(found.remarks)
+
+
+@app.command()
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
     changes: Changes = None,

@@ -238,6 +238,7 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
             for path in (
                 run.folder / "data" / "warnings.json",
                 run.folder / "T0" / "pairs" / "warnings.json",
+                *sorted(run.folder.glob("*/select/warnings.json")),
                 *sorted(run.folder.glob("*/align/warnings.json")),
             )
             if path.exists()

@@ -180,6 +180,9 @@ class AlignTable(Table):
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+    freeze_routers: bool = Field(
+        False, description="mixtures of experts: also freeze what decides which experts a token goes to"
+    )
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
     fit_memory: bool = Field(
         True,

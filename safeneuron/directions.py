@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import HasNetwork, config_of, decoder_of, network_of, require_eager
+from safeneuron.ffn import HasNetwork, config_of, decoder_of, layers_of, network_of, require_eager
 from safeneuron.judges import Judge
 from safeneuron.models import Model, generate
 from safeneuron.moments import Moments
@@ -157,9 +157,7 @@ def _hooks(vector: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _layers(network: nn.Module) -> nn.ModuleList:
-    layers = decoder_of(network).layers
-    assert isinstance(layers, nn.ModuleList), "decoder_of has checked it"
-    return layers
+    return layers_of(decoder_of(network))
 
 
 def _writers(layer: nn.Module) -> list[nn.Module]:
@@ -183,7 +181,9 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     for places in kinds(encoded):
         rows = sorted((encoded[place] for place in places), key=len, reverse=True)
         for start in range(0, len(rows), batch_size):
-            moments = moments.merge(Moments.of(_last_of_stream(model, layers, rows[start : start + batch_size])))
+            vectors = _last_of_stream(model, layers, rows[start : start + batch_size])
+            # To moments NaN would be silence; here it is a fault.
+            moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
     if not torch.isfinite(moments.mean).all():
         raise InputError(
             "the model's residual stream is not finite on some prompts; load it with dtype = 'float32', or use another "

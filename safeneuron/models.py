@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from safeneuron import embedded, quantising, ranks, vision
+from safeneuron.conformance import settle_layout
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
+from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
 from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
@@ -62,7 +63,7 @@ class Model:
     @property
     def widths(self) -> tuple[int, ...]:
         """Number of neurons of each layer."""
-        return tuple(block.width for block in feed_forwards(self.network))
+        return widths_of(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +172,7 @@ def load(
     trust_remote_code: bool = False,
     quantise: str = "none",
 ) -> Model:
-    """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
+    """Load a chat model from the Hub, from a folder or GGUF file (dequantised), or the embedded one (``"embedded"``).
 
     A vision-language model comes with its processor; where that cannot be loaded, it can be asked in text all the same.
     ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
@@ -180,16 +181,21 @@ def load(
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
+    Where its FFNs lie is proved on a few tokens (``conformance``).
+
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
+    file: dict[str, Any] = {}
+    if source.endswith(".gguf"):
+        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
     place = _device(device)
     precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
         raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         stored = config.dtype or torch.float32
@@ -212,13 +218,16 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     network, loading = loaded
-    feed_forwards(network)
+    if file:
+        quantising.forget(network)
+    widths_of(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()
     if quantise == "4bit":
         setattr(network.config, LINEAGE, fingerprint(network))
         quantising.quantise(network, decoder_of(network), place)
     network.to(place)
+    settle_layout(network)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     model = Model(network, tokenizer, label, source, stored)
     if kind is AutoModelForImageTextToText:

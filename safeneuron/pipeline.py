@@ -51,7 +51,7 @@ from safeneuron.runs import (
     write_lines,
     writing,
 )
-from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.selecting import FEWEST, choose, resolve_thresholds, score
 from safeneuron.sources import (
     file_hashes,
     hashes_of,
@@ -211,7 +211,15 @@ class Pipeline:
             selection.es.save(folder / "ES.json")
             selection.sas.save(folder / "SAS.json")
             selection.union.save(folder / "neurons.json")
-            write_json(folder / "thresholds.json", {**thresholds._asdict(), "significant": scores.significant})
+            found = {**thresholds._asdict(), "significant": scores.significant}
+            if scores.unscored:
+                found["unscored"] = scores.unscored
+                silent = (
+                    f"{scores.unscored:,} of {selection.union.total:,} neurons of {state.name} were not scored: fewer "
+                    f"than {FEWEST} prompts of a class were routed to their experts"
+                )
+                self.warn(folder, [silent])
+            write_json(folder / "thresholds.json", found)
 
         self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
 
@@ -431,6 +439,9 @@ class Pipeline:
 
         # How often it is done, and what it needs in memory, are not part of what a training is.
         apart = {"label", "rounds", "stop_early", "fit_memory"}
+        if not table.freeze_routers:
+            # So that what was trained before there was such a switch still counts.
+            apart.add("freeze_routers")
         settings = {"align": table.model_dump(exclude=apart), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from safeneuron import embedded, ranks
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, feed_forwards
+from safeneuron.ffn import decoder_of, layers_of, widths_of
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
 from safeneuron.training import Training, is_sharded
@@ -75,8 +75,8 @@ class Shape:
         size = int(vars(config).get("head_dim") or config.hidden_size // heads)
         queries = heads * size
         keys = int(vars(config).get("num_key_value_heads") or heads) * size
-        width = max(block.width for block in feed_forwards(network))
-        blocks: Any = decoder_of(network).layers
+        width = max(widths_of(network))
+        blocks: Any = layers_of(decoder_of(network))
         layer = max(blocks, key=_parameters)
         linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         embeddings: Any = network.get_input_embeddings()
@@ -109,20 +109,26 @@ class Shape:
 
         Raises ``InputError`` when there is no config, or it is of a model that ``ffn`` does not know.
         """
+        network = cls.network(name, revision, trust_remote_code)
+        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+
+    @staticmethod
+    def network(name: str, revision: str = "", trust_remote_code: bool = False) -> PreTrainedModel:
+        """The network that a model's config describes, on the meta device; raises ``InputError`` as ``read`` does."""
         source = str(embedded.embedded_folder()) if name == embedded.NAME else name
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
             kind: Any = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
             with torch.device("meta"):
-                network = kind.from_config(config, **options)
+                network: PreTrainedModel = kind.from_config(config, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"the config of the model {name!r} cannot be read ({reason}); expected 'embedded', a folder with a "
                 "config.json in Hugging Face form, or a name on the Hub that this machine can reach"
             ) from error
-        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+        return network
 
 
 @dataclass(frozen=True)

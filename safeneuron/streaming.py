@@ -110,7 +110,9 @@ def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
     """One activation vector a prompt, ``[prompt, neuron]``, of encoded prompts run together.
 
-    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct.
+    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct. An expert
+    is asked about some tokens only: the last token counts for it if it was routed there, the mean and the maximum are
+    over the tokens that were. Where there are none its neurons are NaN, and so are those of layers that were not run.
     """
     inputs = model.inputs(batch, "right")
     mask = inputs["attention_mask"]
@@ -118,6 +120,8 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
     padding = mask.unsqueeze(-1) == 0
 
     def reduce(activations: Tensor) -> Tensor:
+        if recording.layer in recording.routed and pooling != "last":
+            return _pooled_routed(activations, padding, pooling)
         if pooling == "last":
             return activations[torch.arange(len(last), device=last.device), last]
         if pooling == "mean":
@@ -126,9 +130,26 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
 
     with torch.inference_mode(), recorded(model, reduce) as recording:
         run_without_head(model.network, inputs)
-    # A layer that is not run (those of Mllama that look at pictures, where there is none) has all its neurons at zero.
-    found = [recording.layers.get(layer, torch.zeros(len(batch), width)) for layer, width in enumerate(model.widths)]
-    return torch.cat([one.float().cpu() for one in found], dim=1)
+    missing = torch.full((len(batch), max(model.widths)), torch.nan)
+    parts = []
+    for layer, width in enumerate(model.widths):
+        found = recording.layers.get(layer)
+        if found is None:
+            parts.append(missing[:, :width])
+        else:
+            # Where every token is heard, NaN is a fault, which must not look like silence.
+            values = found.float().cpu()
+            parts.append(values if layer in recording.routed else values.nan_to_num(torch.inf, torch.inf, -torch.inf))
+    return torch.cat(parts, dim=1)
+
+
+def _pooled_routed(activations: Tensor, padding: Tensor, pooling: str) -> Tensor:
+    """The mean or maximum of each neuron over the tokens that its expert was asked about; NaN where there are none."""
+    absent = activations.isnan() | padding
+    if pooling == "max":
+        highest = activations.masked_fill(absent, -torch.inf).amax(dim=1)
+        return highest.masked_fill(absent.all(dim=1), torch.nan)
+    return activations.masked_fill(absent, 0).sum(dim=1, dtype=torch.float32) / (~absent).sum(dim=1)
 
 
 def total(

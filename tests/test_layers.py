@@ -53,6 +53,14 @@ LAYERS = (
         "vision",
         "towers",
         "ffn",
+        "naming",
+        "owning",
+        "anatomy",
+        "stacks",
+        "watching",
+        "touching",
+        "conformance",
+        "doctor",
         "adapters",
         "shards",
         "freezing",
@@ -121,7 +129,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors"
 MAY_IMPORT_TRANSFORMERS = {
     "weights", "vision",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
-    "sentences", "guard_models", "guards", "serving", "finetuning",
+    "sentences", "guard_models", "guards", "serving", "finetuning", "anatomy", "adapters",
 }  # fmt: skip
 
 

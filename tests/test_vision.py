@@ -56,7 +56,7 @@ def vector(model: Model, prompt: Prompt, pooling: str) -> torch.Tensor:
         text=[text], images=None if prompt.image is None else [[prompt.image]], return_tensors="pt"
     )  # fmt: skip
     # Mllama leaves out the layer that looks at pictures where there is none.
-    seen = [torch.zeros(1, block.width) for block in feed_forwards(model)]
+    seen = [torch.full((1, block.width), torch.nan) for block in feed_forwards(model)]
     hooks = [
         block.output.register_forward_pre_hook(
             lambda _, inputs, layer=block.layer: seen.__setitem__(layer, inputs[0][0])
