@@ -102,7 +102,7 @@ def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list
     for example in examples:
         opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
         title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
-        kept.setdefault(title, []).append({**example, "response": opening, "hidden": hidden})
+        kept.setdefault(title, []).append({"image": "", **example, "response": opening, "hidden": hidden})
     return kept
 
 
