@@ -308,7 +308,8 @@ def doctor(
     found = examine(model, weights=weights, device=device)
     known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
     out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")
-    table = Table("layers", "FFN", "neurons", "form", "neuron j owns")
+    table = Table("layers", "FFN", "neurons", "form")
+    table.add_column("neuron j owns", no_wrap=True)
     for row in found.rows:
         table.add_row(row.layers, row.ffn, row.neurons, row.form, Text("\n".join(row.owns)))
     out.print(table)
