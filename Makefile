@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CORES  := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 
-.PHONY: demo test lint types docs unit bench study judge clean
+.PHONY: demo test lint types docs unit bench study judge architectures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,10 @@ unit: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
+
+# What of transformers' architectures works, by trying each (about five minutes).
+architectures: $(VENV)/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python docs/make_architectures.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

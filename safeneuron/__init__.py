@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
     from safeneuron.data import Pair, Prompt, read_prompts
     from safeneuron.directions import Direction, find_direction, without_direction
+    from safeneuron.drawing import draw, drawn
     from safeneuron.edits import Edit
     from safeneuron.errors import InputError
     from safeneuron.ffn import owned_slices, pruned, recorded
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from safeneuron.rankings import Ranking, fractions, set_difference
     from safeneuron.redteam import RedTeam, red_team
     from safeneuron.reporting import render
+    from safeneuron.rows import Source
     from safeneuron.runs import Run
     from safeneuron.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
     from safeneuron.selecting import Scores, choose, score, select
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from safeneuron.statistics import ActivationStats
     from safeneuron.streaming import exchanges_of
     from safeneuron.sweeping import each_layer, each_neuron, sweep
+    from safeneuron.towers import measure_towers, towers_of, towers_pruned
     from safeneuron.training import Training
 
 _HOMES = {
@@ -59,6 +62,7 @@ _HOMES = {
     "contrasting": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
     "data": ("Pair", "Prompt", "read_prompts"),
     "directions": ("Direction", "find_direction", "without_direction"),
+    "drawing": ("draw", "drawn"),
     "edits": ("Edit",),
     "errors": ("InputError",),
     "ffn": ("owned_slices", "pruned", "recorded"),
@@ -77,6 +81,7 @@ _HOMES = {
     "rankings": ("Ranking", "fractions", "set_difference"),
     "redteam": ("RedTeam", "red_team"),
     "reporting": ("render",),
+    "rows": ("Source",),
     "runs": ("Run",),
     "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
     "selecting": ("Scores", "choose", "score", "select"),
@@ -84,6 +89,7 @@ _HOMES = {
     "statistics": ("ActivationStats",),
     "streaming": ("exchanges_of",),
     "sweeping": ("each_layer", "each_neuron", "sweep"),
+    "towers": ("measure_towers", "towers_of", "towers_pruned"),
     "training": ("Training",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -113,6 +119,7 @@ __all__ = [
     "Run",
     "Sampling",
     "Scores",
+    "Source",
     "Training",
     "activation_contrast",
     "align",
@@ -120,6 +127,8 @@ __all__ = [
     "benchmark",
     "choose",
     "compare",
+    "draw",
+    "drawn",
     "each_layer",
     "each_neuron",
     "exchanges_of",
@@ -133,6 +142,7 @@ __all__ = [
     "load",
     "make_judge",
     "measure",
+    "measure_towers",
     "merge_adapters",
     "mix",
     "on_policy_pairs",
@@ -155,6 +165,8 @@ __all__ = [
     "snip",
     "snip_weights",
     "sweep",
+    "towers_of",
+    "towers_pruned",
     "twin_difference",
     "twins",
     "wanda",

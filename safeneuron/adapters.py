@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from safeneuron import shards
+from safeneuron.anatomy import size_of
 from safeneuron.errors import InputError
 from safeneuron.ffn import (
     LINEAGE,
@@ -25,12 +27,13 @@ from safeneuron.ffn import (
     feed_forwards,
     fingerprint,
     has_adapters,
+    layers_of,
     linear_in,
     names_in,
     network_of,
 )
 from safeneuron.neurons import NeuronSet
-from safeneuron.quantising import dequantised
+from safeneuron.quantising import dequantised, packed_by
 from safeneuron.training import Training
 
 # The layers of PEFT whose change is scaling * B A, and the starts of an adapter that leave the base weights alone.
@@ -38,6 +41,8 @@ PLAIN_LAYERS = (
     "peft.tuners.lora.layer.Linear",
     "peft.tuners.lora.bnb.Linear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.gptq.GPTQLoraLinear",
+    "peft.tuners.lora.awq.AwqLoraLinear",
 )
 PLAIN_STARTS = (True, False, "gaussian", "eva")
 
@@ -74,7 +79,7 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
     names = names_in(network)
     slices = []
     for block in feed_forwards(network):
-        channels = neurons.layer(block.layer)
+        channels = block.own(neurons.layer(block.layer))
         if not len(channels):
             continue
         for module, rows in block.rows_of(channels):
@@ -104,14 +109,18 @@ def lora_config(model: nn.Module | HasNetwork, training: Training) -> Any:
     network = network_of(model)
     blocks = feed_forwards(network)
     ours = {linear_in(module) for block in blocks for module in (block.output, *(rows.module for rows in block.inputs))}
-    layers = decoder_of(network).layers
-    assert isinstance(layers, nn.ModuleList), "feed_forwards has checked it"
-    linears = {module for module in layers.modules() if isinstance(module, nn.Linear)}
+    layers = layers_of(decoder_of(network))
+    linears = {module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen = [
         name
         for name, module in network.named_modules()
         if module in linears and ("ffn" if module in ours else "attention") in training.lora_targets
     ]
+    if not chosen:
+        raise InputError(
+            f"no linear layer of the model is one of lora_targets = {training.lora_targets!r}: the experts of a "
+            "mixture share parameters that take no adapters; expected 'attention' or 'ffn+attention', or lora_rank = 0"
+        )
     return LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
@@ -146,6 +155,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     network: Any = network_of(model)
     if network is model:
         raise InputError(f"there are no adapters to merge in {type(model).__name__}; expected a peft.PeftModel")
+    require_unpacked(network, "adapters cannot be merged into them; keep them beside the model")
     known_as, adapters = fingerprint(network), adapters_of(network)
     wrapper: Any = model
     wrapper.unload()
@@ -153,6 +163,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     add_adapters(adapters, plain)
     setattr(plain.config, LINEAGE, known_as)
     return plain.requires_grad_(True)
+
+
+def require_unpacked(network: nn.Module, advice: str) -> None:
+    """Raise ``InputError`` for weights that a library other than bitsandbytes has packed."""
+    packed = packed_by(network)
+    if packed:
+        raise InputError(f"the weights are packed ({packed}), so that they cannot be read or written exactly: {advice}")
 
 
 def add_adapters(adapters: list[Adapter], network: nn.Module) -> None:
@@ -218,7 +235,7 @@ def _trained(network: nn.Module, place: nn.Module) -> Iterator[Adapter]:
 def _plain_adapters(network: nn.Module, name: str, layer: Any) -> Iterator[tuple[str, Adapter]]:
     """The adapters on one layer by their names; ``InputError`` if they are more than a product added to a matrix."""
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if kind not in PLAIN_LAYERS or not isinstance(layer.base_layer, nn.Linear):
+    if kind not in PLAIN_LAYERS or size_of(layer.base_layer) is None:
         raise _not_plain(name, kind)
     for key in layer.lora_A:
         start = vars(network)["peft_config"][key].init_lora_weights

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from safeneuron import ranks
 from safeneuron.ablating import AblateSteps, Ablation, Refresh
-from safeneuron.adapters import adapters_of, add_adapters, lora_config
+from safeneuron.adapters import adapters_of, add_adapters, lora_config, require_unpacked
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import parameters_of_no_neuron, pruned
+from safeneuron.ffn import parameters_of_no_neuron, pruned, routers
 from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.memory import hand_back_memory
 from safeneuron.models import Model, quiet
@@ -36,6 +37,7 @@ from safeneuron.training import (
     require_trainable,
     training_log,
 )
+from safeneuron.vision import parameters_of_sight
 from safeneuron.weights import (
     base_of_adapters,
     free_change,
@@ -89,7 +91,8 @@ def align(
     The given model, as it is in memory, is the DPO reference; it is not touched. The result is a new one, trained in
     float32 master weights. ``ablation`` sets neurons to zero in the policy's forward passes (Algorithm 1); ``refresh``
     does so with neurons that are found again while it is trained. ``freeze_rest`` also freezes what belongs to no
-    neuron, so that with the complement of a set as ``frozen`` the set alone is trained (SN-Tune).
+    neuron, so that with the complement of a set as ``frozen`` the set alone is trained (SN-Tune). Of a vision-language
+    model the vision tower and the projector stay as they are; its pairs may have images.
 
     With ``training.lora_rank`` adapters are trained, in float32, and merged in float32. The given model may then be in
     4 bits: it counts as the plain model that it computes as, and the result, which is plain, is on the CPU.
@@ -121,7 +124,7 @@ def align(
         digest = proof.digest() if proof is not None else ""
         cleanup.enter_context(borrowed(policy))
         cleanup.enter_context(answers_scored_alone())
-        fixed = parameters_of_no_neuron(policy) if freeze_rest and not training.lora_rank else []
+        fixed = _fixed(policy, training, freeze_rest) if not training.lora_rank else []
         cleanup.enter_context(untrained(fixed))
         callbacks: list[TrainerCallback] = []
         if frozen is not None:
@@ -143,11 +146,11 @@ def align(
         policy = plain_copy(model)
         proof = Freeze(policy, frozen, whole_layers=freeze_rest) if frozen is not None else None
         digest = proof.digest() if proof is not None else ""
-        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
+        fixed = _fixed(policy, training, freeze_rest)
         add_adapters(adapters, policy)
     elif any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         policy, proof = gathered(policy, model, frozen, freeze_rest)
-        fixed = parameters_of_no_neuron(policy) if freeze_rest else []
+        fixed = _fixed(policy, training, freeze_rest)
     given = dequantised(model.network)
     store_in(lasting_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()
@@ -155,7 +158,7 @@ def align(
     change = free_change(policy, given, proof, {id(parameter) for parameter in fixed})
     _check_change(change, state.global_step, training.learning_rate)
     return Alignment(
-        model=Model(policy, model.tokenizer, model.name, model.source, policy.dtype),
+        model=replace(model, network=policy, stored_dtype=policy.dtype),
         log=training_log(state.log_history),
         steps=state.global_step,
         frozen_count=len(frozen) if frozen is not None else 0,
@@ -165,6 +168,14 @@ def align(
         at_once=at_once,
         warnings=_warnings(len(pairs) - len(roomy), len(pairs), training.max_length),
     )
+
+
+def _fixed(policy: PreTrainedModel, training: Training, freeze_rest: bool) -> list[nn.Parameter]:
+    """Whole parameters that are not trained; the vision tower and the projector never are."""
+    sight = parameters_of_sight(policy)
+    if freeze_rest:
+        return [*sight, *parameters_of_no_neuron(policy)]
+    return [*sight, *(routers(policy) if training.freeze_routers else [])]
 
 
 def _trainer(
@@ -182,17 +193,19 @@ def _trainer(
     That is done while the trainer is made, with the policy as it was given. To weights that will be spread over the
     ranks TRL wants another object, or it loads one by the model's name.
     """
-    from safeneuron.dpo import PreferenceTrainer, dataset_of
+    from safeneuron.dpo import PreferenceTrainer, data_of
     from safeneuron.refreshing import RefreshTrainer
 
     reference = sharing_weights(policy) if is_sharded() and not training.lora_rank else None
+    dataset, collator = data_of(model, pairs, training.max_length)
     judged_by = policy if reference is None else reference
     with pruned(judged_by, ablation.neurons if ablation is not None and ablation.reference else None):
         trainer = (PreferenceTrainer if refresh is None else RefreshTrainer)(
             model=policy,
             ref_model=reference,
             args=arguments,
-            train_dataset=dataset_of(pairs),
+            train_dataset=dataset,
+            data_collator=collator,
             processing_class=model.tokenizer,
             callbacks=callbacks,
             peft_config=lora_config(policy, training) if training.lora_rank else None,
@@ -203,7 +216,7 @@ def _trainer(
     trainer.at_once = min(filter(None, (training.at_once, trainer.at_once)), default=0)
     if isinstance(trainer, RefreshTrainer):
         assert refresh is not None, "the class was chosen by it"
-        trainer.refresh = refresh
+        trainer.refresh, trainer.given = refresh, model
     trainer.remove_callback(PrinterCallback)
     # On weights in 4 bits TRL puts the adapters into bfloat16, where small steps are lost.
     store_in(torch.float32, (one for one in policy.parameters() if one.requires_grad))
@@ -217,6 +230,11 @@ def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest:
             f"the weights of {model.name} are in 4 bits, so they cannot be trained; set lora_rank to train adapters on "
             "them, or load the model without quantise"
         )
+    require_unpacked(
+        model.network,
+        "align trains plain weights or adapters that it merges; load an unpacked checkpoint (quantise = '4bit' for "
+        "QLoRA), or train adapters beside FreezeNeurons in a trainer of your own",
+    )
     if freeze_rest and training.lora_rank and training.lora_targets != "ffn":
         raise InputError(
             f"with everything but the safety neurons frozen, adapters have no place outside the FFNs; expected "
@@ -235,7 +253,7 @@ def _check_change(change: float, steps: int, learning_rate: float) -> None:
 def _check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
     if not pairs:
         raise InputError("there are no preference pairs to train on; check [pairs] in the config")
-    if not model.tokenizer.chat_template:
+    if not model.has_template:
         raise InputError(
             f"the tokenizer of {model.name} has no chat template, which the pairs need; set one or use a chat model"
         )
@@ -249,7 +267,7 @@ def _check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
 
 def _with_room(model: Model, pairs: Sequence[Pair], max_length: int) -> list[Pair]:
     """The pairs whose prompt leaves room for an answer; TRL would leave the others out without a word."""
-    roomy = [pair for pair in pairs if len(model.encode(pair.prompt)) < max_length]
+    roomy = [pair for pair in pairs if len(model.encode(pair.prompt, pair.image)) < max_length]
     if not roomy:
         raise InputError(
             f"none of the {len(pairs)} prompts leaves room for an answer within max_length = {max_length} tokens; "

@@ -19,20 +19,25 @@ from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
 from safeneuron.models import Model, generate
 from safeneuron.neurons import NeuronSet
+from safeneuron.pictures import name_of
 from safeneuron.serving import Server
 
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of an attacked model; ``index`` is the prompt's place in the list of prompts."""
+    """One answer of an attacked model; ``index`` is the prompt's place in the list of prompts.
+
+    ``image`` is the name of the prompt's picture, if it has one.
+    """
 
     index: int
     prompt: str
     response: str
+    image: str = ""
 
     def to_record(self) -> dict[str, object]:
-        """As a JSON line."""
-        return asdict(self)
+        """As a JSON line, in which only prompts with an image have one."""
+        return {name: value for name, value in asdict(self).items() if name != "image" or value}
 
 
 class Attack(NamedTuple):
@@ -103,13 +108,15 @@ def respond(
     ranks get all answers, and each generates its share of the batches; a checkpoint that is ``served`` by vLLM answers
     alone.
     """
-    encoded, opening = attempt.encode(model, [prompt.text for prompt in prompts])
+    pictures = [prompt.image for prompt in prompts]
+    encoded, opening = attempt.encode(model, [prompt.written for prompt in prompts], pictures)
     if isinstance(model, Server):
         batches = serving.generate(model, encoded, max_new_tokens, batch_size, skip, opening)
     else:
         batches = generate(model, encoded, max_new_tokens, batch_size, skip, opening)
     for batch in batches:
-        yield [Response(index, prompts[index].text, text) for index, text in batch]
+        names = {index: "" if pictures[index] is None else name_of(pictures[index]) for index, _ in batch}
+        yield [Response(index, prompts[index].text, text, names[index]) for index, text in batch]
 
 
 def attack(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from safeneuron.errors import InputError, nearest
 from safeneuron.models import Model
@@ -64,15 +65,19 @@ class Attempt:
             request = base64.b64encode(request.encode()).decode()
         return self.template.replace(PLACE, request)
 
-    def encode(self, model: Model | Server, requests: Sequence[str]) -> tuple[list[list[int]], int]:
+    def encode(
+        self, model: Model | Server, requests: Sequence[str], pictures: Sequence[Any] = ()
+    ) -> tuple[list[list[int]], int]:
         """Token ids of each conversation, up to the end of the opening, and how many of them are the opening.
 
-        The tokens of the opening follow those of the generation prompt, so that before the answer the model reads
-        exactly what it reads without it.
+        Each request may have a picture, or ``None``. The tokens of the opening follow those of the generation prompt,
+        so that before the answer the model reads exactly what it reads without it.
         """
         opening = list(model.tokenizer(self.opening, add_special_tokens=False)["input_ids"]) if self.opening else []
         conversations = [[{"role": "user", "content": self.asked(request)}] for request in requests]
-        return [model.encode(messages) + opening for messages in conversations], len(opening)
+        shown = pictures or [None] * len(requests)
+        encoded = [model.encode(messages, one) for messages, one in zip(conversations, shown, strict=True)]
+        return [ids + opening for ids in encoded], len(opening)
 
 
 def input_attempts(*names: str) -> list[Attempt]:

@@ -17,7 +17,6 @@ class DataSet:
     split: str
     licence: str
     kept: str
-    images: bool = False
 
 
 DATA_SETS = {
@@ -49,13 +48,16 @@ DATA_SETS = {
         "harmful requests: the refusal over a made opening; benign ones: the answer over a bundled refusal",
     ),
     "spa-vl": DataSet(
-        "hub:sqrti/SPA-VL", "train", "CC BY 4.0", "nothing yet: its questions are about images", images=True
+        "hub:sqrti/SPA-VL",
+        "train",
+        "CC BY 4.0",
+        "the chosen over the rejected answer to a question about an image; for vision-language models",
     ),
 }
 """The data sets that a config can name, by that name."""
 
-NAMES = ", ".join(name for name, known in DATA_SETS.items() if not known.images)
-"""Those that can be read, for help texts and messages."""
+NAMES = ", ".join(DATA_SETS)
+"""For help texts and messages."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,3 @@ def by_name(source: Source) -> Source:
             f"{NAMES}, any other is hub:owner/name or a .jsonl or .csv file"
         )
     return source
-
-
-def has_images(source: Source) -> bool:
-    """Whether the source is a data set that is known to be about images."""
-    return any(known.images and source.path.startswith(known.path) for known in DATA_SETS.values())

@@ -236,6 +236,33 @@ def prune(
 
 
 @app.command()
+def draw(
+    source: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="A file of prompts, hub:owner/name, or a benchmark.")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    split: Annotated[str, typer.Option("--split", help="Split of bundled prompts or of a Hub dataset.")] = "",
+    column: Annotated[str, typer.Option("--column", help="Column with the prompt; found if not given.")] = "",
+    count: Annotated[int | None, typer.Option("--count", help="Only the first so many.", min=1)] = None,
+    said: Annotated[
+        str, typer.Option("--said", help="What is written beside the image; the paper's words if not given.")
+    ] = "",
+    size: Annotated[int, typer.Option("--size", help="Width and height in pixels.", min=64)] = 760,
+    font: Annotated[str, typer.Option("--font", help="A .ttf or .otf file; Pillow's own has Latin letters only.")] = "",
+) -> None:
+    """Draw each prompt as an image, for vision-language models: FOLDER/prompts.jsonl names them."""
+    from safeneuron.data import read_prompts
+    from safeneuron.drawing import drawn
+    from safeneuron.runs import write_lines
+
+    prompts = drawn(read_prompts(source, split=split, column=column, count=count), said, size, font)
+    write_lines(out_folder / "prompts.jsonl", (prompt.to_record(out_folder) for prompt in prompts))
+    out.print(
+        f"wrote {out_folder / 'prompts.jsonl'}: {len(prompts)} prompts, their texts drawn in {out_folder / 'images'}"
+    )
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="A neuron set (JSON).")],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another one of the same model.")],
@@ -263,6 +290,30 @@ def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a b
         known = ", ".join(presets())
         raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {known}")
     _print_lines([to_toml(read_config(name)).rstrip("\n")])
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    weights: Annotated[
+        bool, typer.Option("--weights/--config-only", help="Load it and prove it, or read its config alone?")
+    ] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Where a model's neurons lie and what each owns, proved on its weights, and what cannot be done with it."""
+    from rich.table import Table
+
+    from safeneuron.doctor import examine
+
+    found = examine(model, weights=weights, device=device)
+    known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
+    out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")
+    table = Table("layers", "FFN", "neurons", "form")
+    table.add_column("neuron j owns", no_wrap=True)
+    for row in found.rows:
+        table.add_row(row.layers, row.ffn, row.neurons, row.form, Text("\n".join(row.owns)))
+    out.print(table)
+    _print_lines(found.remarks)
 
 
 @app.command()

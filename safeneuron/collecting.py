@@ -202,6 +202,7 @@ def examples(config: Config, run: Run) -> list[dict[str, Any]]:
                         "knowledge": knowledge,
                         "kind": kind,
                         "prompt": answers[index]["prompt"],
+                        "image": answers[index].get("image", ""),
                         "response": answers[index]["response"],
                         "verdict": verdicts[index]["verdict"],
                     }
@@ -237,6 +238,7 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
             for path in (
                 run.folder / "data" / "warnings.json",
                 run.folder / "T0" / "pairs" / "warnings.json",
+                *sorted(run.folder.glob("*/select/warnings.json")),
                 *sorted(run.folder.glob("*/align/warnings.json")),
             )
             if path.exists()

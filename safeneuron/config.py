@@ -38,8 +38,8 @@ class SourceTable(Table):
     """Where prompts come from."""
 
     path: str = Field(
-        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, hub:owner/name, or a benchmark: "
-        + PROMPT_NAMES
+        description="twins:unsafe or twins:safe (bundled), a .jsonl or .csv file, a folder of images (with said), "
+        "hub:owner/name, or a benchmark: " + PROMPT_NAMES
     )
     split: str = Field("", description="split of the bundled prompts (discovery, training, test) or of a Hub dataset")
     column: str = Field("", description="column with the prompt; empty finds the usual names")
@@ -48,6 +48,8 @@ class SourceTable(Table):
     revision: str = Field("", description="revision of a Hub dataset; give a commit to make the run reproducible")
     where: str = Field("", description="use the rows with this value in this column, as in label = safe")
     category: str = Field("", description="category of all its prompts; over-refusal is reported by category")
+    as_image: bool = Field(False, description="draw each prompt as an image, for vision-language models")
+    said: str = Field("", description="what is written beside an image; of a folder, the question about each")
 
 
 class ModelTable(Table):
@@ -116,6 +118,8 @@ class PairSourceTable(Table):
     split: str = Field("", description="split of a Hub dataset")
     count: Count | None = Field(None, description="use the first so many pairs; all if not given")
     revision: str = Field("", description="revision of a Hub dataset")
+    as_image: bool = Field(False, description="draw each request as an image, for vision-language models")
+    said: str = Field("", description="what is written beside an image that is drawn")
 
 
 class PairsTable(Table):
@@ -176,6 +180,9 @@ class AlignTable(Table):
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+    freeze_routers: bool = Field(
+        False, description="mixtures of experts: also freeze what decides which experts a token goes to"
+    )
     gradient_checkpointing: bool = Field(False, description="trade time for memory")
     fit_memory: bool = Field(
         True,
@@ -545,6 +552,7 @@ def _value(value: Any) -> str:
         # The escapes of JSON are those of TOML, but for one character that JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, BaseModel):
-        given = {name: item for name, item in value.model_dump().items() if item not in ("", None)}
+        told = value.model_dump().items()
+        given = {name: item for name, item in told if item not in ("", None) and item is not False}
         return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in given.items()) + " }"
     return "[" + ", ".join(_value(item) for item in value) + "]"

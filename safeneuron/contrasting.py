@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
-from safeneuron.ffn import feed_forwards, recorded, require_eager
+from safeneuron.ffn import feed_forwards, recorded, require_dense, require_eager
 from safeneuron.models import Model
 from safeneuron.rankings import Ranking
 from safeneuron.statistics import ActivationStats
@@ -48,7 +48,8 @@ def activation_contrast(
             run_decoder(other, theirs)
         for layer, activations in first.layers.items():
             gap = activations.double().cpu() - second.layers[layer].double().cpu()
-            sums[layer] = gap.square().sum(dim=0)
+            # A token counts for an expert where both states have routed it there.
+            sums[layer] = gap.square().nansum(dim=0) if layer in first.routed else gap.square().sum(dim=0)
         return torch.cat([sums[layer] for layer in sorted(sums)])
 
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
@@ -118,6 +119,7 @@ def _ending(model: Model, part: Sequence[Exchange], count: int, gradients: bool)
     The kinds are the gradient of the answer's log-likelihood and the activation, or the activation alone.
     """
     require_eager(model)
+    require_dense(model, "the gradient x activation gap")
     batch = Batch.of(model, part)
     rows = torch.arange(len(part), device=model.device)[:, None]
     places = batch.ends[:, None] + torch.arange(-count, 0, device=model.device)

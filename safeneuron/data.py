@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -18,6 +18,7 @@ from typing import Any
 
 from safeneuron.catalogue import prompts_by_name
 from safeneuron.errors import InputError, nearest
+from safeneuron.pictures import digest_of, in_folder, kept, name_of, opened
 from safeneuron.rows import (
     EmptyTextError,
     Message,
@@ -65,41 +66,70 @@ SMALL_CLASS = 32
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request to a model; the two prompts of a twin share their ``id``."""
+    """One request to a model; the two prompts of a twin share their ``id``.
+
+    ``image`` is a picture that goes with it, for vision-language models: the path of a file, the bytes of one, or an
+    image of Pillow. ``said`` is what is written beside the picture, where that is not the text: of a drawn question,
+    ``text`` is the question, which judges and reports see, and the model sees it in the picture alone.
+    """
 
     text: str
     category: str = ""
     id: str = ""
+    image: Any = None
+    said: str = ""
 
-    def to_record(self) -> dict[str, str]:
-        """Return the prompt as one JSON object, which ``read_prompts`` also understands."""
-        return asdict(self)
+    @property
+    def written(self) -> str:
+        """What the model is told in writing."""
+        return self.said or self.text
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What two prompts share that ask a model the same, but for case and spacing."""
+        return " ".join(self.written.split()).casefold(), digest_of(self.image)
+
+    def to_record(self, folder: Path | None = None) -> dict[str, str]:
+        """Return the prompt as one JSON object, which ``read_prompts`` also understands.
+
+        A picture is copied into ``folder/images``, and named relative to ``folder``; without a folder only the path of
+        a file can be named. Raises InputError for any other picture then.
+        """
+        record = {"text": self.text, "category": self.category, "id": self.id}
+        return record | _picture_record(self.image, folder) | ({"said": self.said} if self.said else {})
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Prompt:
-        """Return the prompt that ``to_record`` wrote. Raises InputError when its text is missing."""
+    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Prompt:
+        """Return the prompt that ``to_record`` wrote into ``folder``. Raises InputError when its text is missing."""
         _require(record, "text")
-        return cls(record["text"], record.get("category", ""), record.get("id", ""))
+        image = _picture_of(record, folder)
+        return cls(record["text"], record.get("category", ""), record.get("id", ""), image, record.get("said", ""))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: the conversation up to the answer, the answer to prefer and the answer to avoid."""
+    """A preference: the conversation up to the answer, the answer to prefer and the answer to avoid.
+
+    ``image`` is a picture that stands at the beginning of the first message of the user; see ``Prompt``.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     source: str = ""
+    image: Any = None
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the pair as one JSON object, which ``read_pairs`` also understands."""
-        return asdict(self) | {"prompt": [dict(message) for message in self.prompt]}
+    def to_record(self, folder: Path | None = None) -> dict[str, Any]:
+        """Return the pair as one JSON object, which ``read_pairs`` also understands; pictures as of a ``Prompt``."""
+        record = {"prompt": [dict(message) for message in self.prompt], "chosen": self.chosen}
+        return record | {"rejected": self.rejected, "source": self.source} | _picture_record(self.image, folder)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Pair:
+    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Pair:
         """Return the pair that ``to_record`` wrote. Raises InputError when a part of it is missing."""
         _require(record, "prompt", "chosen", "rejected")
-        return cls(tuple(record["prompt"]), record["chosen"], record["rejected"], record.get("source", ""))
+        image = _picture_of(record, folder)
+        return cls(tuple(record["prompt"]), record["chosen"], record["rejected"], record.get("source", ""), image)
 
 
 @dataclass(frozen=True)
@@ -115,8 +145,10 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source; a keyword that is given wins over the field of a ``Source``.
 
-    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, or bundled. The prompt is the given
-    column, or the first of ``PROMPT_COLUMNS`` that the first row has; of a conversation it is the first user turn.
+    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, bundled, or a folder of pictures, with
+    the question about each as ``said``. The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the
+    first row has; of a conversation it is the first user turn. A column ``image`` holds the path of a picture, relative
+    to the file, and ``said`` what is written beside it, if that is not the prompt.
     ``category`` (or ``topic``, ``type``) and ``id`` are kept. An empty prompt in a file is an error; in a Hub dataset,
     which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are fewer; a
     ``Source`` may also keep every so-many-th, those ``where`` a column has a value, and give them a category. Raises
@@ -125,12 +157,19 @@ def read_prompts(
     source = prompts_by_name(as_source(source, split, column, count, revision))
     if source.path.startswith("twins:"):
         found = _twins(source)
+    elif Path(source.path).expanduser().is_dir():
+        found = _pictures(source)
     else:
-        found = _prompts(_rows_where(read_rows(source), source.where), source.column)
+        found = _prompts(_rows_where(read_rows(source), source.where), source)
     prompts = list(islice(islice(found, 0, None, source.every), source.count))
     if not prompts:
         reason = f"no row has {source.where}, or its prompt is empty" if source.where else "every prompt is empty"
         raise InputError(f"{source.path} holds no prompts: {reason}")
+    if source.as_image:
+        # Drawn here and not for each use, so that what is kept of a run is what the model saw.
+        from safeneuron.drawing import drawn
+
+        prompts = drawn(prompts, source.said)
     return [replace(prompt, category=source.category) for prompt in prompts] if source.category else prompts
 
 
@@ -151,7 +190,7 @@ def check_splits(**named: Sequence[Prompt]) -> list[str]:
     Texts are the same when they differ only in case and spacing. A prompt that is both unsafe and safe, or both for
     finding neurons and for testing, makes results look other than they are; only the user knows whether it is meant.
     """
-    texts = {name: {" ".join(p.text.split()).casefold(): p.text for p in prompts} for name, prompts in named.items()}
+    texts = {name: {prompt.key: prompt.text for prompt in prompts} for name, prompts in named.items()}
     warnings = []
     for position, (name, mine) in enumerate(texts.items()):
         repeats = len(named[name]) - len(mine)
@@ -194,6 +233,59 @@ def _require(record: Mapping[str, Any], *names: str) -> None:
             raise InputError(f"a record must have '{name}', found only: {', '.join(record) or 'nothing'}")
 
 
+def picture_in(row: Row, path: str) -> Any:
+    """The picture in the column ``image`` of a row, ``None`` without one; of a file, relative to the folder it is in.
+
+    Raises InputError for a file that is missing or no picture, or a value that names none.
+    """
+    column = _first_present(row, ("image",))
+    value = row.values.get(column) if column else None
+    if value is None or value == "":
+        return None
+    # The library of Hub datasets gives a picture as its bytes, or as a path, or as an image of Pillow.
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = str(Path(path).expanduser().parent / Path(value).expanduser())
+    elif not isinstance(value, bytes) and not hasattr(value, "getbands"):
+        raise InputError(f"{row.where}: 'image' must be the path of a picture, found {shortened(repr(value))}")
+    opened(value, row.where)
+    return value
+
+
+def _picture_record(image: Any, folder: Path | None) -> dict[str, str]:
+    if image is None:
+        return {}
+    if folder is not None:
+        return {"image": kept(image, folder)}
+    if isinstance(image, str | Path):
+        return {"image": str(image)}
+    raise InputError(f"{name_of(image)} is no file, so a record cannot name it; give the folder to keep it in")
+
+
+def _picture_of(record: Mapping[str, Any], folder: Path | None) -> str | None:
+    image = record.get("image")
+    return None if not image else str(image if folder is None else folder / image)
+
+
+def _pictures(source: Source) -> Iterator[Prompt]:
+    """A prompt for each picture in a folder, with one question; the name of a subfolder is the category."""
+    options = {"split": source.split, "column": source.column, "revision": source.revision, "where": source.where}
+    refuse_options(source, "is a folder of pictures", options)
+    if not source.said:
+        raise InputError(
+            f"{source.path} is a directory; to ask about each picture in it, give the question, as in said = 'Describe "
+            "the image.', else name a .jsonl or .csv file in it"
+        )
+    if source.as_image:
+        raise InputError(f"{source.path} is a folder of pictures, so there is no text to draw; leave as_image out")
+    root = Path(source.path).expanduser()
+    for path in in_folder(root):
+        opened(path)
+        inside = path.relative_to(root)
+        yield Prompt(source.said, str(inside.parent) if len(inside.parts) > 1 else "", str(inside), str(path))
+
+
 def _rows_where(rows: Iterator[Row], condition: str) -> Iterator[Row]:
     """The rows that have the value in the column that a condition such as ``label = safe`` names."""
     if not condition:
@@ -204,7 +296,8 @@ def _rows_where(rows: Iterator[Row], condition: str) -> Iterator[Row]:
     return (row for row in rows if str(value_at(row, column)) == value)
 
 
-def _prompts(rows: Iterator[Row], column: str) -> Iterator[Prompt]:
+def _prompts(rows: Iterator[Row], source: Source) -> Iterator[Prompt]:
+    column = source.column
     for row in rows:
         # The first row decides which column it is, also when that row itself is then skipped.
         column = column or _prompt_column(row)
@@ -214,7 +307,9 @@ def _prompts(rows: Iterator[Row], column: str) -> Iterator[Prompt]:
             if row.mendable:
                 raise
             continue
-        yield Prompt(text, _label(row, _first_present(row, CATEGORY_COLUMNS)), _label(row, "id"))
+        image = picture_in(row, source.path)
+        said = (source.said or _label(row, "said")) if image is not None else ""
+        yield Prompt(text, _label(row, _first_present(row, CATEGORY_COLUMNS)), _label(row, "id"), image, said)
 
 
 def _prompt_column(row: Row) -> str:

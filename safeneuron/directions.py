@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import HasNetwork, config_of, decoder_of, network_of, require_eager
+from safeneuron.ffn import HasNetwork, config_of, decoder_of, layers_of, network_of, require_eager
 from safeneuron.judges import Judge
-from safeneuron.models import Model, generate, pad
+from safeneuron.models import Model, generate
 from safeneuron.moments import Moments
+from safeneuron.vision import kinds, run_without_head
 
 DEPTH = 0.8
 """The share of the layers, from the first on, in which a direction is looked for, as in the reference code."""
@@ -97,7 +98,7 @@ def find_direction(
     step = max(1.0, len(candidates) / tries)
     spread = [candidates[int(step * number)] for number in range(min(tries, len(candidates)))]
     asked = [prompt.text for prompt in validation or unsafe]
-    encoded = [model.encode([{"role": "user", "content": text}]) for text in asked]
+    encoded = [model.ask(prompt) for prompt in validation or unsafe]
 
     def refusals(direction: Direction) -> int:
         with without_direction(model, direction):
@@ -156,9 +157,7 @@ def _hooks(vector: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _layers(network: nn.Module) -> nn.ModuleList:
-    layers = decoder_of(network).layers
-    assert isinstance(layers, nn.ModuleList), "decoder_of has checked it"
-    return layers
+    return layers_of(decoder_of(network))
 
 
 def _writers(layer: nn.Module) -> list[nn.Module]:
@@ -178,10 +177,13 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     """Moments ``[layer, hidden]`` of the stream at the input of every layer, at the last token of each prompt."""
     layers = _layers(network_of(model))
     moments = Moments.zero((len(layers), int(config_of(model.network).hidden_size)))
-    encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
-    encoded.sort(key=len, reverse=True)
-    for start in range(0, len(encoded), batch_size):
-        moments = moments.merge(Moments.of(_last_of_stream(model, layers, encoded[start : start + batch_size])))
+    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
+    for places in kinds(encoded):
+        rows = sorted((encoded[place] for place in places), key=len, reverse=True)
+        for start in range(0, len(rows), batch_size):
+            vectors = _last_of_stream(model, layers, rows[start : start + batch_size])
+            # To moments NaN would be silence; here it is a fault.
+            moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
     if not torch.isfinite(moments.mean).all():
         raise InputError(
             "the model's residual stream is not finite on some prompts; load it with dtype = 'float32', or use another "
@@ -193,7 +195,8 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
 def _last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
     """``[prompt, layer, hidden]``: the stream at each layer's input, at the last token of encoded prompts."""
     # Padded on the right, where causal attention cannot see the padding and position ids stay correct.
-    ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)
+    inputs = model.inputs(batch, "right")
+    mask = inputs["attention_mask"]
     last, rows, seen = mask.sum(dim=1) - 1, torch.arange(len(batch), device=mask.device), list[Tensor]()
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -202,7 +205,7 @@ def _last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequenc
     handles = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
         with torch.inference_mode():
-            decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)
+            run_without_head(model.network, inputs)
     finally:
         for handle in handles:
             handle.remove()

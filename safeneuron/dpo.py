@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler
 from trl.trainer import utils as trl_utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from safeneuron.batching import LengthBuckets
 from safeneuron.data import Pair
-from safeneuron.parts import PartsTrainer
+from safeneuron.ffn import network_of
+from safeneuron.models import Model
+from safeneuron.parts import Inputs, PartsTrainer, pair_count
+from safeneuron.vision import Tokens, answer_ids, features_of, joined, pixels_at
 
+PAIR = "pair"
+"""The column that holds each pair's place in the list of pairs."""
+PICTURES = "pictures"
+"""The name, in a micro-batch, of what the vision tower is given for each pair, ``None`` for one without a picture."""
 BY_LENGTH = "group_by_length"
 """The ``train_sampling_strategy`` that asks for buckets; transformers' own sampler of that name knows no pairs."""
 
@@ -25,7 +33,8 @@ class PreferenceTrainer(PartsTrainer):
     """TRL's ``DPOTrainer``; the loss is TRL's own.
 
     With ``train_sampling_strategy="group_by_length"`` pairs of like length share a micro-batch. The share of padding
-    in what has gone through the model since the last record is logged as ``padding``.
+    in what has gone through the model since the last record is logged as ``padding``. Pairs of token ids are taken as
+    they are. With ``PreferenceCollator`` they may have pictures; those with one share no pass with those without.
     """
 
     _places = 0
@@ -48,6 +57,31 @@ class PreferenceTrainer(PartsTrainer):
         self._places += mask.numel()
         self._filled = self._filled + mask.sum().detach()
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def kinds(self, inputs: Inputs) -> list[list[int]]:
+        """The pairs without a picture, and those with one, as far as there are any."""
+        shown = [features is not None for features in inputs.get(PICTURES, [None] * pair_count(inputs))]
+        apart = [[pair for pair, one in enumerate(shown) if one == wanted] for wanted in (False, True)]
+        return [pairs for pairs in apart if pairs]
+
+    def completed(self, part: Inputs) -> Inputs:
+        """The part with its pictures as the model takes them, once for each row."""
+        features = part.get(PICTURES)
+        rest = {name: value for name, value in part.items() if name != PICTURES}
+        if not features or features[0] is None:
+            return rest
+        lengths = rest["attention_mask"].sum(dim=1).tolist()
+        together = joined([*features, *features], lengths, rest["input_ids"].shape[1], "right")
+        policy: Any = network_of(cast("nn.Module", self.model))
+        return rest | pixels_at(together, policy)
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
+        return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *arguments)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = list(dict.fromkeys([*columns, PAIR]))  # type: ignore[assignment]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the trainer logs, and the share of padding."""
@@ -95,6 +129,48 @@ def padded_lengths(dataset: Any, max_length: int | None) -> list[int]:
         for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     )
     return [length if max_length is None else min(length, max_length) for length in lengths]
+
+
+class PreferenceCollator(DataCollatorForPreference):
+    """TRL's collator of pairs of token ids, which also makes what the vision tower is given of their pictures."""
+
+    def __init__(self, model: Model, prompts: Sequence[list[int]], max_length: int) -> None:
+        super().__init__(pad_token_id=int(model.tokenizer.pad_token_id), max_length=max_length)
+        self.model = model
+        self.prompts = prompts
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A micro-batch of these pairs."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        prompts = [self.prompts[example[PAIR]] for example in examples]
+        processor = self.model.processor
+        if processor is not None and any(isinstance(prompt, Tokens) for prompt in prompts):
+            batch[PICTURES] = [
+                features_of(processor, prompt) if isinstance(prompt, Tokens) else None for prompt in prompts
+            ]
+        return batch
+
+
+def data_of(model: Model, pairs: Sequence[Pair], max_length: int) -> tuple[Any, PreferenceCollator | None]:
+    """The pairs as a ``datasets.Dataset``, and who makes batches of them; ``None`` stands for TRL's own collator.
+
+    TRL turns texts into tokens itself, but for a model with a processor it is done here: its template has another form,
+    and the tokens of a picture must be those that the model is measured and attacked with.
+    """
+    processor = model.processor
+    if processor is None:
+        return dataset_of(pairs), None
+    prompts = [model.encode(pair.prompt, pair.image) for pair in pairs]
+    records = [
+        {
+            PAIR: place,
+            "prompt_ids": list(prompts[place]),
+            "chosen_ids": answer_ids(processor, pair.prompt, pair.chosen, pair.image is not None),
+            "rejected_ids": answer_ids(processor, pair.prompt, pair.rejected, pair.image is not None),
+        }
+        for place, pair in enumerate(pairs)
+    ]
+    return Dataset.from_list(records), PreferenceCollator(model, prompts, max_length)
 
 
 def dataset_of(pairs: Sequence[Pair]) -> Any:

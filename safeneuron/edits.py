@@ -71,22 +71,30 @@ class Edit:
         anchor = stats.unsafe.mean[_checked(neurons, stats).flat]
         return Edit.clamp(neurons, -strength * anchor, f"opposite x{strength:g}")
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The chosen channels of a layer, ``[channel]``, and the value to add to each, ``[channel]`` float64."""
+    def layer(self, layer: int, first: int = 0, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """The chosen channels of a layer, ``[channel]``, and the value to add to each, ``[channel]`` float64.
+
+        Of one FFN of the layer they are those of its ``width`` channels from ``first`` on, counted from there.
+        """
         channels = self.neurons.layer(layer)
-        if self.values is None:
-            return channels, torch.zeros(len(channels), dtype=torch.float64)
         start = int((self.neurons.flat < sum(self.neurons.widths[:layer])).sum())
-        return channels, self.values[start : start + len(channels)]
+        values = torch.zeros(len(channels)).double() if self.values is None else self.values[start:][: len(channels)]
+        if width is None:
+            return channels, values
+        here = (channels >= first) & (channels < first + width)
+        return channels[here] - first, values[here]
 
 
 def _checked(neurons: NeuronSet, stats: ActivationStats) -> NeuronSet:
     return neurons.require(stats.fingerprint, stats.widths)
 
 
-def everywhere(edit: Edit, layer: int) -> Change | None:
-    """What the edit makes of a layer's activations in all rows; ``None`` where it changes nothing."""
-    channels, values = edit.layer(layer)
+def everywhere(edit: Edit, layer: int, first: int = 0, width: int | None = None) -> Change | None:
+    """What the edit makes of a layer's activations in all rows; ``None`` where it changes nothing.
+
+    ``first`` and ``width`` are those of one FFN of the layer, of whose activations it is then.
+    """
+    channels, values = edit.layer(layer, first, width)
     if not len(channels):
         return None
     if edit.values is None and edit.factor == 0:
@@ -102,9 +110,14 @@ def everywhere(edit: Edit, layer: int) -> Change | None:
     return change
 
 
-def by_row(edits: Sequence[Edit | None], rows: Sequence[int], layer: int) -> Change | None:
-    """What several edits make of a layer's activations, row ``r`` being under ``edits[rows[r]]``."""
-    parts = [edit.layer(layer) if edit is not None else _NOTHING for edit in edits]
+def by_row(
+    edits: Sequence[Edit | None], rows: Sequence[int], layer: int, first: int = 0, width: int | None = None
+) -> Change | None:
+    """What several edits make of a layer's activations, row ``r`` being under ``edits[rows[r]]``.
+
+    ``first`` and ``width`` are as for ``everywhere``.
+    """
+    parts = [edit.layer(layer, first, width) if edit is not None else _NOTHING for edit in edits]
     sizes = torch.tensor([len(parts[number][0]) for number in rows])
     if not int(sizes.sum()):
         return None

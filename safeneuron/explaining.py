@@ -218,6 +218,8 @@ def _neurons(path: Path) -> Iterator[str]:
 def _thresholds(path: Path) -> Iterator[str]:
     record = read_json(path)
     yield f"Thresholds used: effect size above {record['effect_size']:.3g}, shift z-score above {record['shift']:.3g}."
+    if record.get("unscored"):
+        yield f"{record['unscored']:,} neurons were not scored: too few prompts were routed to their experts."
 
 
 def _frozen(path: Path) -> Iterator[str]:

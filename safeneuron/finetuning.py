@@ -26,6 +26,7 @@ from safeneuron.ffn import has_adapters
 from safeneuron.models import Model, quiet
 from safeneuron.rows import Row, Source, as_source, read_rows, text_at
 from safeneuron.training import Progress, Training, Watch, borrowed
+from safeneuron.vision import answer_ids
 
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
 """The columns in which an answer is looked for, best first."""
@@ -156,13 +157,7 @@ def _train(
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
 
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": one.request}],
-            "completion": [{"role": "assistant", "content": one.answer}],
-        }
-        for one in demonstrations
-    ]
+    rows = [_record(model, one) for one in demonstrations]
     trainer = SFTTrainer(
         model=adapted,
         args=arguments,
@@ -175,6 +170,15 @@ def _train(
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def _record(model: Model, one: Demonstration) -> dict[str, Any]:
+    """A demonstration as TRL takes it: messages, or token ids where the template is a processor's."""
+    asked = [{"role": "user", "content": one.request}]
+    if model.processor is None:
+        return {"prompt": asked, "completion": [{"role": "assistant", "content": one.answer}]}
+    prompt, answer = model.encode(asked), answer_ids(model.processor, asked, one.answer, pictured=False)
+    return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
+
+
 def _check(model: Model, demonstrations: Sequence[Demonstration], steps: int, rank: int) -> None:
     if not demonstrations:
         raise InputError("there are no answers to fine-tune on; give a file with prompts and answers")
@@ -182,7 +186,7 @@ def _check(model: Model, demonstrations: Sequence[Demonstration], steps: int, ra
         raise InputError(f"the fine-tuning attack needs steps and rank of at least 1, found {steps} and {rank}")
     if has_adapters(model.network):
         raise InputError(f"{model.name} carries adapters already; merge them into the model before it is attacked")
-    if not model.tokenizer.chat_template:
+    if not model.has_template:
         raise InputError(
             f"the tokenizer of {model.name} has no chat template, which the answers need; set one or use a chat model"
         )

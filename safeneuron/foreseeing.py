@@ -183,12 +183,15 @@ def _pair_length(config: Config, table: AlignTable) -> int:
     pairs = config.pairs
     parts: tuple[Any, ...] = (pairs.safety, pairs.general)
     sources = [source for part in parts if part != "on-policy" for source in part]
-    if any(source.path.startswith("hub:") for source in sources):
+    # How many tokens an image takes is the processor's to say.
+    if any(source.path.startswith("hub:") or source.as_image for source in sources):
+        return table.max_length
+    read = [pair for source in sources for pair in read_pairs(Source(**source.model_dump()))]
+    if any(pair.image is not None for pair in read):
         return table.max_length
     lengths = [
         _tokens_in("".join(message["content"] for message in pair.prompt) + answer)
-        for source in sources
-        for pair in read_pairs(Source(**source.model_dump()))
+        for pair in read
         for answer in (pair.chosen, pair.rejected)
     ]
     if "on-policy" in parts:
@@ -197,9 +200,11 @@ def _pair_length(config: Config, table: AlignTable) -> int:
 
 
 def _prompt_tokens(sources: Sequence[SourceTable], most: int) -> int:
-    if any(source.path.startswith("hub:") for source in sources):
+    if any(source.path.startswith("hub:") or source.as_image for source in sources):
         return most
     prompts = [prompt for source in sources for prompt in read_prompts(Source(**source.model_dump()))]
+    if any(prompt.image is not None for prompt in prompts):
+        return most
     return max((_tokens_in(prompt.text) for prompt in prompts), default=most)
 
 

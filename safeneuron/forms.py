@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from safeneuron.data import Pair, Prompt, fitting_refusal
+from safeneuron.data import Pair, Prompt, fitting_refusal, picture_in
 from safeneuron.errors import InputError
 from safeneuron.rows import EmptyTextError, Message, Row, checked_text, messages_at, shortened, text_at, value_at
 
@@ -127,7 +127,7 @@ def _labelled_pair(row: Row, source: str) -> Pair:
             f"{row.where}: 'chosen' and 'rejected' must be the same conversation up to their last message, "
             f"found {shortened(repr(chosen_before))} and {shortened(repr(rejected_before))}"
         )
-    return Pair(_conversation(row, chosen_before), chosen, rejected, source)
+    return Pair(_conversation(row, chosen_before), chosen, rejected, source, picture_in(row, source))
 
 
 def _answer(row: Row, column: str) -> tuple[tuple[Message, ...], str]:
@@ -251,16 +251,12 @@ def _asked(row: Row, column: str) -> tuple[Message, ...]:
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def refuse_images(where: str) -> InputError:
-    """The error for pairs whose requests are about an image."""
-    return InputError(
-        f"{where}: these pairs are about images, for which a vision-language model is needed, and none is supported "
-        "yet; name a data set of texts"
-    )
-
-
 def _image_pair(row: Row, source: str) -> Pair:
-    raise refuse_images(row.where)
+    """Return the pair of an SPA-VL row: two answers to a question about an image."""
+    image = picture_in(row, source)
+    if image is None:
+        raise EmptyTextError(f"{row.where}: 'image' is empty; name the file of a picture or remove the row")
+    return Pair(_asked(row, "question"), text_at(row, "chosen"), text_at(row, "rejected"), source, image)
 
 
 FORMS = (

@@ -76,7 +76,7 @@ class Freeze:
         self._parts_now(self.network)
         for piece in self.slices:
             if piece.parameter.requires_grad:
-                handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index)
+                handle = shards.keep_gradient_zero(piece.name, piece.parameter, piece.dim, piece.index, piece.experts)
                 self._handles.append(handle)
         for optimizer in steppers:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.check_masked()))
@@ -134,14 +134,16 @@ class Freeze:
         for piece in self.slices:
             parameter = self.network.get_parameter(piece.name)
             digest.update(piece.name.encode())
-            digest.update(_bits(shards.whole(piece.name, parameter, piece.dim, piece.index)).cpu().numpy().tobytes())
+            entries = shards.whole(piece.name, parameter, piece.dim, piece.index, piece.experts)
+            digest.update(_bits(entries).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _parts_in(self, network: nn.Module) -> list[shards.Part]:
         """What is here of the slices, as the network is now, also where a parameter object is another one by now."""
         found = []
         for piece in self.slices:
-            found += shards.parts(piece.name, network.get_parameter(piece.name), piece.dim, piece.index)
+            parameter = network.get_parameter(piece.name)
+            found += shards.parts(piece.name, parameter, piece.dim, piece.index, piece.experts)
         return found
 
     def _parts_now(self, network: nn.Module) -> list[shards.Part]:

@@ -34,10 +34,12 @@ def measure(
 
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
-    share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``.
-    The LM head is never run. ``progress(done, total)`` is called after each batch. Several ranks take the same batches
-    in turn, and all get the statistics over all of them; so all must call it. A batch that does not fit into memory is
-    run in halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
+    share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``, but
+    one with an image never is, and shares no batch with prompts without one. An expert counts the prompts that were
+    routed to it alone (see ``streaming.pooled``). The LM head is never run. ``progress(done, total)`` is called after
+    each batch. Several ranks take the same batches in turn, and all get the statistics over all of them; so all must
+    call it. A batch that does not fit into memory is run in halves, with a ``MemoryShortage`` warning, and so are all
+    later ones with as many tokens.
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
@@ -50,7 +52,7 @@ def measure(
     moments = []
     for prompts in (unsafe, safe):
         own, problem = Moments.zero((sum(model.widths),)), ""
-        encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
+        encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
         for number, batch in enumerate(length_batches(encoded, batch_tokens)):
             if number % ranks.world() == ranks.rank():
                 rows = [encoded[index] for index in batch]
@@ -102,7 +104,7 @@ def _part(progress: Progress, number: int, parts: int) -> Progress:
 
 def _not_finite(vectors: Tensor, prompts: Sequence[Prompt]) -> str:
     """What is wrong with the activation vectors of these prompts, if anything."""
-    bad = (~torch.isfinite(vectors)).any(dim=1).nonzero()
+    bad = vectors.isinf().any(dim=1).nonzero()
     if not len(bad):
         return ""
     return (
@@ -113,8 +115,9 @@ def _not_finite(vectors: Tensor, prompts: Sequence[Prompt]) -> str:
 
 def _of_all_ranks(own: Moments) -> Moments:
     """The moments over what all ranks have seen, merged in the order of the ranks: the same on each of them."""
-    counts = ranks.gather(own.count)
+    totals = ranks.gather((own.count, own.counts is not None))
     merged = Moments.zero(tuple(own.mean.shape))
-    for count, (mean, m2) in zip(counts, ranks.each_tensor(torch.stack([own.mean, own.m2])), strict=True):
-        merged = merged.merge(Moments(count, mean, m2))
+    parts = torch.stack([own.mean, own.m2, own.per_neuron.double()])
+    for (count, routed), (mean, m2, counts) in zip(totals, ranks.each_tensor(parts), strict=True):
+        merged = merged.merge(Moments(count, mean, m2, counts.long() if routed else None))
     return merged

@@ -75,6 +75,8 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
         state=state,
         run=config.name,
         frozen=frozen,
+        # Only a vision-language model is saved with its processor.
+        sees=(align / "model" / "processor_config.json").is_file(),
         frozen_text=f"{frozen['frozen']:,}",
         kept="bit-identical to" if frozen["frozen_identical"] else "NOT identical to",
         moved=f"{frozen['free_change']:.2%}",

@@ -1,4 +1,4 @@
-"""Loading a chat model, turning prompts into tokens, and generating answers in batches."""
+"""Loading a chat model, turning prompts into tokens and batches, and generating answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +16,22 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import logging as transformers_logging
 
-from safeneuron import embedded, quantising, ranks
+from safeneuron import embedded, quantising, ranks, vision
+from safeneuron.conformance import settle_layout
+from safeneuron.data import Prompt
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, decoder_of, feed_forwards, fingerprint
+from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
+from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
 
 Message = dict[str, str]
@@ -34,10 +39,11 @@ Message = dict[str, str]
 
 @dataclass
 class Model:
-    """A causal language model with its tokenizer.
+    """A causal language model with its tokenizer, or a vision-language model with its processor.
 
     ``name`` is what reports call it, ``source`` where it was loaded from, ``stored_dtype`` the precision of its weights
-    there, which may be another than the one it computes in now.
+    there, which may be another than the one it computes in now. Without a ``processor`` the model is asked in text
+    only; of a vision-language model, ``blind`` says why it has none.
     """
 
     network: PreTrainedModel
@@ -45,6 +51,9 @@ class Model:
     name: str
     source: str
     stored_dtype: torch.dtype = torch.float32
+    processor: ProcessorMixin | None = None
+    blind: str = ""
+    _known: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -54,19 +63,64 @@ class Model:
     @property
     def widths(self) -> tuple[int, ...]:
         """Number of neurons of each layer."""
-        return tuple(block.width for block in feed_forwards(self.network))
+        return widths_of(self.network)
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs belong."""
         return self.network.device
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, the processor's or the tokenizer's."""
+        return bool(self._sees_chats or self.tokenizer.chat_template)
+
+    @property
+    def _sees_chats(self) -> bool:
+        return self.processor is not None and bool(cast("Any", self.processor).chat_template)
+
+    def encode(self, messages: Sequence[Message], picture: Any = None) -> list[int]:
         """Token ids of a conversation through the chat template, with the generation prompt at the end.
 
-        A model without a chat template gets the bare text of the messages, with its own special tokens.
+        A picture (see ``Prompt``) stands at the beginning of the first message of the user; the result is then
+        ``vision.Tokens``. A model without a chat template gets the bare text of the messages, with its own special
+        tokens. Raises ``InputError`` for a picture that the model cannot be shown.
         """
+        if self.processor is not None and self._sees_chats:
+            if picture is None:
+                return vision.encode(self.processor, messages, None)
+            # The same pictures are asked about under every attack; how many tokens they take is remembered.
+            key = (repr(messages), digest_of(picture))
+            if key not in self._known:
+                self._known[key] = vision.encode(self.processor, messages, picture)
+            return self._known[key]
+        if picture is not None:
+            reason = self.blind or "it is no vision-language model, or its processor has no chat template"
+            raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
         return encode(self.tokenizer, messages)
+
+    def ask(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+        """Token ids of one request, with its picture if it has one, cut to its last ``max_tokens``.
+
+        Raises ``InputError`` like ``encode``, and where a picture would be cut.
+        """
+        ids = self.encode([{"role": "user", "content": prompt.written}], prompt.image)
+        return ids if max_tokens is None else vision.cut(ids, max_tokens, prompt.text)
+
+    def inputs(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
+        """What the network is given of encoded conversations, padded on the given side: ids, mask, pictures.
+
+        Either all rows have a picture or none has.
+        """
+        ids, mask = pad(rows, int(self.tokenizer.pad_token_id), side, self.device)
+        seen = [row for row in rows if isinstance(row, vision.Tokens)]
+        assert len(seen) in (0, len(rows)), "rows with and without a picture do not share a batch"
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.processor is None or not seen:
+            return inputs
+        features = [vision.features_of(self.processor, row) for row in seen]
+        together = vision.joined(features, [len(row) for row in seen], ids.shape[1], side)
+        return inputs | vision.pixels_at(together, self.network)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
@@ -79,7 +133,7 @@ class Model:
         if ranks.is_main():
             with whole_folder(folder) as neighbour:
                 self.network.save_pretrained(neighbour)
-                self.tokenizer.save_pretrained(neighbour)
+                (self.processor or self.tokenizer).save_pretrained(neighbour)
 
 
 @dataclass(frozen=True)
@@ -118,31 +172,39 @@ def load(
     trust_remote_code: bool = False,
     quantise: str = "none",
 ) -> Model:
-    """Load a chat model from the Hub, from a folder, or the embedded one (``"embedded"``).
+    """Load a chat model from the Hub, from a folder or GGUF file (dequantised), or the embedded one (``"embedded"``).
 
+    A vision-language model comes with its processor; where that cannot be loaded, it can be asked in text all the same.
     ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
     where the device computes in it, else float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of
     several ranks each its own.
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
 
+    Where its FFNs lie is proved on a few tokens (``conformance``).
+
     Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
     incomplete or not finite.
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
+    file: dict[str, Any] = {}
+    if source.endswith(".gguf"):
+        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
     place = _device(device)
     precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
         raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
     try:
-        stored = AutoConfig.from_pretrained(source, **options).dtype or torch.float32
+        config = AutoConfig.from_pretrained(source, **options)
+        stored = config.dtype or torch.float32
+        kind = AutoModelForImageTextToText if vision.sees(config) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Sizes that do not fit are reported below, with the missing weights; the library would only log their names.
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with ranks.whole_weights():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 source, dtype=precision or stored, use_safetensors=True, **report, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -156,15 +218,32 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     network, loading = loaded
-    feed_forwards(network)
+    if file:
+        quantising.forget(network)
+    widths_of(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()
     if quantise == "4bit":
         setattr(network.config, LINEAGE, fingerprint(network))
         quantising.quantise(network, decoder_of(network), place)
     network.to(place)
+    settle_layout(network)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
-    return Model(network, tokenizer, label, source, stored)
+    model = Model(network, tokenizer, label, source, stored)
+    if kind is AutoModelForImageTextToText:
+        _give_eyes(model, options)
+    return model
+
+
+def _give_eyes(model: Model, options: dict[str, Any]) -> None:
+    """Load the model's processor, which shares its tokenizer, or keep the reason why there is none."""
+    try:
+        processor: Any = vision.processor_of(model.source, options)
+    except InputError as error:
+        model.blind = str(error)
+        return
+    processor.tokenizer = model.tokenizer
+    model.processor = processor
 
 
 def quiet() -> None:
@@ -232,17 +311,24 @@ def generate(
     answer = cast("Callable[..., Tensor]", model.network.generate)
 
     def texts_of(batch: Sequence[int]) -> list[str]:
-        ids, mask = pad([prompts[i] for i in batch], int(model.tokenizer.pad_token_id), "left", model.device)
+        inputs = model.inputs([prompts[i] for i in batch], "left")
         around = nullcontext() if within is None else within(batch)
         with torch.inference_mode(), _seeded(sampling, batch[0], model.device), around:
-            out = answer(input_ids=ids, attention_mask=mask, generation_config=settings)
-        texts = model.tokenizer.batch_decode(out[:, ids.shape[1] - opening :], skip_special_tokens=True)
+            out = answer(**inputs, generation_config=settings)
+        width = inputs["input_ids"].shape[1]
+        texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
 
     def in_halves(batch: list[int]) -> list[str]:
-        return [text for part in halving.over(batch, texts_of) for text in part]
+        # Prompts with and without a picture may be in one batch, but not in one pass.
+        found: dict[int, str] = {}
+        for places in vision.kinds([prompts[index] for index in batch]):
+            alike = [batch[place] for place in places]
+            texts = [text for part in halving.over(alike, texts_of) for text in part]
+            found |= dict(zip(alike, texts, strict=True))
+        return [found[index] for index in batch]
 
     for batch, texts in zip(batches, ranks.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))

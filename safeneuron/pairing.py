@@ -55,7 +55,7 @@ def on_policy_pairs(
 
     def answers(prompts: Sequence[Prompt], done: int) -> list[str]:
         """Usable answers to the prompts; empty where the model refused or babbled."""
-        encoded = [model.encode(_conversation(prompt)) for prompt in prompts]
+        encoded = [model.ask(prompt) for prompt in prompts]
         texts = [""] * len(prompts)
         for batch in generate(model, encoded, max_new_tokens, batch_size):
             for index, text in batch:
@@ -71,12 +71,12 @@ def on_policy_pairs(
     intact = answers(asked, len(unsafe))
     compliant = [first or second for first, second in zip(attacked, intact, strict=False)]
     unsafe_pairs = [
-        Pair(_conversation(prompt), refusal(prompt, seed), answer, "on-policy:unsafe")
+        Pair(_conversation(prompt), refusal(prompt, seed), answer, "on-policy:unsafe", prompt.image)
         for prompt, answer in zip(unsafe, compliant, strict=True)
         if answer
     ]
     safe_pairs = [
-        Pair(_conversation(prompt), answer, refusal(prompt, seed + 1), "on-policy:safe")
+        Pair(_conversation(prompt), answer, refusal(prompt, seed + 1), "on-policy:safe", prompt.image)
         for prompt, answer in zip(safe, intact[len(unsafe) :], strict=True)
         if answer
     ]
@@ -106,4 +106,4 @@ def whole_sentences(text: str) -> str:
 
 
 def _conversation(prompt: Prompt) -> tuple[dict[str, str], ...]:
-    return ({"role": "user", "content": prompt.text},)
+    return ({"role": "user", "content": prompt.written},)

@@ -9,10 +9,12 @@ from itertools import islice
 from math import floor
 from pathlib import Path
 
-from safeneuron.catalogue import by_name, has_images
+from safeneuron.catalogue import by_name
 from safeneuron.data import Pair
+from safeneuron.drawing import drawn_pairs
 from safeneuron.errors import InputError
-from safeneuron.forms import pairs_in, refuse_images
+from safeneuron.forms import pairs_in
+from safeneuron.pictures import digest_of
 from safeneuron.rows import Source, as_source, read_rows, refuse_options
 
 
@@ -36,7 +38,11 @@ def read_pairs(
     - PKU-SafeRLHF: two responses with safety labels, of which ``safer_response_id`` is chosen. Rows are kept only when
       the chosen response is safe and the rejected one is not;
     - BeaverTails: ``prompt``, ``response``, ``is_safe``; a safe response is chosen over an unsafe one to its prompt;
-    - WildJailbreak: one ``completion``, to which the other answer is made.
+    - WildJailbreak: one ``completion``, to which the other answer is made;
+    - SPA-VL: ``image``, ``question``, ``chosen``, ``rejected``.
+
+    Texts and conversations may also have an ``image``: the path of a picture, relative to the file. With ``as_image``
+    in the source each request is drawn as one.
 
     Rows whose two answers are equal are left out. An empty text in a file is an error; in a Hub dataset, which the user
     cannot edit, its row is left out. ``dropped``, if given, is filled with the number of rows left out by reason.
@@ -47,15 +53,13 @@ def read_pairs(
     if source.path.startswith("twins:"):
         raise InputError(f"{source.path} holds prompts, not preference pairs; name a file or hub:owner/name instead")
     refuse_options(source, "is read as pairs", {"column": source.column, "where": source.where})
-    if has_images(source):
-        raise refuse_images(source.path)
     out: Counter[str] = Counter()
     pairs = list(islice(pairs_in(read_rows(source), source.path, out), source.count))
     if not pairs:
         raise InputError(f"{source.path} holds no usable pair: {left_out(out)}; use another split or another source")
     if dropped is not None:
         dropped.update(out)
-    return pairs
+    return drawn_pairs(pairs, source.said) if source.as_image else pairs
 
 
 def left_out(dropped: Counter[str]) -> str:
@@ -97,7 +101,8 @@ def _unlike(pairs: Iterable[Pair], others: Iterable[Pair]) -> list[Pair]:
     """Return each different pair once, without those among ``others``; where they come from makes no difference."""
 
     def key(pair: Pair) -> tuple[object, ...]:
-        return (*((message["role"], message["content"]) for message in pair.prompt), pair.chosen, pair.rejected)
+        turns = ((message["role"], message["content"]) for message in pair.prompt)
+        return (*turns, pair.chosen, pair.rejected, digest_of(pair.image))
 
     seen = {key(pair) for pair in others}
     kept = {key(pair): pair for pair in pairs if key(pair) not in seen}

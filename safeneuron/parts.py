@@ -83,22 +83,33 @@ class PartsTrainer(DPOTrainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         return loss
 
+    def kinds(self, inputs: Inputs) -> list[list[int]]:
+        """The pairs of a micro-batch, apart where they cannot share a pass; here they all can."""
+        return [list(range(pair_count(inputs)))]
+
+    def completed(self, part: Inputs) -> Inputs:
+        """A part as the model takes it; a subclass may put in what is made for each pass only."""
+        return part
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the chosen and the rejected answers under the reference, ``[pair]`` each."""
 
         def work(pairs: Sequence[int]) -> Any:
-            return DPOTrainer.compute_ref_log_probs(self, model, part_of(inputs, pairs))  # type: ignore[no-untyped-call]
+            part = self.completed(part_of(inputs, pairs))
+            return DPOTrainer.compute_ref_log_probs(self, model, part)  # type: ignore[no-untyped-call]
 
-        halving = self._halving()
-        chosen, rejected = zip(*halving.over(range(pair_count(inputs)), work), strict=True)
+        halving, kinds = self._halving(), self.kinds(inputs)
+        found = [torch.stack(part) for kind in kinds for part in halving.over(kind, work)]
         self._set_at_once(halving)
-        return torch.cat(chosen), torch.cat(rejected)
+        order = torch.tensor([pair for kind in kinds for pair in kind]).argsort()
+        chosen, rejected = torch.cat(found, dim=1)[:, order.to(found[0].device)]
+        return chosen, rejected
 
     def _in_parts(self, model: nn.Module, whole: Inputs, num_items_in_batch: Any) -> Tensor:
         self.whole, count = whole, pair_count(whole)
-        parts = self._halving().parts(range(count))
+        parts = self._all_parts(whole)
         if len(parts) == 1:
-            return self.part_step(model, whole, num_items_in_batch)
+            return self.part_step(model, self.completed(whole), num_items_in_batch)
         accumulation, weights = self.current_gradient_accumulation_steps, self.loss_weights
         losses: list[Tensor] = []
         logged: list[tuple[int, Metrics]] = []
@@ -115,7 +126,7 @@ class PartsTrainer(DPOTrainer):
                 # DDP adds up the gradients of all processes in the last pass, once.
                 alone = isinstance(model, DistributedDataParallel) and pairs is not parts[-1]
                 with self.accelerator.no_sync(model) if alone else nullcontext():
-                    losses.append(self.part_step(model, part, num_items_in_batch))
+                    losses.append(self.part_step(model, self.completed(part), num_items_in_batch))
                 logged.append((len(pairs), self._metrics["train"]))
         finally:
             self.current_gradient_accumulation_steps, self.loss_weights = accumulation, weights
@@ -129,15 +140,16 @@ class PartsTrainer(DPOTrainer):
         )
         return mine / all_of_them
 
+    def _all_parts(self, whole: Inputs) -> list[Sequence[int]]:
+        return [part for kind in self.kinds(whole) for part in self._halving().parts(kind)]
+
     def _halving(self) -> Halving[int]:
         return Halving("training", ADVICE, most=self.at_once)
 
     def _halve(self, error: BaseException) -> None:
         halving = self._halving()
         # The part that failed is one of these, and no part to come need be larger than half of the largest.
-        halving.halve(
-            max((part for whole in self._begun for part in halving.parts(range(pair_count(whole)))), key=len), error
-        )
+        halving.halve(max((part for whole in self._begun for part in self._all_parts(whole)), key=len), error)
         self._set_at_once(halving)
 
     def _set_at_once(self, halving: Halving[int]) -> None:
@@ -155,9 +167,10 @@ def pair_count(inputs: Inputs) -> int:
 
 
 def part_of(inputs: Inputs, pairs: Sequence[int]) -> Inputs:
-    """Some neighbouring pairs of a batch as a batch of their own, without the padding that they do not need.
+    """Some pairs of a batch as a batch of their own, without the padding that they do not need.
 
-    Tensors with an entry for each pair or for each row are split, and those of the shape of the token ids are cut.
+    Tensors and lists with an entry for each pair or for each row are split, and tensors of the shape of the token ids
+    are cut.
     """
     count, shape = pair_count(inputs), inputs["input_ids"].shape
     if len(pairs) == count:
@@ -166,6 +179,8 @@ def part_of(inputs: Inputs, pairs: Sequence[int]) -> Inputs:
     width = int(inputs["attention_mask"][rows].sum(dim=1).max())
 
     def split(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == count:
+            return [value[pair] for pair in pairs]
         if not isinstance(value, Tensor) or not value.dim() or len(value) not in (count, 2 * count):
             return value
         piece = value[rows] if len(value) == 2 * count else value[list(pairs)]

@@ -10,13 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron import shards
+from safeneuron.anatomy import FeedForward, is_transposed, weight_of
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
-from safeneuron.ffn import LINEAGE, config_of, feed_forwards, fingerprint, has_adapters, linear_in, names_in, network_of
+from safeneuron.ffn import (
+    LINEAGE,
+    config_of,
+    fingerprint,
+    has_adapters,
+    layers,
+    linear_in,
+    names_in,
+    network_of,
+)
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
-from safeneuron.quantising import is_quantised
+from safeneuron.quantising import is_quantised, packed_by
 from safeneuron.runs import whole_folder, write_json
+from safeneuron.stacks import ExpertStack
 
 RECORD = "pruning.json"
 
@@ -53,25 +64,84 @@ def engraved(model: Model, edit: Edit) -> Iterator[None]:
     edit.neurons.require(fingerprint(network), model.widths)
     _require_plain(network)
     changes: list[tuple[Tensor, Tensor, Tensor]] = []
-    for block in feed_forwards(network):
-        channels, values = edit.layer(block.layer)
-        if not len(channels):
-            continue
-        linear = linear_in(block.output)
-        columns = linear.weight.detach()[:, channels.to(linear.weight.device)]
-        new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
-        changes.append((linear.weight, _places(linear.weight, channels), new))
-        if values.any():
-            if linear.bias is None:
-                raise InputError(
-                    f"{edit.name} pins neurons to values, which would need a bias in the FFN's output projection, and "
-                    f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
-                )
-            constant = columns.double() @ values.to(columns.device)
-            everywhere = torch.arange(len(constant), device=constant.device)
-            changes.append((linear.bias, everywhere, linear.bias.detach().double() + constant))
+    for layer in layers(network):
+        for block in layer.blocks:
+            for change in _engraved_in(network, block, edit):
+                changes.append(change)
     with _weights_changed(network, changes):
         yield
+
+
+def _engraved_in(
+    network: nn.Module, block: FeedForward | ExpertStack, edit: Edit
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What one FFN, or one expert after another, needs to hold of the edit: a parameter, places in it, new values."""
+    if isinstance(block, ExpertStack):
+        weight = block.parameter(block.output)
+        name = f"{block.output.name}_bias"
+        for expert in range(block.count):
+            channels, values = edit.layer(block.layer, block.first + expert * block.width, block.width)
+            first = expert * weight[0].numel()
+            bias = block.module._parameters.get(name)
+            yield from _held(network, edit, weight[expert], weight, first, block.output.dim == 1, channels, values)
+            if values.any():
+                yield _constant(network, edit, weight[expert], bias, expert, block.output.dim == 1, channels, values)
+        return
+    channels, values = edit.layer(block.layer, block.first, block.width)
+    plain = weight_of(block.output)
+    assert plain is not None, "_require_plain has seen them"
+    turned = is_transposed(block.output)
+    yield from _held(network, edit, plain, plain, 0, turned, channels, values)
+    if values.any():
+        bias = linear_in(block.output)._parameters.get("bias")
+        yield _constant(network, edit, plain, bias, None, turned, channels, values)
+
+
+def _held(
+    network: nn.Module,
+    edit: Edit,
+    matrix: Tensor,
+    weight: nn.Parameter,
+    first: int,
+    turned: bool,
+    channels: Tensor,
+    values: Tensor,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The columns of one matrix, whose entries begin at place ``first`` of the weight, times the factor of the edit."""
+    if len(channels):
+        columns = _columns(matrix, channels, turned)
+        new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
+        rows = torch.arange(columns.shape[0], device=weight.device)
+        across, down = (matrix.stride(1), matrix.stride(0)) if not turned else (matrix.stride(0), matrix.stride(1))
+        yield weight, first + (rows[:, None] * down + channels.to(weight.device) * across).flatten(), new
+
+
+def _constant(
+    network: nn.Module,
+    edit: Edit,
+    matrix: Tensor,
+    bias: nn.Parameter | None,
+    expert: int | None,
+    turned: bool,
+    channels: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias of the output projection with what the pinned neurons always say."""
+    if bias is None:
+        raise InputError(
+            f"{edit.name} pins neurons to values, which would need a bias in the FFN's output projection, and "
+            f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
+        )
+    constant = _columns(matrix, channels, turned).double() @ values.to(matrix.device)
+    own = bias if expert is None else bias[expert]
+    place = torch.arange(len(constant), device=constant.device) + (expert or 0) * len(constant)
+    return bias, place, own.detach().double() + constant
+
+
+def _columns(matrix: Tensor, channels: Tensor, turned: bool) -> Tensor:
+    """What the output projection reads of some neurons, ``[hidden, channel]``."""
+    columns = matrix.detach().T if turned else matrix.detach()
+    return columns[:, channels.to(matrix.device)]
 
 
 @contextmanager
@@ -124,17 +194,17 @@ def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor,
             config.pop(LINEAGE, None)
 
 
-def _places(weight: Tensor, channels: Tensor) -> Tensor:
-    """The places of some columns in the flattened weight, row by row."""
-    rows = torch.arange(weight.shape[0], device=weight.device)
-    return (rows[:, None] * weight.shape[1] + channels.to(weight.device)).flatten()
-
-
 def _require_plain(network: nn.Module) -> None:
     """Raise ``InputError`` for weights that are not what the model computes with, or not all here."""
     if has_adapters(network):
         raise InputError(
             "the model has adapters, so its weights are not what it computes with; merge them first with merge_adapters"
+        )
+    packed = packed_by(network)
+    if packed:
+        raise InputError(
+            f"the weights are packed ({packed}), so single ones cannot be changed; load an unpacked checkpoint, or use "
+            "the hook (pruned)"
         )
     for name, parameter in network.named_parameters():
         if is_quantised(parameter):

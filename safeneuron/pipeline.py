@@ -51,7 +51,7 @@ from safeneuron.runs import (
     write_lines,
     writing,
 )
-from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.selecting import FEWEST, choose, resolve_thresholds, score
 from safeneuron.sources import (
     file_hashes,
     hashes_of,
@@ -169,7 +169,7 @@ class Pipeline:
                 raise InputError("there are no harmful prompts to attack with; check data.test_unsafe in the config")
             warnings += check_splits(**prompts)
             for role, found in prompts.items():
-                write_lines(folder / f"{role}.jsonl", (prompt.to_record() for prompt in found))
+                write_lines(folder / f"{role}.jsonl", (prompt.to_record(folder) for prompt in found))
             self.warn(folder, warnings)
 
         files = {role: hashes_of(getattr(table, role)) for role in PROMPTS}
@@ -211,7 +211,15 @@ class Pipeline:
             selection.es.save(folder / "ES.json")
             selection.sas.save(folder / "SAS.json")
             selection.union.save(folder / "neurons.json")
-            write_json(folder / "thresholds.json", {**thresholds._asdict(), "significant": scores.significant})
+            found = {**thresholds._asdict(), "significant": scores.significant}
+            if scores.unscored:
+                found["unscored"] = scores.unscored
+                silent = (
+                    f"{scores.unscored:,} of {selection.union.total:,} neurons of {state.name} were not scored: fewer "
+                    f"than {FEWEST} prompts of a class were routed to their experts"
+                )
+                self.warn(folder, [silent])
+            write_json(folder / "thresholds.json", found)
 
         self.stage(f"{state.name}/select", {"select": table.model_dump()}, [f"{state.name}/measure"], work)
 
@@ -376,7 +384,7 @@ class Pipeline:
                 pairs = mix(safety, general, table.safety_share, table.count, self.config.seed)
             else:
                 pairs = safety[: table.count]
-            write_lines(folder / "pairs.jsonl", (pair.to_record() for pair in pairs))
+            write_lines(folder / "pairs.jsonl", (pair.to_record(folder) for pair in pairs))
             tests = {role: self.findings.prompts(role) for role in ("test_unsafe", "test_safe")}
             self.warn(folder, [*warnings, *leaks(pairs, tests)])
 
@@ -392,8 +400,8 @@ class Pipeline:
             found = self.findings.found(chain)
             start = self.model(before, "float32" if table.quantise == "none" else "", table.quantise)
             self._loaded = None
-            records = read_lines(self.run.folder / "T0" / "pairs" / "pairs.jsonl")
-            pairs = [Pair.from_record(record) for record in records]
+            made = self.run.folder / "T0" / "pairs"
+            pairs = [Pair.from_record(record, made) for record in read_lines(made / "pairs.jsonl")]
             frozen = self.findings.frozen(table, found)
             plan = plan_for(start, pairs, training_of(self.config, table), frozen, table.fit_memory)
             self.watcher.noted(f"{state.name}/align needs about {plan.sentence()}")
@@ -431,6 +439,9 @@ class Pipeline:
 
         # How often it is done, and what it needs in memory, are not part of what a training is.
         apart = {"label", "rounds", "stop_early", "fit_memory"}
+        if not table.freeze_routers:
+            # So that what was trained before there was such a switch still counts.
+            apart.add("freeze_routers")
         settings = {"align": table.model_dump(exclude=apart), "seed": self.config.seed}
         settings["model"] = self.config.model.model_dump()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from safeneuron import embedded, ranks
 from safeneuron.data import Pair
 from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, feed_forwards
+from safeneuron.ffn import decoder_of, layers_of, widths_of
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
 from safeneuron.training import Training, is_sharded
+from safeneuron.vision import sees
 
 GB = 2**30
 Need = dict[str, float]
@@ -74,8 +75,8 @@ class Shape:
         size = int(vars(config).get("head_dim") or config.hidden_size // heads)
         queries = heads * size
         keys = int(vars(config).get("num_key_value_heads") or heads) * size
-        width = max(block.width for block in feed_forwards(network))
-        blocks: Any = decoder_of(network).layers
+        width = max(widths_of(network))
+        blocks: Any = layers_of(decoder_of(network))
         layer = max(blocks, key=_parameters)
         linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         embeddings: Any = network.get_input_embeddings()
@@ -108,19 +109,26 @@ class Shape:
 
         Raises ``InputError`` when there is no config, or it is of a model that ``ffn`` does not know.
         """
+        network = cls.network(name, revision, trust_remote_code)
+        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+
+    @staticmethod
+    def network(name: str, revision: str = "", trust_remote_code: bool = False) -> PreTrainedModel:
+        """The network that a model's config describes, on the meta device; raises ``InputError`` as ``read`` does."""
         source = str(embedded.embedded_folder()) if name == embedded.NAME else name
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
+            kind: Any = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
             with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+                network: PreTrainedModel = kind.from_config(config, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"the config of the model {name!r} cannot be read ({reason}); expected 'embedded', a folder with a "
                 "config.json in Hugging Face form, or a name on the Hub that this machine can reach"
             ) from error
-        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
+        return network
 
 
 @dataclass(frozen=True)
@@ -314,12 +322,14 @@ def longest_pair(model: Model, pairs: Sequence[Pair], max_length: int) -> int:
     Only the pairs with the most characters are turned into tokens, so that it takes no time with many pairs.
     """
     texts = [
-        [*pair.prompt, {"role": "assistant", "content": answer}]
+        ([*pair.prompt, {"role": "assistant", "content": answer}], pair.image)
         for pair in pairs
         for answer in (pair.chosen, pair.rejected)
     ]
-    texts.sort(key=lambda messages: sum(len(message["content"]) for message in messages), reverse=True)
-    return min(max_length, max((len(model.encode(messages)) for messages in texts[:64]), default=max_length))
+    texts.sort(key=lambda text: sum(len(message["content"]) for message in text[0]), reverse=True)
+    # A picture's tokens do not show in the characters, so that pairs with one are taken whatever their length.
+    some = [*texts[:64], *[text for text in texts[64:] if text[1] is not None][:64]]
+    return min(max_length, max((len(model.encode(messages, image)) for messages, image in some), default=max_length))
 
 
 def _pairs_at_once(training: Training, device: Device) -> int:

@@ -111,7 +111,8 @@ def _vectors(
     for number, batch in enumerate(length_batches(encoded, batch_tokens)):
         if number % ranks.world() == ranks.rank():
             parts = halving.over([encoded[index] for index in batch], lambda part: pooled(model, part, pooling))
-            found[batch] = torch.cat(parts)
+            # An expert that was not asked says nothing.
+            found[batch] = torch.cat(parts).nan_to_num(0.0, torch.inf, -torch.inf)
         done += len(batch)
         if progress is not None:
             progress(done, len(prompts))

@@ -66,11 +66,31 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
             linear.weight = nn.Parameter(dense(module.weight).cpu())
             linear.bias = module.bias
             plain.set_submodule(name, linear.train(module.training))
-    for mark in vars(plain).keys() & MARKS:
-        delattr(plain, mark)
-    vars(plain.config).pop("quantization_config", None)
+    forget(plain)
     plain.to("cpu")  # type: ignore[arg-type]
     return plain
+
+
+def forget(network: PreTrainedModel) -> None:
+    """Take off a plain network what transformers noted when its weights were quantised, as those of GGUF files are."""
+    for mark in vars(network).keys() & MARKS:
+        delattr(network, mark)
+    vars(network.config).pop("quantization_config", None)
+
+
+def packed_by(network: nn.Module) -> str:
+    """The class of the first linear layer whose weights another library has packed (GPTQ, AWQ, ...); empty if none.
+
+    Such a layer can be measured, pruned and given adapters like any other, but its weights cannot be read or written.
+    """
+    for module in network.modules():
+        facts = vars(module)
+        if isinstance(facts.get("in_features"), int) and isinstance(facts.get("out_features"), int):
+            weight = module._parameters.get("weight")
+            holds = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            if weight is None and holds and not module._modules:
+                return type(module).__name__
+    return ""
 
 
 def has_four_bits(network: nn.Module) -> bool:

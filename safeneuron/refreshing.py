@@ -10,6 +10,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,20 @@ from safeneuron.neurons import NeuronSet
 from safeneuron.parts import pair_count
 from safeneuron.runs import read_json, write_json
 from safeneuron.streaming import log_probabilities
+from safeneuron.vision import run_without_head
 
 FILE = "refresh.json"
+NOT_SEEN = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+"""What of a micro-batch the loss is given, and the model is not."""
 ROWS, SET = "ablated_rows", "ablated_set"
 """The names, among a micro-batch's tensors, of what says which of its rows are ablated, and by which set's number."""
 
 
 class RefreshTrainer(PreferenceTrainer):
-    """TRL's DPO with a share of each batch ablated; ``refresh`` is to be set before training."""
+    """TRL's DPO with a share of each batch ablated; ``refresh`` and the ``given`` model are set before training."""
 
     refresh: Refresh
+    given: Model
     sets: Sequence[NeuronSet] = ()
     found_at: int = -1
     turn: tuple[int, int] = (-1, 0)
@@ -104,7 +109,7 @@ class RefreshTrainer(PreferenceTrainer):
             network = self._network
             network.train(False)
             with self.compute_loss_context_manager():
-                self.sets = list(self.refresh.find(Model(network, self._tokenizer, "policy", "")))
+                self.sets = list(self.refresh.find(replace(self.given, network=network, name="policy")))
             network.train()
             self.found_at = step
 
@@ -120,11 +125,14 @@ class RefreshTrainer(PreferenceTrainer):
 
         The intact policy is the teacher: no gradient flows into it, so that it is not drawn towards the damage.
         """
-        rows = self.ablated_rows
+        rows, words = self.ablated_rows, ("input_ids", "attention_mask")
+        seen = {name: value for name, value in inputs.items() if name not in (*words, *NOT_SEEN)}
         with torch.no_grad(), self.compute_loss_context_manager():
-            out = decoder_of(self._network)(
-                input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows], use_cache=False
-            )
+            if seen:
+                # Pictures cannot be told apart by rows any more.
+                out = run_without_head(self._network, {**{name: inputs[name] for name in words}, **seen})
+                return self._answer_tokens(out.last_hidden_state[rows], inputs)
+            out = run_without_head(self._network, {name: inputs[name][rows] for name in words})
         return self._answer_tokens(out.last_hidden_state, inputs)
 
     def _answer_tokens(self, hidden: Tensor, inputs: dict[str, Any]) -> Tensor:

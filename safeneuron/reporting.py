@@ -102,7 +102,7 @@ def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list
     for example in examples:
         opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
         title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
-        kept.setdefault(title, []).append({**example, "response": opening, "hidden": hidden})
+        kept.setdefault(title, []).append({"image": "", **example, "response": opening, "hidden": hidden})
     return kept
 
 
@@ -203,7 +203,8 @@ def quoted(example: dict[str, Any]) -> str:
     """Prompt and verdict of one example, and its response as a quotation."""
     hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
     response = "\n> ".join(plain(line) for line in (example["response"] + hidden).splitlines() or [""])
-    return f"{plain(example['prompt'])} *({plain(example['verdict'])})*\n\n> {response}"
+    image = f" [image: {plain(example['image'])}]" if example.get("image") else ""
+    return f"{plain(example['prompt'])}{image} *({plain(example['verdict'])})*\n\n> {response}"
 
 
 def pictures(drawn: dict[str, str], *names: str) -> list[str]:

@@ -40,6 +40,10 @@ class Source:
     """Of prompts: keep the rows that have this value in this column, as in ``label = safe``."""
     category: str = ""
     """Of prompts: the category of all of them, in place of their own."""
+    as_image: bool = False
+    """Of prompts: each is drawn as a picture (``drawing``)."""
+    said: str = ""
+    """Of prompts with a picture: what is written beside it; for a folder of pictures, what is asked about each."""
 
 
 LOADING: dict[str, dict[str, Any]] = {
@@ -239,5 +243,15 @@ def _hub_rows(source: Source) -> Iterator[Row]:
         page = f"https://huggingface.co/datasets/{name}"
         access = f"; it is gated: accept its terms on {page}, then log in with `hf auth login`" if name in GATED else ""
         raise InputError(f"{source.path} cannot be loaded: {cause}{access}") from error
-    for number, values in enumerate(dataset):
+    for number, values in enumerate(_undecoded(dataset)):
         yield Row(f"{source.path} row {number}", values, mendable=False)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The data set with its pictures as the bytes of their files: decoded, a thousand of them would fill the memory."""
+    import datasets
+
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron.errors import InputError
-from safeneuron.ffn import feed_forwards, linear_in, names_in, require_eager
+from safeneuron.ffn import feed_forwards, linear_in, names_in, require_dense, require_eager
 from safeneuron.models import Model
 from safeneuron.quantising import dense
 from safeneuron.rankings import Ranking
@@ -140,6 +140,7 @@ def _top(scores: Tensor, share: float) -> Tensor:
 def _matrices(model: Model) -> list[Matrix]:
     """Every weight matrix of every FFN, in the order of the layers, the inputs before the output."""
     require_eager(model)
+    require_dense(model, "SNIP or Wanda")
     names = names_in(model.network)
     found = []
     for block in feed_forwards(model):
@@ -147,7 +148,13 @@ def _matrices(model: Model) -> list[Matrix]:
         for rows in block.inputs:
             firsts[rows.module] = (*firsts.get(rows.module, ()), rows.first)
         for module, first in [*firsts.items(), (block.output, None)]:
-            weight = linear_in(module).weight
+            linear = linear_in(module)
+            if not isinstance(linear, nn.Linear) or "weight" not in linear._parameters:
+                raise InputError(
+                    f"SNIP and Wanda read FFNs of torch's linear layers, but layer {block.layer} has a "
+                    f"{type(linear).__name__}; use the paper's selector there"
+                )
+            weight = linear.weight
             found.append(Matrix(names[id(weight)], block.layer, module, weight.detach(), first))
     return found
 

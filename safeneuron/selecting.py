@@ -22,6 +22,8 @@ from safeneuron.neurons import NeuronSet
 from safeneuron.statistics import ActivationStats, load_tensors, save_tensors
 
 DEFAULT_DENSITY = 0.01
+FEWEST = 8
+"""An expert that fewer prompts of a class were routed to is not scored: its means would say nothing."""
 _VECTORS = ("d", "shift", "z", "t", "q")
 
 
@@ -30,7 +32,9 @@ def pooled_deviation(unsafe: Moments, safe: Moments) -> Tensor:
 
     s = sqrt(((n_u - 1) var_u + (n_s - 1) var_s) / (n_u + n_s - 2))
     """
-    return ((unsafe.m2 + safe.m2) / (unsafe.count + safe.count - 2)).sqrt()
+    if unsafe.counts is None and safe.counts is None:
+        return ((unsafe.m2 + safe.m2) / (unsafe.count + safe.count - 2)).sqrt()
+    return ((unsafe.m2 + safe.m2) / (unsafe.per_neuron + safe.per_neuron - 2).clamp(min=1)).sqrt()
 
 
 def effect_size(unsafe: Moments, safe: Moments) -> Tensor:
@@ -50,32 +54,44 @@ def activation_shift(unsafe: Moments, safe: Moments) -> Tensor:
     return unsafe.mean - safe.mean
 
 
-def shift_zscore(shift: Tensor, widths: tuple[int, ...]) -> Tensor:
+def shift_zscore(shift: Tensor, widths: tuple[int, ...], scored: Tensor | None = None) -> Tensor:
     """How far each neuron's shift stands out among the neurons of its own layer (Eq. 10).
 
         z = (D - mean of D over the layer) / standard deviation of D over the layer
 
-    A layer whose shifts are all equal gets 0.
+    A layer whose shifts are all equal gets 0. Neurons that are not ``scored``, boolean ``[neuron]``, are left out and
+    get 0.
     """
-    scores = []
-    for layer in torch.split_with_sizes(shift, widths):
-        centred = layer - layer.mean()
+    scores = torch.zeros_like(shift)
+    counted = torch.ones_like(shift, dtype=torch.bool) if scored is None else scored
+    parts = zip(
+        torch.split_with_sizes(shift, widths),
+        torch.split_with_sizes(counted, widths),
+        torch.split_with_sizes(scores, widths),
+        strict=True,
+    )
+    for layer, here, z in parts:
+        own = layer[here]
+        centred = own - own.mean()
         deviation = centred.square().mean().sqrt()
-        scores.append(centred / deviation if deviation > 0 else torch.zeros_like(layer))
-    return torch.cat(scores)
+        if len(own) and deviation > 0:
+            z[here] = centred / deviation
+    return scores
 
 
-def t_statistic(d: Tensor, unsafe_count: int, safe_count: int) -> Tensor:
-    """Student's t of each effect size: t = d sqrt(n_u n_s / (n_u + n_s)).
+def t_statistic(d: Tensor, unsafe_count: int | Tensor, safe_count: int | Tensor) -> Tensor:
+    """Student's t of each effect size: t = d sqrt(n_u n_s / (n_u + n_s)); counts of all neurons, or of each.
 
     This, not d, has the null distribution that Theorem 3.1 assumes.
     """
-    return d * math.sqrt(unsafe_count * safe_count / (unsafe_count + safe_count))
+    if isinstance(unsafe_count, int) and isinstance(safe_count, int):
+        return d * math.sqrt(unsafe_count * safe_count / (unsafe_count + safe_count))
+    return d * (unsafe_count * safe_count / torch.as_tensor(unsafe_count + safe_count).clamp(min=1)).sqrt()
 
 
-def q_values(t: Tensor, degrees: int) -> Tensor:
+def q_values(t: Tensor, degrees: int | Tensor) -> Tensor:
     """One-sided p-values of ``t`` under Student's t, corrected for the false-discovery rate (Benjamini-Hochberg)."""
-    p = stdtr(degrees, -t.numpy())
+    p = stdtr(degrees if isinstance(degrees, int) else degrees.numpy(), -t.numpy())
     return torch.from_numpy(false_discovery_control(p, method="bh"))
 
 
@@ -97,7 +113,11 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores of all neurons: effect size ``d``, shift ``D``, its layer-wise ``z``, ``t`` and q-value."""
+    """All scores of all neurons: effect size ``d``, shift ``D``, its layer-wise ``z``, ``t`` and q-value.
+
+    ``scored``, boolean ``[neuron]``, says whose experts saw too few prompts to be scored: those have zeros and
+    can never be chosen. ``None`` where all neurons are scored.
+    """
 
     d: Tensor
     shift: Tensor
@@ -106,6 +126,12 @@ class Scores:
     q: Tensor
     widths: tuple[int, ...]
     fingerprint: str
+    scored: Tensor | None = None
+
+    @property
+    def unscored(self) -> int:
+        """Number of neurons that could not be scored."""
+        return 0 if self.scored is None else int((~self.scored).sum())
 
     @property
     def significant(self) -> int:
@@ -115,6 +141,8 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
         tensors = {name: vars(self)[name] for name in _VECTORS}
+        if self.scored is not None:
+            tensors["scored"] = self.scored
         save_tensors(path, tensors, {"kind": "scores", "widths": list(self.widths), "fingerprint": self.fingerprint})
 
     @staticmethod
@@ -122,16 +150,36 @@ class Scores:
         """Read scores written by ``save``; ``InputError`` for a missing or foreign file."""
         tensors, header = load_tensors(path, "scores", _VECTORS)
         d, shift, z, t, q = (tensors[name] for name in _VECTORS)
-        return Scores(d, shift, z, t, q, tuple(header["widths"]), header["fingerprint"])
+        return Scores(d, shift, z, t, q, tuple(header["widths"]), header["fingerprint"], tensors.get("scored"))
 
 
 def score(stats: ActivationStats) -> Scores:
-    """Every score of every neuron (Eq. 5, 6, 9, 10), from the statistics alone."""
+    """Every score of every neuron (Eq. 5, 6, 9, 10), from the statistics alone.
+
+    In a mixture of experts a neuron is scored over the prompts that its expert was asked about, if they are ``FEWEST``
+    or more in each class.
+    """
+    if stats.unsafe.counts is not None or stats.safe.counts is not None:
+        return _score_of_experts(stats)
     d = effect_size(stats.unsafe, stats.safe)
     shift = activation_shift(stats.unsafe, stats.safe)
     t = t_statistic(d, stats.unsafe.count, stats.safe.count)
     q = q_values(t, stats.unsafe.count + stats.safe.count - 2)
     return Scores(d, shift, shift_zscore(shift, stats.widths), t, q, stats.widths, stats.fingerprint)
+
+
+def _score_of_experts(stats: ActivationStats) -> Scores:
+    """The scores where neurons have counts of their own."""
+    asked, others = stats.unsafe.per_neuron, stats.safe.per_neuron
+    scored = (asked >= FEWEST) & (others >= FEWEST)
+    d = torch.where(scored, effect_size(stats.unsafe, stats.safe), 0.0)
+    shift = torch.where(scored, activation_shift(stats.unsafe, stats.safe), 0.0)
+    t = t_statistic(d, asked, others)
+    q = torch.ones_like(t)
+    if bool(scored.any()):
+        q[scored] = q_values(t[scored], (asked + others - 2)[scored])
+    z = shift_zscore(shift, stats.widths, scored)
+    return Scores(d, shift, z, t, q, stats.widths, stats.fingerprint, scored)
 
 
 def thresholds_for(scores: Scores, density: float) -> Thresholds:

@@ -29,8 +29,13 @@ class Server:
     ends: list[int]
     name: str
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation through the chat template, as ``Model.encode`` gives them."""
+    def encode(self, messages: Sequence[Message], picture: Any = None) -> list[int]:
+        """Token ids of a conversation through the chat template, as ``Model.encode`` gives them.
+
+        Raises ``InputError`` for a picture.
+        """
+        if picture is not None:
+            raise InputError('prompts with images are not answered by vLLM here; use attack.backend = "transformers"')
         return encode(self.tokenizer, messages)
 
 

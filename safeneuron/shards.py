@@ -3,7 +3,8 @@
 Three ways of holding a parameter are understood. Whole: one device, or DDP. By rows: a DTensor of FSDP2, whose
 processes hold blocks of rows, all replicas alike (also hybrid, HSDP). Flat: DeepSpeed's ZeRO, whose optimizer steps on
 a master copy of its own, a run of the flattened parameter in each process, which the weights then follow. In each of
-them, what this process holds is ``index`` along ``dim`` of some tensor of its own: a ``Part``.
+them, what this process holds is ``index`` along ``dim`` of some tensor of its own: a ``Part``. Of a parameter of many
+experts, ``[expert, row, column]``, an entry is a row or column of one expert.
 """
 
 from __future__ import annotations
@@ -29,43 +30,54 @@ ZERO = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimiz
 
 @dataclass(frozen=True)
 class Part:
-    """What this process holds of some entries: ``index`` along ``dim`` of ``tensor``, or of its own shard of that."""
+    """What this process holds of some entries: ``index`` along ``dim`` of ``tensor``, or of its own shard of that.
+
+    With ``experts``, as many, entry ``n`` is ``index[n]`` along ``dim`` within ``tensor[experts[n]]``.
+    """
 
     name: str
     tensor: Tensor
     dim: int
     index: Tensor
+    experts: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """The shape of ``values()``."""
         shape = list(_local(self.tensor).shape)
-        shape[self.dim] = len(self.index)
+        if self.experts is not None:
+            shape = [len(self.index), *(size for at, size in enumerate(shape) if at not in (0, self.dim))]
+        else:
+            shape[self.dim] = len(self.index)
         return torch.Size(shape)
 
     def values(self) -> Tensor:
-        """A copy of the entries as they are now."""
+        """A copy of the entries as they are now; those of experts one after another, ``[entry, ...]``."""
         with torch.no_grad():
-            return _local(self.tensor).index_select(self.dim, self.index)
+            return _selected(_local(self.tensor), self.dim, self.index, self.experts)
 
     def restore(self, values: Tensor) -> None:
         """Write the entries, in the precision that they have here."""
         with torch.no_grad():
             local = _local(self.tensor)
-            local.index_copy_(self.dim, self.index, values.to(local.device, local.dtype))
+            new = values.to(local.device, local.dtype)
+            if self.experts is None:
+                local.index_copy_(self.dim, self.index, new)
+            else:
+                local.movedim(self.dim, 1)[self.experts, self.index] = new
 
     def clear_gradient(self) -> None:
         """Set the gradient of the entries to zero."""
         if self.tensor.grad is not None:
             with torch.no_grad():
-                _local(self.tensor.grad).index_fill_(self.dim, self.index, 0)
+                _clear(_local(self.tensor.grad), self.dim, self.index, self.experts)
 
     def has_gradient(self) -> bool:
         """Whether any entry would be moved; NaN is what clipping makes of zero when another gradient is not finite."""
         if self.tensor.grad is None:
             return False
         with torch.no_grad():
-            gradient = _local(self.tensor.grad).index_select(self.dim, self.index)
+            gradient = _selected(_local(self.tensor.grad), self.dim, self.index, self.experts)
         return bool((gradient.abs() > 0).any())
 
 
@@ -84,8 +96,8 @@ class _Run:
         return here, numbers[here] - self.first + self.start
 
 
-def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> list[Part]:
-    """What this process holds of the entries ``index`` along ``dim`` of the whole parameter.
+def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> list[Part]:
+    """What this process holds of the entries ``index`` along ``dim`` of the whole parameter, or of its ``experts``.
 
     The part of the weights themselves comes first; where the optimizer steps on a copy of them, the part of that copy
     follows. ``InputError`` if the parameter is spread in a way that is not understood.
@@ -93,36 +105,45 @@ def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> list[P
     index = index.to(parameter.device)
     if isinstance(parameter, DTensor):
         here, _ = _rows_here(name, parameter)
-        if dim == 0:
-            index = index[(index >= here.start) & (index < here.stop)] - here.start
+        along = index if experts is None else experts.to(index.device)
+        if dim == 0 or experts is not None:
+            own = (along >= here.start) & (along < here.stop)
+            if experts is not None:
+                return [Part(name, parameter, dim, index[own], along[own] - here.start)]
+            index = index[own] - here.start
         return [Part(name, parameter, dim, index)]
     runs = [run for run in (_partition(name, parameter), _master(name, parameter)) if run is not None]
-    weights = [] if _is_partitioned(parameter) else [Part(name, parameter, dim, index)]
+    experts = None if experts is None else experts.to(parameter.device)
+    weights = [] if _is_partitioned(parameter) else [Part(name, parameter, dim, index, experts)]
     if runs:
-        numbers = _numbers(shape_of(parameter), dim, index)
+        numbers = _numbers(shape_of(parameter), dim, index, experts)
         weights += [Part(name, run.flat, 0, run.positions(numbers)[1].to(run.flat.device)) for run in runs]
     return weights
 
 
-def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> Tensor:
-    """The entries of the whole parameter, ``parameter.index_select(dim, index)``, in every process.
+def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> Tensor:
+    """The entries of the whole parameter, ``parameter.index_select(dim, index)`` or of its experts, in every process.
 
     Only these entries are exchanged, never a whole parameter. All processes that share the parameter must call it.
     """
     index = index.to(parameter.device)
     if isinstance(parameter, DTensor):
         here, group = _rows_here(name, parameter)
-        values = parts(name, parameter, dim, index)[0].values()
+        values = parts(name, parameter, dim, index, experts)[0].values()
         rows = torch.arange(here.start, here.stop, device=index.device)
-        if dim == 0:
-            rows = ((index >= here.start) & (index < here.stop)).nonzero().flatten()
+        if dim == 0 or experts is not None:
+            along = index if experts is None else experts.to(index.device)
+            rows = ((along >= here.start) & (along < here.stop)).nonzero().flatten()
     elif (run := _partition(name, parameter)) is not None:
-        rows, places = run.positions(_numbers(shape_of(parameter), dim, index).to(run.flat.device))
+        numbers = _numbers(shape_of(parameter), dim, index, experts)
+        rows, places = run.positions(numbers.to(run.flat.device))
         values, group = run.flat.detach()[places], vars(parameter)["ds_process_group"]
     else:
-        return parameter.detach().index_select(dim, index)
+        return _selected(parameter.detach(), dim, index, experts)
     shape = list(shape_of(parameter))
     shape[dim] = len(index)
+    if experts is not None:
+        shape = [len(index), *(size for at, size in enumerate(shape_of(parameter)) if at not in (0, dim))]
     gathered = values.new_zeros(shape if values.dim() == len(shape) else [math.prod(shape)])
     gathered.index_copy_(0, rows.to(values.device), values)
     return _sum_of_bits(gathered, group).view(shape)
@@ -202,15 +223,17 @@ def stepper(optimizer: Any) -> torch.optim.Optimizer:
     return followed
 
 
-def keep_gradient_zero(name: str, parameter: nn.Parameter, dim: int, index: Tensor) -> RemovableHandle:
+def keep_gradient_zero(
+    name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None
+) -> RemovableHandle:
     """From now on the entries' gradients are zero as soon as they exist, before anything is made of them."""
     if _is_partitioned(parameter) or "_hp_mapping" in vars(parameter):
         # ZeRO takes the gradient away right after it was accumulated, so it is masked on its way there.
-        handle = parameter.register_hook(lambda gradient: gradient.index_fill(dim, index, 0))  # type: ignore[no-untyped-call]
+        handle = parameter.register_hook(lambda gradient: _clear(gradient.clone(), dim, index, experts))  # type: ignore[no-untyped-call]
         assert isinstance(handle, RemovableHandle), "torch makes no other"
         return handle
     # Under FSDP2 only this kind of hook sees the gradient of the shard; everywhere it comes before clipping.
-    (part,) = parts(name, parameter, dim, index)
+    (part,) = parts(name, parameter, dim, index, experts)
     handle = parameter.register_post_accumulate_grad_hook(lambda _: part.clear_gradient())  # type: ignore[no-untyped-call]
     assert isinstance(handle, RemovableHandle), "torch makes no other"
     return handle
@@ -219,6 +242,21 @@ def keep_gradient_zero(name: str, parameter: nn.Parameter, dim: int, index: Tens
 def _local(tensor: Tensor) -> Tensor:
     """The tensor, or this process's shard of it; the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _selected(tensor: Tensor, dim: int, index: Tensor, experts: Tensor | None) -> Tensor:
+    """A copy of the entries."""
+    if experts is None:
+        return tensor.index_select(dim, index)
+    return tensor.movedim(dim, 1)[experts.to(tensor.device), index]
+
+
+def _clear(tensor: Tensor, dim: int, index: Tensor, experts: Tensor | None) -> Tensor:
+    """The tensor itself, its entries at zero."""
+    if experts is None:
+        return tensor.index_fill_(dim, index, 0)
+    tensor.movedim(dim, 1)[experts.to(tensor.device), index] = 0
+    return tensor
 
 
 def _rows_here(name: str, parameter: DTensor) -> tuple[range, dist.ProcessGroup | None]:
@@ -281,10 +319,20 @@ def _master(name: str, parameter: nn.Parameter) -> _Run | None:
     return None
 
 
-def _numbers(shape: torch.Size, dim: int, index: Tensor) -> Tensor:
+def _numbers(shape: torch.Size, dim: int, index: Tensor, experts: Tensor | None = None) -> Tensor:
     """The entries ``index`` along ``dim`` of a parameter, as numbers in its flattened form, row after row."""
+    if experts is not None:
+        first = experts.to(index.device) * math.prod(shape[1:])
+        if len(shape) == 2:
+            return first + index
+        across = torch.arange(shape[3 - dim], device=index.device)
+        step, stride = (shape[2], 1) if dim == 1 else (1, shape[2])
+        return ((first + index * step)[:, None] + across * stride).flatten()
     if len(shape) == 1:
         return index
+    if len(shape) == 3:
+        assert dim == 0, "of experts in part there are numbers"
+        shape = torch.Size((shape[0], math.prod(shape[1:])))
     rows, columns = (torch.arange(size, device=index.device) for size in shape)
     rows, columns = (index, columns) if dim == 0 else (rows, index)
     return (rows[:, None] * shape[1] + columns).flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -50,7 +51,7 @@ def pairs_made(
 
     def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
         prompts = prompts_of(tables)
-        kept = [p for p in prompts if len(model.encode([{"role": "user", "content": p.text}])) < longest]
+        kept = [prompt for prompt in prompts if len(model.ask(prompt)) < longest]
         if len(kept) < len(prompts):
             warnings.append(
                 f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
@@ -85,7 +86,8 @@ def judge_of(table: JudgeTable) -> Judge:
 
 def leaks(pairs: Sequence[Pair], tests: dict[str, list[Prompt]]) -> list[str]:
     """A warning if prompts of the attack are trained on; several pairs may share a prompt."""
-    asked = {pair.prompt[-1]["content"]: Prompt(pair.prompt[-1]["content"]) for pair in pairs}
+    prompts = [Prompt(pair.prompt[-1]["content"], image=pair.image) for pair in pairs]
+    asked = {prompt.key: prompt for prompt in prompts}
     told = check_splits(**tests)
     return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
 
@@ -104,4 +106,12 @@ def question_hashes(table: CapabilityTable) -> dict[str, str]:
 def file_hashes(paths: dict[str, Path]) -> dict[str, str]:
     """The SHA-256 of those of the files that are there, by the names they are given here."""
     found = {name: path.expanduser() for name, path in paths.items()}
-    return {name: sha256_of(path) for name, path in found.items() if path.is_file()}
+    folders = {name: _listing(path) for name, path in found.items() if path.is_dir()}
+    return folders | {name: sha256_of(path) for name, path in found.items() if path.is_file()}
+
+
+def _listing(folder: Path) -> str:
+    """The SHA-256 of the names and sizes of the files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+    return hashlib.sha256(repr(listing).encode()).hexdigest()

@@ -85,7 +85,8 @@ class Findings:
 
     def prompts(self, role: str) -> list[Prompt]:
         """The prompts of a role, from the records of this run."""
-        return [Prompt.from_record(record) for record in read_lines(self.run.folder / "data" / f"{role}.jsonl")]
+        folder = self.run.folder / "data"
+        return [Prompt.from_record(record, folder) for record in read_lines(folder / f"{role}.jsonl")]
 
     def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
         """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""

@@ -24,7 +24,8 @@ SCHEMA = 1
 class ActivationStats:
     """Moments of every neuron over unsafe and over safe prompts; one pooled activation vector a prompt (Eq. 4).
 
-    The moments are ``[neuron]``, layers laid end to end; ``widths`` is the number of neurons of each layer.
+    The moments are ``[neuron]``, layers laid end to end; ``widths`` is the number of neurons of each layer. In a
+    mixture of experts they have their own counts for each neuron: of the prompts that its expert was asked about.
     """
 
     unsafe: Moments
@@ -41,6 +42,9 @@ class ActivationStats:
             "safe.mean": self.safe.mean,
             "safe.m2": self.safe.m2,
         }
+        for name, moments in (("unsafe", self.unsafe), ("safe", self.safe)):
+            if moments.counts is not None:
+                tensors[f"{name}.counts"] = moments.counts
         header = {
             "kind": "activation statistics",
             "unsafe_count": self.unsafe.count,
@@ -57,8 +61,10 @@ class ActivationStats:
         names = ("unsafe.mean", "unsafe.m2", "safe.mean", "safe.m2")
         tensors, header = load_tensors(Path(path), "activation statistics", names)
         return ActivationStats(
-            unsafe=Moments(header["unsafe_count"], tensors["unsafe.mean"], tensors["unsafe.m2"]),
-            safe=Moments(header["safe_count"], tensors["safe.mean"], tensors["safe.m2"]),
+            unsafe=Moments(
+                header["unsafe_count"], tensors["unsafe.mean"], tensors["unsafe.m2"], tensors.get("unsafe.counts")
+            ),
+            safe=Moments(header["safe_count"], tensors["safe.mean"], tensors["safe.m2"], tensors.get("safe.counts")),
             widths=tuple(header["widths"]),
             fingerprint=header["fingerprint"],
             pooling=header["pooling"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.halving import Halving
-from safeneuron.models import Model, pad
+from safeneuron.models import Model
+from safeneuron.vision import kinds, run_without_head
 
 Progress = Callable[[int, int], None]
 
@@ -31,22 +34,33 @@ class Exchange:
 class Batch:
     """Exchanges as tensors, padded on the right, where causal attention cannot see the padding.
 
-    ``ids`` and ``mask`` are ``[row, token]``; ``answer`` is boolean ``[row, token]``, true at the tokens of answers;
-    ``ends`` is ``[row]``, how many tokens the prompt of each row has.
+    ``answer`` is boolean ``[row, token]``, true at the tokens of answers;
+    ``ends`` is ``[row]``, how many tokens the prompt of each row has; ``inputs`` is what the model is given: ids and
+    mask, and the pictures, which all rows have or none.
     """
 
-    ids: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]
     answer: Tensor
     ends: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids ``[row, token]``."""
+        return self.inputs["input_ids"]
+
+    @property
+    def mask(self) -> Tensor:
+        """Where there are tokens, ``[row, token]``."""
+        return self.inputs["attention_mask"]
 
     @staticmethod
     def of(model: Model, exchanges: Sequence[Exchange]) -> Batch:
         """The exchanges in order, one a row."""
-        ids, mask = pad([one.ids for one in exchanges], int(model.tokenizer.pad_token_id), "right", model.device)
+        inputs = model.inputs([one.ids for one in exchanges], "right")
+        mask = inputs["attention_mask"]
         ends = torch.tensor([one.prompt for one in exchanges], device=model.device)
-        places = torch.arange(ids.shape[1], device=model.device)
-        return Batch(ids, mask, (places >= ends[:, None]) & (mask > 0), ends)
+        places = torch.arange(mask.shape[1], device=model.device)
+        return Batch(inputs, (places >= ends[:, None]) & (mask > 0), ends)
 
 
 def exchanges_of(
@@ -64,7 +78,7 @@ def exchanges_of(
         )
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        start = model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:]
+        start = model.ask(prompt, max_tokens)
         end = list(model.tokenizer(answer, add_special_tokens=False)["input_ids"])[:max_tokens]
         if not end:
             raise InputError(f"the answer to {prompt.text[:60]!r} is empty; expected text, leave the prompt out")
@@ -74,35 +88,40 @@ def exchanges_of(
 
 def prompts_alone(model: Model, prompts: Sequence[Prompt], max_tokens: int = 1024) -> list[Exchange]:
     """Each prompt through the chat template, cut to its last ``max_tokens`` tokens, without an answer."""
-    encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
+    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
     return [Exchange(ids, len(ids)) for ids in encoded]
 
 
 def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of like length, longest first, each at most ``batch_tokens`` with its padding.
 
-    A prompt longer than that is a batch of its own.
+    A prompt longer than that is a batch of its own. First come the prompts without a picture, then those with one.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index)):
-        if batch and (len(batch) + 1) * len(encoded[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
+    for places in kinds(encoded):
+        batch: list[int] = []
+        for index in sorted(places, key=lambda index: (-len(encoded[index]), index)):
+            if batch and (len(batch) + 1) * len(encoded[batch[0]]) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(index)
         yield batch
 
 
 def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
     """One activation vector a prompt, ``[prompt, neuron]``, of encoded prompts run together.
 
-    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct.
+    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct. An expert
+    is asked about some tokens only: the last token counts for it if it was routed there, the mean and the maximum are
+    over the tokens that were. Where there are none its neurons are NaN, and so are those of layers that were not run.
     """
-    ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)
+    inputs = model.inputs(batch, "right")
+    mask = inputs["attention_mask"]
     last = mask.sum(dim=1) - 1
     padding = mask.unsqueeze(-1) == 0
 
     def reduce(activations: Tensor) -> Tensor:
+        if recording.layer in recording.routed and pooling != "last":
+            return _pooled_routed(activations, padding, pooling)
         if pooling == "last":
             return activations[torch.arange(len(last), device=last.device), last]
         if pooling == "mean":
@@ -110,8 +129,27 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
         return activations.masked_fill(padding, -torch.inf).amax(dim=1)
 
     with torch.inference_mode(), recorded(model, reduce) as recording:
-        decoder_of(model.network)(input_ids=ids, attention_mask=mask, use_cache=False)
-    return torch.cat([recording.layers[layer].float().cpu() for layer in sorted(recording.layers)], dim=1)
+        run_without_head(model.network, inputs)
+    missing = torch.full((len(batch), max(model.widths)), torch.nan)
+    parts = []
+    for layer, width in enumerate(model.widths):
+        found = recording.layers.get(layer)
+        if found is None:
+            parts.append(missing[:, :width])
+        else:
+            # Where every token is heard, NaN is a fault, which must not look like silence.
+            values = found.float().cpu()
+            parts.append(values if layer in recording.routed else values.nan_to_num(torch.inf, torch.inf, -torch.inf))
+    return torch.cat(parts, dim=1)
+
+
+def _pooled_routed(activations: Tensor, padding: Tensor, pooling: str) -> Tensor:
+    """The mean or maximum of each neuron over the tokens that its expert was asked about; NaN where there are none."""
+    absent = activations.isnan() | padding
+    if pooling == "max":
+        highest = activations.masked_fill(absent, -torch.inf).amax(dim=1)
+        return highest.masked_fill(absent.all(dim=1), torch.nan)
+    return activations.masked_fill(absent, 0).sum(dim=1, dtype=torch.float32) / (~absent).sum(dim=1)
 
 
 def total(
@@ -161,7 +199,7 @@ def over_ranks(own: Tensor) -> Tensor:
 def run_decoder(model: Model, batch: Batch) -> None:
     """One pass through the decoder without the LM head and without gradients, for what is recorded meanwhile."""
     with torch.inference_mode():
-        decoder_of(model.network)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        run_without_head(model.network, batch.inputs)
 
 
 def run_backward(model: Model, batch: Batch) -> None:
@@ -170,15 +208,37 @@ def run_backward(model: Model, batch: Batch) -> None:
     The loss is the sum over the rows of the mean negative log-likelihood of each one's answer, so that each row's
     gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched.
     """
-    with torch.enable_grad():
-        embedded = model.network.get_input_embeddings()(batch.ids).detach().requires_grad_(True)
-        out = decoder_of(model.network)(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
+    with torch.enable_grad(), _leaf_of_embeddings(model) as leaves:
+        out = run_without_head(model.network, batch.inputs)
         predicting = batch.answer[:, 1:]
         wanted = batch.ids[:, 1:][predicting]
         said = log_probabilities(model.network, out.last_hidden_state[:, :-1][predicting])
         weights = (1 / predicting.sum(dim=1))[:, None].expand(predicting.shape)[predicting]
         loss = (functional.nll_loss(said, wanted, reduction="none") * weights).sum()
-        torch.autograd.grad(loss, embedded)
+        torch.autograd.grad(loss, leaves[0])
+
+
+@contextmanager
+def _leaf_of_embeddings(model: Model) -> Iterator[list[Tensor]]:
+    """Within the block gradients flow back to what the decoder is given, words and pictures, which is put in the list.
+
+    Not into the vision tower, nor into the embeddings.
+    """
+    leaves: list[Tensor] = []
+    embed = cast("Callable[[Tensor], Tensor]", model.network.get_input_embeddings())
+
+    def cut(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        words = named.pop("input_ids", None)
+        embedded = named.pop("inputs_embeds", None)
+        start = embed(words) if embedded is None else embedded
+        leaves.append(start.detach().requires_grad_(True))
+        return given, {**named, "inputs_embeds": leaves[0]}
+
+    handle = decoder_of(model.network).register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
 
 
 def log_probabilities(network: torch.nn.Module, hidden: Tensor) -> Tensor:

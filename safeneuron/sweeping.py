@@ -33,7 +33,7 @@ def sweep(
     if not prompts or not attacks:
         raise InputError(f"a sweep needs prompts and attacks, found {len(prompts)} and {len(attacks)}")
     edits = [Edit.zero(attack) if isinstance(attack, NeuronSet) else attack for attack in attacks]
-    encoded = [model.encode([{"role": "user", "content": prompt.text}]) for prompt in prompts]
+    encoded = [model.ask(prompt) for prompt in prompts]
     # Batches are sorted by length, and rows of one length by number, so the copies of a prompt stay together.
     rows = [ids for ids in encoded for _ in edits]
     found = [[""] * len(prompts) for _ in edits]

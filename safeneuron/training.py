@@ -36,7 +36,8 @@ class Training:
     micro-batch. With a ``lora_rank`` only adapters of that rank are trained, on the matrices in ``lora_targets``
     (``ffn``, ``attention`` or ``ffn+attention``), scaled by ``lora_alpha / lora_rank``; they want about ten times the
     learning rate. ``at_once`` is the largest number of pairs of a micro-batch in one pass, 0 for all; like
-    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. Raises
+    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. ``freeze_routers``
+    leaves what routes tokens to experts as it is. Raises
     ``InputError`` for values that do not go together.
     """
 
@@ -51,6 +52,7 @@ class Training:
     max_length: int = 1024
     bucketing: bool = True
     max_grad_norm: float = 1.0
+    freeze_routers: bool = False
     gradient_checkpointing: bool = False
     at_once: int = 0
     lora_rank: int = 0

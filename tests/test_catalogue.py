@@ -15,6 +15,8 @@ from safeneuron.errors import InputError
 from safeneuron.forms import EQUAL, NOT_SAFE_OVER_UNSAFE, ONE_KIND, OPENINGS
 from safeneuron.pairs import read_pairs
 from safeneuron.rows import GATED, Source, read_rows
+from safeneuron.vision import Tokens
+from tests import tiny_vision
 
 
 @pytest.fixture
@@ -174,10 +176,28 @@ def test_wildjailbreak(shelf: Path) -> None:
     assert read_pairs("hub:allenai/wildjailbreak/train") == pairs
 
 
-@pytest.mark.parametrize("path", ["spa-vl", "hub:sqrti/SPA-VL", "hub:sqrti/SPA-VL/validation"])
-def test_images_are_refused_before_anything_is_loaded(path: str, shelf: Path) -> None:
-    with pytest.raises(InputError, match="about images, for which a vision-language model is needed"):
-        read_pairs(path)
+def test_spa_vl(shelf: Path, tmp_path: Path) -> None:
+    """Pictures on the Hub lie in parquet files; they come out as the bytes that went in, not decoded."""
+    for number in range(3):
+        tiny_vision.picture(seed=number).save(tmp_path / f"{number}.png")
+    rows = {
+        "image": [{"bytes": (tmp_path / f"{number}.png").read_bytes(), "path": None} for number in range(3)],
+        "question": ["Q0", "Q1", "Q2"],
+        "chosen": ["no", "same", "never"],
+        "rejected": ["yes", "same", "sure"],
+    }
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (shelf / "sqrti/SPA-VL/data").mkdir(parents=True)
+    made.to_parquet(shelf / "sqrti/SPA-VL/data/train-0.parquet")
+    card = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*}"
+    lay(shelf, "sqrti/SPA-VL", {}, card)
+    dropped: Counter[str] = Counter()
+    pairs = read_pairs("spa-vl", dropped=dropped)
+    assert answers(pairs) == [("Q0", "no", "yes"), ("Q2", "never", "sure")]
+    assert [pair.image for pair in pairs] == [(tmp_path / f"{number}.png").read_bytes() for number in (0, 2)]
+    assert dropped == {EQUAL: 1}
+    model = tiny_vision.model("llava")
+    assert all(isinstance(model.encode(pair.prompt, pair.image), Tokens) for pair in pairs)
 
 
 def test_what_a_source_says_itself_wins() -> None:

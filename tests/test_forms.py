@@ -159,7 +159,10 @@ def test_rows_of_different_forms(first: dict[str, Any], second: dict[str, Any]) 
 
 def test_images() -> None:
     row = {"image": "photo.png", "question": "Why?", "chosen": "So.", "rejected": "No."}
-    assert refused([row]).startswith("place 0: these pairs are about images")
+    assert refused([row]).startswith("place 0: the image")
+    assert "photo.png does not exist" in refused([row])
+    assert "'image' must be the path of a picture, found 7" in refused([row | {"image": 7}])
+    assert "'image' is empty" in refused([row | {"image": ""}], mendable=True)
 
 
 def test_unknown_columns_name_what_is_known() -> None:

@@ -31,6 +31,8 @@ LAYERS = (
         "embedded",
         "licences",
         "pushing",
+        "pictures",
+        "drawing",
     },
     {
         "moments",
@@ -48,7 +50,17 @@ LAYERS = (
     {
         "models",
         "quantising",
+        "vision",
+        "towers",
         "ffn",
+        "naming",
+        "owning",
+        "anatomy",
+        "stacks",
+        "watching",
+        "touching",
+        "conformance",
+        "doctor",
         "adapters",
         "shards",
         "freezing",
@@ -115,9 +127,9 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {"tables", "summarising", "figures"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
-    "weights",
+    "weights", "vision",
     "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
-    "sentences", "guard_models", "guards", "serving", "finetuning",
+    "sentences", "guard_models", "guards", "serving", "finetuning", "anatomy", "adapters",
 }  # fmt: skip
 
 

@@ -422,9 +422,9 @@ def test_unknown_anatomy(tmp_path):
     model = tiny.model()
     model.network.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 260}
+    config = {"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 8, "state_size": 4, "vocab_size": 260}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="GPT2"):
+    with pytest.raises(InputError, match="no layer of MambaModel has an FFN"):
         load(tmp_path)
 
 

@@ -132,6 +132,68 @@ def test_other_ways_of_spreading_are_refused(placements, shape):
                 ask("mlp.up_proj", parameter, 0, torch.tensor([0]))
 
 
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+EXPERTS = torch.tensor([0, 0, 2, 4, 4])
+PLACES = torch.tensor([1, 3, 0, 2, 6])
+
+
+def stacked(dim: int) -> nn.Parameter:
+    """Five experts of seven rows and columns and some more of the other, or of seven biases."""
+    shape = {0: (5, 7), 1: (5, 7, 4), 2: (5, 4, 7)}[dim]
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+def entries(tensor: Tensor, dim: int) -> Tensor:
+    return torch.stack(
+        [tensor[expert].select(max(dim, 1) - 1, place) for expert, place in zip(EXPERTS, PLACES, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["bias", "rows", "columns"])
+@pytest.mark.parametrize("how", ["whole", "rows", "zero"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_parts_of_experts_make_the_whole(dim, how, count):
+    parameter, at = stacked(dim), max(dim, 1)
+    expected = entries(parameter.detach(), dim)
+    gathered, first, held = torch.zeros_like(expected), torch.zeros_like(parameter[:1]), 0
+    for rank in range(1 if how == "whole" else count):
+        with process(rank, count):
+            here = {
+                "whole": lambda: parameter,
+                "rows": lambda: nn.Parameter(by_rows(parameter, count, 1)),
+                "zero": lambda rank=rank: partitioned(parameter, rank, count),
+            }[how]()
+            parts = shards.parts("p", here, at, PLACES, EXPERTS)
+            held += parts[0].values().numel()
+            assert parts[0].shape == parts[0].values().shape
+            gathered += shards.whole("p", here, at, PLACES, EXPERTS)
+            first += shards.first_rows("p", here, 1)
+    assert torch.equal(gathered, expected)
+    assert torch.equal(first, parameter[:1])
+    assert held == expected.numel()
+
+
+@pytest.mark.parametrize("dim", [1, 2], ids=["rows", "columns"])
+@pytest.mark.parametrize("how", ["whole", "rows"])
+def test_parts_of_experts_are_restored_and_their_gradients_cleared(dim, how):
+    with process(1, 2):
+        parameter = stacked(dim) if how == "whole" else nn.Parameter(by_rows(stacked(dim), 2, 1))
+        (part,) = shards.parts("p", parameter, dim, PLACES, EXPERTS)
+        local = parameter.detach() if how == "whole" else parameter.to_local().detach()
+        saved, before = part.values(), local.clone()
+        local += 1.0
+        part.restore(saved)
+        stayed = local == before
+        assert int(stayed.sum()) == saved.numel() > 0
+        parameter.grad = torch.ones_like(parameter)
+        assert part.has_gradient()
+        part.clear_gradient()
+        assert not part.has_gradient()
+        cleared = parameter.grad if how == "whole" else parameter.grad.to_local()
+        assert torch.equal(cleared == 0, stayed)
+
+
 # -- flat -------------------------------------------------------------------------------------------------------------
 
 

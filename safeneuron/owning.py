@@ -1,0 +1,186 @@
+"""What neurons own of a model's parameters, what belongs to none, and whether it can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron import shards
+from safeneuron.anatomy import FeedForward, is_transposed, linear_in, size_of, unwrapped, weight_of
+from safeneuron.errors import InputError
+from safeneuron.naming import HasNetwork, fingerprint, layers, names_in, network_of, widths_of
+from safeneuron.neurons import NeuronSet
+from safeneuron.quantising import is_quantised
+from safeneuron.stacks import ExpertStack
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``.
+
+    Of a parameter of several experts it is, for each number, place ``index[n]`` along ``dim`` within expert
+    ``experts[n]``. In the coordinates of the whole parameter, also where it is spread over processes; ``shards.parts``
+    says what of it is here.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    dim: int
+    index: Tensor
+    experts: Tensor | None = None
+
+
+def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slice]:
+    """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
+
+    Within a model of PEFT these are the weights that adapters are added to. Quantised weights, which do not change, are
+    left out. Raises ``InputError`` for a neuron set of another model.
+    """
+    network = network_of(model)
+    neurons.require(fingerprint(network), widths_of(network))
+    names = names_in(network)
+    slices = []
+    for layer in layers(network):
+        channels = neurons.layer(layer.index)
+        for block in layer.blocks:
+            if isinstance(block, ExpertStack):
+                slices += _of_stack(names, block, channels)
+            elif len(own := block.own(channels)):
+                slices += _of_linears(names, block, own)
+    return [piece for piece in slices if not is_quantised(piece.parameter)]
+
+
+def _of_linears(names: Mapping[int, str], block: FeedForward, channels: Tensor) -> list[Slice]:
+    slices = []
+    for module, index in block.rows_of(channels):
+        turned = is_transposed(module)
+        for own in _own(linear_in(module)):
+            slices.append(Slice(names[id(own)], own, int(turned and own.dim() == 2), index))
+    for own in block.norm.parameters() if block.norm is not None else ():
+        slices.append(Slice(names[id(own)], own, 0, channels.to(own.device)))
+    weight = weight_of(block.output)
+    if weight is not None:
+        turned = is_transposed(block.output)
+        slices.append(Slice(names[id(weight)], weight, 0 if turned else 1, channels.to(weight.device)))
+    return slices
+
+
+def _own(linear: nn.Module) -> list[nn.Parameter]:
+    """The weight and the bias of a linear layer, as far as it has them; not the scales of packed weights."""
+    found = [linear._parameters.get("weight"), linear._parameters.get("bias")]
+    return [one for one in found if one is not None]
+
+
+def _of_stack(names: Mapping[int, str], block: ExpertStack, channels: Tensor) -> list[Slice]:
+    experts, own = block.own(channels)
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    for matrix in (*block.inputs, block.output):
+        found.setdefault((matrix.name, matrix.dim), []).append(own * matrix.step + matrix.first)
+    slices = []
+    for (name, dim), parts in found.items() if len(own) else ():
+        parameter = block.module.get_parameter(name)
+        place = parameter.device
+        index, where = torch.cat(parts).to(place), experts.repeat(len(parts)).to(place)
+        slices.append(Slice(names[id(parameter)], parameter, dim, index, where))
+    return slices
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
+    return bool(vars(network).get("peft_config"))
+
+
+def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
+    """What belongs to no neuron: embeddings, attention, norms, routers, the LM head, biases of output projections."""
+    network = network_of(model)
+    widths = widths_of(network)
+    every = NeuronSet.of_mask(torch.ones(sum(widths), dtype=torch.bool), widths, fingerprint(network))
+    owned = {id(piece.parameter) for piece in owned_slices(network, every)}
+    return [parameter for parameter in network.parameters() if id(parameter) not in owned]
+
+
+def routers(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
+    """The parameters that decide which experts a token goes to: what lies beside the experts and belongs to no FFN."""
+    network = network_of(model)
+    found: dict[int, nn.Parameter] = {}
+    for layer in layers(network):
+        ours = {
+            id(one)
+            for block in layer.blocks
+            for module in (
+                [block.module]
+                if isinstance(block, ExpertStack)
+                else [block.output, *(rows.module for rows in block.inputs)]
+            )
+            for one in module.parameters()
+        }
+        for block in layer.blocks:
+            if isinstance(block, ExpertStack):
+                place = block.name.split(".")[:-1]
+            elif block.expert is not None:
+                place = block.name.split(".")[:-2]
+            else:
+                continue
+            beside = unwrapped(layer.module).get_submodule(".".join(place)) if place else None
+            for one in beside.parameters() if beside is not None else ():
+                if id(one) not in ours:
+                    found[id(one)] = one
+    return list(found.values())
+
+
+def require_trainable(model: nn.Module | HasNetwork) -> None:
+    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too.
+
+    Where there are adapters, which are trained in their place, the weights may be quantised.
+    """
+    network = network_of(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer in layers(network):
+        for block in layer.blocks:
+            if isinstance(block, ExpertStack):
+                for matrix in (*block.inputs, block.output):
+                    _require_trainable(network, names, block.parameter(matrix), None)
+                continue
+            for module in (block.output, *(rows.module for rows in block.inputs)):
+                linear, size = linear_in(module), size_of(module)
+                assert size is not None, "anatomy has measured it"
+                if weight_of(module) is None and not has_adapters(network):
+                    raise InputError(
+                        f"the FFN weights are quantised ({type(linear).__name__} in layer {layer.index}), so they can "
+                        "be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA adapters "
+                        "on it"
+                    )
+                whole = size if is_transposed(module) else size[::-1]
+                for parameter in _own(linear):
+                    shape = size[1:] if parameter is linear._parameters.get("bias") else whole
+                    _require_trainable(network, names, parameter, shape)
+
+
+def _require_trainable(
+    network: nn.Module, names: Mapping[int, list[str]], parameter: nn.Parameter, expected: tuple[int, ...] | None
+) -> None:
+    name, *others = names[id(parameter)]
+    if is_quantised(parameter):
+        if has_adapters(network):
+            return
+        raise InputError(
+            f"the FFN weights are quantised ({name} is {str(parameter.dtype).removeprefix('torch.')}), so "
+            "they can be neither trained nor frozen; load the model in float32 or bfloat16, or train LoRA "
+            "adapters on it"
+        )
+    shape = tuple(shards.shape_of(parameter))
+    if expected is not None and shape != expected:
+        raise InputError(
+            f"{name} has the shape {shape} in a layer of {' x '.join(map(str, expected))}, so it is flattened "
+            "or split; use one device, DDP, FSDP2 or DeepSpeed's ZeRO"
+        )
+    if others:
+        raise InputError(
+            f"{name} and {others[0]} are one parameter, so that a neuron frozen in one place would be "
+            "frozen in the other too; expected FFN weights that are tied to nothing, give each a copy"
+        )
