@@ -62,21 +62,37 @@ STYLE: dict[RcKeyType, Any] = {
 
 def draw(results: dict[str, Any]) -> dict[str, str]:
     """SVG text of every figure for which there are numbers: some of ``attack``, ``curve``, ``layers``, ``training``."""
-    states = results["states"]
-    wanted: dict[str, Callable[[Sequence[dict[str, Any]]], Figure]] = {}
-    if any(success_of(attack_of(state, *column)) for state in states for column in COLUMNS):
-        wanted["attack"] = attack_figure
-    if any(state["curve"] for state in states):
-        wanted["curve"] = curve_figure
-    if any(state["neurons"] for state in states):
-        wanted["layers"] = layers_figure
-    if any(state["training"] for state in states):
-        wanted["training"] = training_figure
     drawn = {}
-    for name, figure in wanted.items():
+    for name, figure in wanted(results).items():
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            drawn[name] = as_text(figure(states), name)
+            drawn[name] = as_text(figure(results["states"]), name)
     return drawn
+
+
+def as_pictures(results: dict[str, Any]) -> dict[str, bytes]:
+    """The same figures as PNG of 300 dots an inch on white, where a paper or a slide takes no SVG."""
+    drawn = {}
+    for name, figure in wanted(results).items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure(results["states"]).savefig(buffer, format="png", dpi=300, metadata={"Software": None})
+        drawn[name] = buffer.getvalue()
+    return drawn
+
+
+def wanted(results: dict[str, Any]) -> dict[str, Callable[[Sequence[dict[str, Any]]], Figure]]:
+    """The figures for which there are numbers, by name."""
+    states = results["states"]
+    found: dict[str, Callable[[Sequence[dict[str, Any]]], Figure]] = {}
+    if any(success_of(attack_of(state, *column)) for state in states for column in COLUMNS):
+        found["attack"] = attack_figure
+    if any(state["curve"] for state in states):
+        found["curve"] = curve_figure
+    if any(state["neurons"] for state in states):
+        found["layers"] = layers_figure
+    if any(state["training"] for state in states):
+        found["training"] = training_figure
+    return found
 
 
 def as_text(figure: Figure, name: str) -> str:
