@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safeneuron.shares import attack_of, attack_title, columns_of, decimal, incoherent_share, percent, success_of
+from safeneuron.shares import attack_of, attack_title, columns_of, incoherent_share, percent, success_of
 
 Chart = dict[str, Any]
 

@@ -161,9 +161,27 @@ def attack(run_folder: RunFolder, changes: Changes = None, out_folder: Out = Non
 
 
 @app.command()
-def report(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
-    """Tables and figures, once all states have been attacked."""
-    _one_verb("report", run_folder, changes, out_folder, redo)
+def report(
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of the run, or a config; several runs to compare.")
+    ],
+    changes: Changes = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; of several, of their comparison.")
+    ] = None,
+    redo: Redo = None,
+) -> None:
+    """Tables and figures, once all states have been attacked; of several finished runs, all of them side by side."""
+    if len(run_folders) == 1:
+        _one_verb("report", run_folders[0], changes, out_folder, redo)
+        return
+    if changes or redo:
+        raise InputError("--set and --redo belong to one run; give them with one run, and compare afterwards")
+    from safeneuron.gathering import write_comparison
+
+    target = out_folder or run_folders[0].resolve().parent / "comparison"
+    files = write_comparison(run_folders, target)
+    _print_lines([f"wrote {path}" for path in files if path.parent == target])
 
 
 @app.command()

@@ -21,15 +21,9 @@ from safeneuron.neurons import NeuronSet
 from safeneuron.reporting import Details, render
 from safeneuron.runs import Run, read_json, read_lines, write_bytes, write_json, write_text
 from safeneuron.selecting import Scores
+from safeneuron.shares import COMPARED
 from safeneuron.states import BASE, Findings, State
 
-COMPARED = (
-    ("harmful", "complied", "ORI", "none"),
-    ("harmful", "complied", "FULL", "adaptive"),
-    ("harmful", "complied", "FULL", "iterated"),
-    ("benign", "refused", "ORI", "none"),
-)
-"""In what two states are compared: the kind of request, the verdict, and the attack."""
 STRONGEST = 200
 """Neurons of each criterion that the report shows one by one."""
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")

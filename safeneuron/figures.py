@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -111,6 +112,11 @@ def as_text(figure: Figure, name: str) -> str:
         return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])
 
     return re.sub(r"<[^<>]*>", prefixed, text)
+
+
+def themed(figure: str) -> Markup:
+    """A figure for the page, its lines and its darkest colour in those of the page, light or dark."""
+    return Markup(figure.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace(BLUE, "var(--blue)"))
 
 
 def attack_figure(states: Sequence[dict[str, Any]]) -> Figure:
@@ -222,6 +228,25 @@ def training_figure(states: Sequence[dict[str, Any]]) -> Figure:
     as_percent(panels[1])
     place_legend(figure, state_lines(states, "training"))
     return figure
+
+
+def scatter(points: Sequence[dict[str, Any]], across: str, up: str) -> str:
+    """SVG text: shares against shares, a point with its intervals for each (``comparison.scatter_points``)."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "scatter"}):
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for index, point in enumerate(points):
+            (x, left, right), (y, low, high) = point["x"], point["y"]
+            errors = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]]}
+            mark = {"marker": "osD^v"[index // len(COLOURS) % 5], "color": colour(index), "label": point["name"]}
+            axes.errorbar([x], [y], **errors, **mark, linestyle="none", elinewidth=0.9)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        as_percent(axes)
+        axes.set_xlim(0, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        figure.legend(loc="outside upper left", ncols=min(len(points), 4))
+        return as_text(figure, "scatter")
 
 
 def state_lines(states: Sequence[dict[str, Any]], key: str) -> list[Line2D]:

@@ -11,19 +11,19 @@ def methods(results: dict[str, Any]) -> list[str]:
     """How the numbers were made, in a few sentences; the settings say the rest."""
     trained = any(state["align"] for state in results["states"])
     said = [
-        f"A neuron is one of the {results['neurons_total']:,} places between the two matrices of a layer's feed-forward "
-        f"network. Its activations are recorded over harmful and harmless prompts of like form.",
+        f"A neuron is one of the {results['neurons_total']:,} places between the matrices of the layers' feed-forward "
+        "networks. Its activations are recorded over harmful and harmless prompts of like form.",
         "ES holds the neurons whose mean activation differs by a large effect size d (the difference over the pooled "
         "standard deviation), SAS those whose shift stands out in their layer (z-score), FULL all of both.",
-        "An attack sets neurons to zero, or does what its name says, and the model answers held-out requests, greedily. "
-        f"The judge {results['judge']} sorts the answers.",
-        "Shares have 95 % Wilson intervals; differences on the same requests have Newcombe's interval and McNemar's exact "
-        "test, corrected by Holm.",
+        "An attack sets neurons to zero, or does what its name says, and the model answers held-out requests. The "
+        f"judge {results['judge']} sorts the answers.",
+        "Shares have 95 % Wilson intervals; differences on the same requests have Newcombe's interval and McNemar's "
+        "exact test, corrected by Holm.",
     ]
     if trained:
         said.insert(
             2,
-            "Trained states learn from preference pairs (DPO), with the weights of the frozen neurons held exactly as they "
+            "Trained states learn from preference pairs (DPO), the weights of the frozen neurons held exactly as they "
             "were. Which were frozen, and how far the rest moved, stands in the table of states.",
         )
     return said

@@ -6,24 +6,21 @@ from a stranger: it is masked unless asked for, and escaped in any case.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
-
 from safeneuron.browsing import packed, shown
 from safeneuron.charts import charts_of
 from safeneuron.errors import InputError
-from safeneuron.figures import BLUE, FAINT, INK, draw
+from safeneuron.figures import draw, themed
 from safeneuron.limits import limits, methods
+from safeneuron.markdown import fenced, piped, plain, tabled
 from safeneuron.pages import as_image, as_page
 from safeneuron.shares import attack_title, columns_of, refusal_of, success_of
 from safeneuron.summarising import headline, points
 from safeneuron.tables import (
     OUTCOMES,
-    Table,
     as_csv,
     attack_records,
     attack_table,
@@ -150,11 +147,6 @@ def as_report_page(
     return as_page("report.html", values, data)
 
 
-def themed(figure: str) -> Markup:
-    """A figure for the page, its lines and its darkest colour in those of the page, light or dark."""
-    return Markup(figure.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace(BLUE, "var(--blue)"))
-
-
 def as_markdown(
     results: dict[str, Any],
     examples: Sequence[dict[str, Any]],
@@ -194,11 +186,6 @@ def as_markdown(
     return "\n\n".join(blocks) + "\n"
 
 
-def tabled(title: str, note: str, table: Table) -> list[str]:
-    """A section with a table, or nothing if the table has no rows."""
-    return [f"## {title}", note, piped(table)] if table[1] else []
-
-
 def quoted(example: dict[str, Any]) -> str:
     """Prompt and verdict of one example, and its response as a quotation."""
     hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
@@ -209,23 +196,3 @@ def quoted(example: dict[str, Any]) -> str:
 def pictures(drawn: dict[str, str], *names: str) -> list[str]:
     """Links to the figures that there are, each with its caption."""
     return [f"![{CAPTIONS[name]}](figures/{name}.svg)" for name in names if name in drawn]
-
-
-def plain(text: object) -> str:
-    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
-    line = re.sub(r"[\r\n]+", " ", str(text)).strip()
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
-
-
-def piped(table: Table) -> str:
-    """A Markdown table."""
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else plain(cell) for cell in line)} |" for line in lines)
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks in it."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-    return f"{fence}\n{text.rstrip()}\n{fence}"

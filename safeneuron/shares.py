@@ -27,6 +27,15 @@ FURTHER = ("rival", "operator", "transfer", "model", "input")
 """Knowledge of the attacks beside those, in the order of their table."""
 
 
+COMPARED = (
+    ("harmful", "complied", "ORI", "none"),
+    ("harmful", "complied", "FULL", "adaptive"),
+    ("harmful", "complied", "FULL", "iterated"),
+    ("benign", "refused", "ORI", "none"),
+)
+"""In what two states are compared: the kind of request, the verdict, and the attack."""
+
+
 TITLES = {
     ("mean", "operator"): "FULL held at its harmless mean",
     ("opposite", "operator"): "FULL held at minus its harmful mean",

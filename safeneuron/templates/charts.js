@@ -107,7 +107,7 @@ function bars(svg, spec, width, hidden, name) {
       const fill = part.hatched ? hatch(svg, `${name}-${bar.group}-${bar.series}`, colour) : colour;
       const attributes = { x: x + each * 0.06, width: each * 0.88, y: y(base + part.value), height: y(base) - y(base + part.value), fill };
       if (part.hatched) attributes.stroke = colour;
-      shape(svg, "rect", { ...attributes, opacity: opacity(bar.series), class: "bar" });
+      shape(svg, "rect", { ...attributes, opacity: opacity(bar.series), class: "column" });
       base += part.value;
     }
     if (bar.low !== undefined) whisker(svg, x + each / 2, y(bar.low), x + each / 2, y(bar.high));

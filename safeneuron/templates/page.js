@@ -1,6 +1,6 @@
 // The page's own behaviour: the switch between light and dark, and the response browser, which keeps only one screenful
 // of answers in the page, however many there are. What a model said goes in by textContent, so it stays text.
-const SCREENFUL = 20;
+const SCREENFUL = 12;
 
 function themes() {
   const button = document.getElementById("theme"), names = ["auto", "light", "dark"];
