@@ -97,7 +97,7 @@ def layers_chart(states: Sequence[dict[str, Any]]) -> Chart:
     """Safety neurons in each layer, those found by both criteria apart; all panels on the same axes."""
     known = [state for state in states if state["neurons"]]
     top = max((max(state["neurons"]["per_layer"]["FULL"], default=0) for state in known), default=0)
-    panels = []
+    panels: list[dict[str, Any]] = []
     for state in known:
         counts = state["neurons"]["per_layer"]
         bars = []

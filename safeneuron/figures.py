@@ -237,9 +237,9 @@ def scatter(points: Sequence[dict[str, Any]], across: str, up: str) -> str:
         axes = figure.subplots()
         for index, point in enumerate(points):
             (x, left, right), (y, low, high) = point["x"], point["y"]
-            errors = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]]}
-            mark = {"marker": "osD^v"[index // len(COLOURS) % 5], "color": colour(index), "label": point["name"]}
-            axes.errorbar([x], [y], **errors, **mark, linestyle="none", elinewidth=0.9)
+            shape = "osD^v"[index // len(COLOURS) % 5]
+            across_by, up_by = [[x - left], [right - x]], [[y - low], [high - y]]
+            axes.errorbar([x], [y], up_by, across_by, shape, color=colour(index), elinewidth=0.9, label=point["name"])
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         as_percent(axes)

@@ -230,7 +230,7 @@ function figures() {
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const chart = charts[figure.dataset.chart];
     if (!chart) continue;
-    const holder = element("div", { class: `panels ${chart.panels.length > 1 && !chart.choose ? "many" : ""}` });
+    const holder = element("div", { class: `panels ${chart.panels.length > 1 && !chart.choose ? "many" : ""} ${chart.panels.length % 2 ? "" : "even"}` });
     const put = (specs) => {
       holder.replaceChildren();
       specs.forEach((spec, index) => {
