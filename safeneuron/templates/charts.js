@@ -1,4 +1,4 @@
-// The live figures: each <figure data-chart="NAME"> is drawn from the numbers under NAME in <script id="charts">.
+// The live figures: each figure with data-chart="NAME" is drawn from the numbers under NAME in the element "charts".
 // Two kinds, bars and plot. All text goes in as text, never as markup. Colours are variables of the page's style.
 const SVG = "http://www.w3.org/2000/svg";
 

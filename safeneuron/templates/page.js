@@ -34,7 +34,6 @@ class Browser {
     place.querySelector("[name=reveal]")?.addEventListener("change", () => this.show());
     place.querySelector(".back").addEventListener("click", () => this.turn(-SCREENFUL));
     place.querySelector(".on").addEventListener("click", () => this.turn(SCREENFUL));
-    place.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
     this.filter();
   }
 
