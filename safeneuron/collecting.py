@@ -158,7 +158,7 @@ def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
 def verdicts_of(run: Run, state: State, kind: str, which: str, knowledge: str) -> dict[int, str]:
     """The verdicts on a state's answers by the index of the prompt; none where the attack was not run."""
     folder = run.folder / state.name / "judge"
-    name = which if knowledge == "none" else f"{knowledge}-{which}"
+    name = which if knowledge in ("none", "control") else f"{knowledge}-{which}"
     if knowledge == "adaptive" and state == BASE and not (folder / name).exists():
         name = f"static-{which}"
     return {int(line["index"]): str(line["verdict"]) for line in read_lines(folder / name / f"{kind}.jsonl")}
