@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -161,9 +162,27 @@ def attack(run_folder: RunFolder, changes: Changes = None, out_folder: Out = Non
 
 
 @app.command()
-def report(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
-    """Tables and figures, once all states have been attacked."""
-    _one_verb("report", run_folder, changes, out_folder, redo)
+def report(
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of the run, or a config; several runs to compare.")
+    ],
+    changes: Changes = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; of several, of their comparison.")
+    ] = None,
+    redo: Redo = None,
+) -> None:
+    """Tables and figures, once all states have been attacked; of several finished runs, all of them side by side."""
+    if len(run_folders) == 1:
+        _one_verb("report", run_folders[0], changes, out_folder, redo)
+        return
+    if changes or redo:
+        raise InputError("--set and --redo belong to one run; give them with one run, and compare afterwards")
+    from safeneuron.gathering import write_comparison
+
+    target = out_folder or run_folders[0].resolve().parent / "comparison"
+    files = write_comparison(run_folders, target)
+    _print_lines([f"wrote {path}" for path in files if path.parent == target])
 
 
 @app.command()
@@ -395,7 +414,9 @@ def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a 
     """Explain any artefact of a run in words."""
     from safeneuron.explaining import explain
 
-    _print_lines(explain(path))
+    _print_lines(explain(path, table=not out.is_terminal))
+    if out.is_terminal:
+        _print_grid(path)
 
 
 @app.command()
@@ -564,10 +585,30 @@ def _tell(opened: Run) -> None:
         command = shlex.join(["safeneuron", "run", str(opened.folder / "config.toml"), "--out", str(opened.folder)])
         _print_lines(["", f"{opened.folder} is not complete yet; continue with: {command}"])
         return
-    from safeneuron.explaining import result_table
+    from safeneuron.scoreboard import result_table
 
     files = [opened.folder / "report" / name for name in ("report.html", "report.md", "results.json")]
-    _print_lines(["", *result_table(read_json(results)), "", *(f"wrote {path}" for path in files)])
+    if out.is_terminal:
+        _print_grid(opened.folder)
+    else:
+        _print_lines(["", *result_table(read_json(results))])
+    _print_lines(["", *(f"wrote {path}" for path in files)])
+
+
+def _print_grid(path: Path) -> None:
+    """A run's result table, drawn to the width of the terminal."""
+    from rich.table import Table
+
+    from safeneuron.explaining import grid
+
+    shown = grid(path)
+    if shown is not None:
+        drawn = Table(title=shown.title, caption=shown.note, title_justify="left", caption_justify="left", box=SIMPLE)
+        for index, name in enumerate(shown.header):
+            drawn.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+        for row in shown.rows:
+            drawn.add_row(*map(Text, row))
+        out.print(drawn, soft_wrap=False)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

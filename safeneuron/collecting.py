@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -15,18 +16,16 @@ from safeneuron import __version__, embedded
 from safeneuron.attacking import outcome
 from safeneuron.config import AlignTable, Config, to_toml
 from safeneuron.differences import compare, corrected
+from safeneuron.figures import as_pictures
 from safeneuron.neurons import NeuronSet
-from safeneuron.reporting import render
-from safeneuron.runs import Run, read_json, read_lines, write_json, write_text
+from safeneuron.reporting import Details, render
+from safeneuron.runs import Run, read_json, read_lines, write_bytes, write_json, write_text
+from safeneuron.selecting import Scores
+from safeneuron.shares import COMPARED
 from safeneuron.states import BASE, Findings, State
 
-COMPARED = (
-    ("harmful", "complied", "ORI", "none"),
-    ("harmful", "complied", "FULL", "adaptive"),
-    ("harmful", "complied", "FULL", "iterated"),
-    ("benign", "refused", "ORI", "none"),
-)
-"""In what two states are compared: the kind of request, the verdict, and the attack."""
+STRONGEST = 200
+"""Neurons of each criterion that the report shows one by one."""
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -34,9 +33,13 @@ def write_report(config: Config, run: Run, folder: Path) -> None:
     """Write ``results.json`` (the same for the same run, however often it was interrupted) and all of the report."""
     results = collect(config, run)
     write_json(folder / "results.json", results)
-    files = render(results, examples(config, run), provenance(config, run), config.report.show_text)
+    answers = responses(config, run)
+    details = Details(answers, strongest(config, run), analysis_figures(run))
+    files = render(results, examples(config, answers), provenance(config, run), config.report.show_text, details)
     for name, text in files.items():
         write_text(folder / name, text)
+    for name, picture in as_pictures(results).items():
+        write_bytes(folder / "figures" / f"{name}.png", picture)
 
 
 def collect(config: Config, run: Run) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
 def verdicts_of(run: Run, state: State, kind: str, which: str, knowledge: str) -> dict[int, str]:
     """The verdicts on a state's answers by the index of the prompt; none where the attack was not run."""
     folder = run.folder / state.name / "judge"
-    name = which if knowledge == "none" else f"{knowledge}-{which}"
+    name = which if knowledge in ("none", "control") else f"{knowledge}-{which}"
     if knowledge == "adaptive" and state == BASE and not (folder / name).exists():
         name = f"static-{which}"
     return {int(line["index"]): str(line["verdict"]) for line in read_lines(folder / name / f"{kind}.jsonl")}
@@ -184,31 +187,80 @@ def describe(table: AlignTable) -> str:
     return f"{frozen} + ablate{share}{', reference too' if table.ablate_reference else ''}"
 
 
-def examples(config: Config, run: Run) -> list[dict[str, Any]]:
-    """The answers of every state to the first test prompts, intact and with all its safety neurons pruned."""
+def responses(config: Config, run: Run) -> list[dict[str, Any]]:
+    """Every judged answer of every state under every attack, in the order of states, attacks and prompts."""
+    findings = Findings(config, run)
     found = []
-    for state in Findings(config, run).states():
-        own = "static" if state.round == 0 and "static" in config.attack.knowledge else "adaptive"
-        for name, knowledge in (("ORI", "none"), ("FULL", own)):
-            where = name if knowledge == "none" else f"{knowledge}-{name}"
-            for kind, count in (("harmful", config.report.examples), ("benign", min(1, config.report.examples))):
-                file = Path(where) / f"{kind}.jsonl"
-                answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / file)}
+    for state in findings.states():
+        for pruning in findings.prunings(state):
+            for kind in ("harmful", "benign"):
+                file = Path(pruning.folder) / f"{kind}.jsonl"
                 verdicts = {v["index"]: v for v in read_lines(run.folder / state.name / "judge" / file)}
+                answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / file)}
+                what = {"state": state.name, "set": pruning.set, "knowledge": pruning.knowledge, "kind": kind}
                 found += [
                     {
-                        "state": state.name,
-                        "set": name,
-                        "knowledge": knowledge,
-                        "kind": kind,
+                        **what,
+                        "index": index,
                         "prompt": answers[index]["prompt"],
                         "image": answers[index].get("image", ""),
                         "response": answers[index]["response"],
                         "verdict": verdicts[index]["verdict"],
                     }
-                    for index in sorted(answers)[:count]
+                    for index in sorted(answers.keys() & verdicts.keys())
                 ]
     return found
+
+
+def examples(config: Config, answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all answers, each state's first ones, intact and with all its safety neurons pruned."""
+    counts = {"harmful": config.report.examples, "benign": min(1, config.report.examples)}
+    found: list[dict[str, Any]] = []
+    taken: dict[tuple[str, str, str], int] = {}
+    for answer in answers:
+        own = "static" if answer["state"] == BASE.name and "static" in config.attack.knowledge else "adaptive"
+        place = (answer["state"], answer["set"], answer["kind"])
+        if (answer["set"], answer["knowledge"]) not in (("ORI", "none"), ("FULL", own)):
+            continue
+        if taken.get(place, 0) < counts[answer["kind"]]:
+            taken[place] = taken.get(place, 0) + 1
+            found.append(answer)
+    return found
+
+
+def strongest(config: Config, run: Run) -> dict[str, list[list[float]]]:
+    """The neurons of each state with the largest effect size or shift, in the form that ``charts`` takes."""
+    findings = Findings(config, run)
+    found = {}
+    for state in findings.states():
+        scores = Scores.load(run.folder / state.name / "select" / "scores.safetensors")
+        sets = [findings.neurons(state, name) for name in ("ES", "SAS")]
+        rows: dict[tuple[int, int], list[float]] = {}
+        for by, (neurons, values) in enumerate(zip(sets, (scores.d, scores.z), strict=True), start=1):
+            ranked = sorted(places_of(neurons), key=lambda place: -float(values[place[2]]))
+            for layer, index, flat in ranked[:STRONGEST]:
+                other = sets[2 - by]
+                both = 3 if (layer, index) in other else by
+                d, z = round(float(scores.d[flat]), 4), round(float(scores.z[flat]), 4)
+                rows[layer, index] = [layer, index, scores.widths[layer], d, z, both]
+        found[state.name] = [rows[place] for place in sorted(rows)]
+    return found
+
+
+def places_of(neurons: NeuronSet) -> list[tuple[int, int, int]]:
+    """Layer and index of every neuron of a set, and its place among the neurons of all layers."""
+    starts = [0, *itertools.accumulate(neurons.widths)]
+    return [
+        (layer, index, starts[layer] + index)
+        for layer, indices in neurons.layers().items()
+        for index in indices.tolist()
+    ]
+
+
+def analysis_figures(run: Run) -> dict[str, str]:
+    """The SVG text of each figure that ``safeneuron analyse`` has written for the run, by title; none without one."""
+    paths = sorted((run.folder / "analysis").rglob("*.svg"))
+    return {path.stem.replace("-", " ").replace("_", " "): path.read_text(encoding="utf-8") for path in paths}
 
 
 def provenance(config: Config, run: Run) -> dict[str, Any]:

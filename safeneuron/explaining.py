@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safeneuron.errors import InputError
 from safeneuron.runs import read_json, read_lines
+from safeneuron.scoreboard import Grid, grid_of, result_table, results_of
 
 
-def explain(path: Path) -> Iterator[str]:
-    """Lines that say what the file or folder at ``path`` is. Raises ``InputError`` if it is nothing of ours."""
+def explain(path: Path, table: bool = True) -> Iterator[str]:
+    """Lines that say what the file or folder at ``path`` is. Raises ``InputError`` if it is nothing of ours.
+
+    Without ``table`` a run's result table is left to ``grid``.
+    """
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run, the folder of a stage, or a file in one")
     teller = _folder if path.is_dir() else _teller(path)
@@ -21,40 +25,30 @@ def explain(path: Path) -> Iterator[str]:
         raise InputError(
             f"{path} is not an artefact of safeneuron; show explains runs, and the folders and files that a run writes"
         )
-    try:
+    with _damage_told(path):
         yield from teller(path)
+        results = results_of(path)
+        if table and results is not None:
+            yield from ([""] if path.is_dir() else [])
+            yield from result_table(results)
+
+
+def grid(path: Path) -> Grid | None:
+    """The result table of the run at ``path``; None where there is none yet. Raises ``InputError`` like ``explain``."""
+    with _damage_told(path):
+        results = results_of(path)
+        return None if results is None else grid_of(results)
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} has the name of an artefact of safeneuron but not its form ({error!r}); it may be damaged, "
             "make its stage again with --redo"
         ) from error
-
-
-def result_table(results: dict[str, Any]) -> Iterator[str]:
-    """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    from safeneuron.shares import attack_of, attack_title, columns_of, further_of, success_of
-
-    columns = columns_of(results)
-    titles = {"iterated": "iterated", "control": "random"}
-    names = [state["label"] for state in results["states"]]
-    width = max(map(len, names)) + 2
-    yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
-    yield f"{'':<{width}}{'':>9}{'static':^27}{'adaptive':^27}"
-    yield f"{'':<{width}}" + "".join(f"{titles.get(knowledge, name):>9}" for name, knowledge in columns)
-    for name, state in zip(names, results["states"], strict=True):
-        cells = []
-        for column in columns:
-            share = success_of(attack_of(state, *column))
-            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}")
-        yield f"{name:<{width}}" + "".join(cells)
-    others = further_of(results)
-    if others:
-        yield "other attacks, in the order of the states above"
-    for column in others:
-        shares = [success_of(attack_of(state, *column)) for state in results["states"]]
-        rates = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
-        yield f"{attack_title(*column):<{max(width, 56)}}{rates}"
-    yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
 
 
 def _folder(path: Path) -> Iterator[str]:
@@ -88,9 +82,6 @@ def _run(path: Path) -> Iterator[str]:
         yield f"  {record['stage']}: {record['seconds']} s, up to {record['peak_memory_mb']} MB"
     for marker in unfinished:
         yield f"  {marker.parent.relative_to(path)}: unfinished"
-    if (path / "report" / "done.json").exists():
-        yield ""
-        yield from result_table(read_json(path / "report" / "results.json"))
 
 
 def _done(path: Path) -> Iterator[str]:
@@ -155,7 +146,9 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         "memory.json": _memory,
         "pruned.json": _pruned,
         "record.json": _published,
-        "results.json": lambda path: result_table(read_json(path)),
+        "results.json": lambda _: iter([]),
+        "comparison.html": lambda _: iter(["Several runs side by side, to be opened in a browser."]),
+        "comparison.md": lambda _: iter(["Several runs side by side, as Markdown."]),
         "train.jsonl": _training,
         "pairs.jsonl": _pairs,
     }
@@ -165,6 +158,7 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         ".jsonl": _lines,
         ".csv": _csv,
         ".svg": lambda _: iter(["A figure of the report."]),
+        ".png": lambda _: iter(["A figure of the report, for where no SVG can be used."]),
     }
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -62,21 +63,37 @@ STYLE: dict[RcKeyType, Any] = {
 
 def draw(results: dict[str, Any]) -> dict[str, str]:
     """SVG text of every figure for which there are numbers: some of ``attack``, ``curve``, ``layers``, ``training``."""
-    states = results["states"]
-    wanted: dict[str, Callable[[Sequence[dict[str, Any]]], Figure]] = {}
-    if any(success_of(attack_of(state, *column)) for state in states for column in COLUMNS):
-        wanted["attack"] = attack_figure
-    if any(state["curve"] for state in states):
-        wanted["curve"] = curve_figure
-    if any(state["neurons"] for state in states):
-        wanted["layers"] = layers_figure
-    if any(state["training"] for state in states):
-        wanted["training"] = training_figure
     drawn = {}
-    for name, figure in wanted.items():
+    for name, figure in wanted(results).items():
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            drawn[name] = as_text(figure(states), name)
+            drawn[name] = as_text(figure(results["states"]), name)
     return drawn
+
+
+def as_pictures(results: dict[str, Any]) -> dict[str, bytes]:
+    """The same figures as PNG of 300 dots an inch on white, where a paper or a slide takes no SVG."""
+    drawn = {}
+    for name, figure in wanted(results).items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure(results["states"]).savefig(buffer, format="png", dpi=300, metadata={"Software": None})
+        drawn[name] = buffer.getvalue()
+    return drawn
+
+
+def wanted(results: dict[str, Any]) -> dict[str, Callable[[Sequence[dict[str, Any]]], Figure]]:
+    """The figures for which there are numbers, by name."""
+    states = results["states"]
+    found: dict[str, Callable[[Sequence[dict[str, Any]]], Figure]] = {}
+    if any(success_of(attack_of(state, *column)) for state in states for column in COLUMNS):
+        found["attack"] = attack_figure
+    if any(state["curve"] for state in states):
+        found["curve"] = curve_figure
+    if any(state["neurons"] for state in states):
+        found["layers"] = layers_figure
+    if any(state["training"] for state in states):
+        found["training"] = training_figure
+    return found
 
 
 def as_text(figure: Figure, name: str) -> str:
@@ -95,6 +112,11 @@ def as_text(figure: Figure, name: str) -> str:
         return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])
 
     return re.sub(r"<[^<>]*>", prefixed, text)
+
+
+def themed(figure: str) -> Markup:
+    """A figure for the page, its lines and its darkest colour in those of the page, light or dark."""
+    return Markup(figure.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace(BLUE, "var(--blue)"))
 
 
 def attack_figure(states: Sequence[dict[str, Any]]) -> Figure:
@@ -206,6 +228,25 @@ def training_figure(states: Sequence[dict[str, Any]]) -> Figure:
     as_percent(panels[1])
     place_legend(figure, state_lines(states, "training"))
     return figure
+
+
+def scatter(points: Sequence[dict[str, Any]], across: str, up: str) -> str:
+    """SVG text: shares against shares, a point with its intervals for each (``comparison.scatter_points``)."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "scatter"}):
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for index, point in enumerate(points):
+            (x, left, right), (y, low, high) = point["x"], point["y"]
+            shape = "osD^v"[index // len(COLOURS) % 5]
+            across_by, up_by = [[x - left], [right - x]], [[y - low], [high - y]]
+            axes.errorbar([x], [y], up_by, across_by, shape, color=colour(index), elinewidth=0.9, label=point["name"])
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        as_percent(axes)
+        axes.set_xlim(0, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        figure.legend(loc="outside upper left", ncols=min(len(points), 4))
+        return as_text(figure, "scatter")
 
 
 def state_lines(states: Sequence[dict[str, Any]], key: str) -> list[Line2D]:

@@ -22,16 +22,15 @@ from safeneuron import __version__
 from safeneuron.collecting import label_of
 from safeneuron.config import Config, DataTable, PairSourceTable, SourceTable
 from safeneuron.licences import Licence
-from safeneuron.reporting import fenced, piped, plain
+from safeneuron.limits import limits
+from safeneuron.markdown import fenced, piped, plain
 from safeneuron.runs import Run, read_json, read_lines
-from safeneuron.shares import attack_of, columns_of
+from safeneuron.shares import attack_of, columns_of, listed
 from safeneuron.states import BASE, Findings, State
 from safeneuron.summarising import (
     Point,
     coherence_caveat,
     incoherence,
-    limits,
-    listed,
     over_refusal,
     perplexity,
     random_control,

@@ -6,21 +6,21 @@ from a stranger: it is masked unless asked for, and escaped in any case.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from safeneuron.browsing import packed, shown
+from safeneuron.charts import charts_of
 from safeneuron.errors import InputError
-from safeneuron.figures import BLUE, FAINT, INK, draw
-from safeneuron.shares import attack_title, columns_of, decimal, percent, refusal_of, success_of
-from safeneuron.summarising import headline, limits, points
+from safeneuron.figures import draw, themed
+from safeneuron.limits import limits, methods
+from safeneuron.markdown import fenced, piped, plain, tabled
+from safeneuron.pages import as_image, as_page
+from safeneuron.shares import attack_title, columns_of, refusal_of, success_of
+from safeneuron.summarising import headline, points
 from safeneuron.tables import (
     OUTCOMES,
-    Table,
     as_csv,
     attack_records,
     attack_table,
@@ -29,6 +29,7 @@ from safeneuron.tables import (
     cells_of,
     difference_table,
     further_table,
+    neuron_records,
     outcome_table,
     refusal_table,
     stage_table,
@@ -36,7 +37,7 @@ from safeneuron.tables import (
     state_table,
 )
 
-__all__ = ["attack_table", "render"]
+__all__ = ["Details", "attack_table", "render"]
 
 SCHEMA = 1
 BRACKETS = "Brackets hold 95 % Wilson intervals."
@@ -55,18 +56,36 @@ CAPTIONS = {
     "incoherent text, which is neither safe nor harmful. On the base model adaptive is the same as static.",
     "curve": "Attack success rate with 95 % Wilson intervals, and share of incoherent text, as more are pruned.",
     "layers": "Safety neurons found in each layer, all panels on the same axes.",
+    "neurons": "The safety neurons with the largest effect size or shift, by layer and effect size.",
     "training": "Preference training of each trained state.",
 }
 
 
+@dataclass(frozen=True)
+class Details:
+    """What the page shows beside the results: all answers, the strongest neurons of each state, further figures.
+
+    ``responses`` are like examples, ``neurons`` as ``charts.neuron_chart`` takes them, ``analysis`` SVG text by title.
+    """
+
+    responses: Sequence[dict[str, Any]] = ()
+    neurons: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    analysis: Mapping[str, str] = field(default_factory=dict)
+
+
 def render(
-    results: dict[str, Any], examples: list[dict[str, Any]], provenance: dict[str, Any], show_text: bool = False
+    results: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    provenance: dict[str, Any],
+    show_text: bool = False,
+    details: Details | None = None,
 ) -> dict[str, str]:
-    """Relative path and content of every file of the report.
+    """Relative path and content of every file of the report; ``pictures`` makes those that are not text.
 
     A figure for which there are no numbers is left out. Without ``show_text`` only the first words of each response are
     in any of the files. Raises ``InputError`` for results of another schema or without a state.
     """
+    details = details or Details()
     if results.get("schema") != SCHEMA or not results.get("states"):
         raise InputError(
             f"the report needs results of schema {SCHEMA} with at least one state, but got schema "
@@ -75,90 +94,62 @@ def render(
     drawn = draw(results)
     return {
         "report.md": as_markdown(results, examples, provenance, show_text, drawn),
-        "report.html": as_page(results, examples, provenance, show_text, drawn),
+        "report.html": as_report_page(results, examples, provenance, show_text, details, drawn),
         "tables/attacks.csv": as_csv(attack_records(results)),
         "tables/states.csv": as_csv(state_records(results)),
         **({"tables/differences.csv": as_csv(results["differences"])} if results.get("differences") else {}),
+        **({"tables/neurons.csv": as_csv(neuron_records(details.neurons))} if details.neurons else {}),
         **{f"figures/{name}.svg": text for name, text in drawn.items()},
     }
 
 
-def masked(text: str) -> tuple[str, int]:
-    """The first words of a response and the number of characters held back.
-
-    At most three words, 24 characters and half of the text, so that a short answer or one without spaces is masked too.
-    """
-    text = text.strip()
-    opening = " ".join(text.split()[:3])[: min(24, len(text) // 2)].rstrip()
-    return opening, len(text) - len(opening)
-
-
-def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
-    """Examples by state and attack as a reader may see them.
-
-    Without ``show_text`` the response is cut here, before any template sees it.
-    """
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for example in examples:
-        opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
-        title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
-        kept.setdefault(title, []).append({"image": "", **example, "response": opening, "hidden": hidden})
-    return kept
-
-
-def as_page(
+def as_report_page(
     results: dict[str, Any],
-    examples: list[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     provenance: dict[str, Any],
     show_text: bool,
+    details: Details,
     drawn: dict[str, str],
 ) -> str:
-    """The page. Everything is escaped by the template, except the figures, which matplotlib has escaped."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
-        results=results,
-        provenance=provenance,
-        headline=headline(results),
-        points=points(results),
-        limits=limits(results),
-        successes=cells_of(results, success_of),
-        refusals=cells_of(results, refusal_of),
-        iterated=("FULL", "iterated") in columns_of(results),
-        outcomes=OUTCOMES,
-        attack_title=attack_title,
-        percent=percent,
-        decimal=decimal,
-        state_table=state_table(results),
-        further=further_table(results),
-        further_note=FURTHER,
-        differences=difference_table(results),
-        difference_note=DIFFERENCES,
-        categories=category_table(results),
-        capability=capability_table(results),
-        capability_note=CAPABILITY,
-        stage_table=stage_table(provenance),
-        figures={name: themed(text) for name, text in drawn.items()},
-        captions=CAPTIONS,
-        brackets=BRACKETS,
-        examples=shown(examples, show_text),
-        show_text=show_text,
-    )
-
-
-def themed(figure: str) -> Markup:
-    """A figure for the page, its lines and its darkest colour in those of the page, light or dark."""
-    return Markup(figure.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace(BLUE, "var(--blue)"))
+    """The page: matplotlib's figures stand in it for readers without its script, which draws live ones instead."""
+    browsed = details.responses or examples
+    charts = charts_of(results, details.neurons)
+    values = {
+        "results": results,
+        "provenance": provenance,
+        "headline": headline(results),
+        "points": points(results),
+        "methods": methods(results),
+        "limits": limits(results),
+        "successes": cells_of(results, success_of),
+        "refusals": cells_of(results, refusal_of),
+        "iterated": ("FULL", "iterated") in columns_of(results),
+        "outcomes": OUTCOMES,
+        "attack_title": attack_title,
+        "state_table": state_table(results),
+        "further": further_table(results),
+        "further_note": FURTHER,
+        "differences": difference_table(results),
+        "difference_note": DIFFERENCES,
+        "categories": category_table(results),
+        "capability": capability_table(results),
+        "capability_note": CAPABILITY,
+        "stage_table": stage_table(provenance),
+        "figures": {name: themed(text) for name, text in drawn.items()},
+        "charts": charts,
+        "captions": CAPTIONS,
+        "brackets": BRACKETS,
+        "analysis": {name: as_image(text) for name, text in details.analysis.items()},
+        "browsed": bool(browsed),
+        "show_text": show_text,
+    }
+    data = {"charts": charts, **({"responses": packed(browsed, show_text)} if browsed else {})}
+    return as_page("report.html", values, data)
 
 
 def as_markdown(
     results: dict[str, Any],
-    examples: list[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
     provenance: dict[str, Any],
     show_text: bool,
     drawn: dict[str, str],
@@ -184,6 +175,7 @@ def as_markdown(
         blocks.append("## Examples")
     for title, group in shown(examples, show_text).items():
         blocks += [f"### {plain(title)}", *(quoted(example) for example in group)]
+    blocks += ["## Method", "\n".join(f"- {plain(text)}" for text in methods(results))]
     blocks += ["## Limits", "\n".join(f"- {plain(text)}" for text in limits(results)), "## How it was made"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     blocks.append(
@@ -192,11 +184,6 @@ def as_markdown(
     )
     blocks += [fenced(provenance["command"]), piped(stage_table(provenance)), fenced(provenance["config_toml"])]
     return "\n\n".join(blocks) + "\n"
-
-
-def tabled(title: str, note: str, table: Table) -> list[str]:
-    """A section with a table, or nothing if the table has no rows."""
-    return [f"## {title}", note, piped(table)] if table[1] else []
 
 
 def quoted(example: dict[str, Any]) -> str:
@@ -210,23 +197,3 @@ def quoted(example: dict[str, Any]) -> str:
 def pictures(drawn: dict[str, str], *names: str) -> list[str]:
     """Links to the figures that there are, each with its caption."""
     return [f"![{CAPTIONS[name]}](figures/{name}.svg)" for name in names if name in drawn]
-
-
-def plain(text: object) -> str:
-    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
-    line = re.sub(r"[\r\n]+", " ", str(text)).strip()
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
-
-
-def piped(table: Table) -> str:
-    """A Markdown table."""
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else plain(cell) for cell in line)} |" for line in lines)
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks in it."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-    return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -5,6 +5,7 @@ A share is None where nothing was run or nothing could be judged, so that no tab
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,15 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 
 FURTHER = ("rival", "operator", "transfer", "model", "input")
 """Knowledge of the attacks beside those, in the order of their table."""
+
+
+COMPARED = (
+    ("harmful", "complied", "ORI", "none"),
+    ("harmful", "complied", "FULL", "adaptive"),
+    ("harmful", "complied", "FULL", "iterated"),
+    ("benign", "refused", "ORI", "none"),
+)
+"""In what two states are compared: the kind of request, the verdict, and the attack."""
 
 
 TITLES = {
@@ -96,6 +106,8 @@ def attack_title(which: str, knowledge: str) -> str:
     """For example ``FULL adaptive``; knowledge that goes without saying is not said."""
     if knowledge == "rival":
         return f"neurons found by {which}"
+    if knowledge == "curve":
+        return f"{100 * float(which):.3g} % pruned"
     plain = which if knowledge in ("none", "control", "input") else f"{which} {knowledge}"
     return TITLES.get((which, knowledge), plain)
 
@@ -141,3 +153,9 @@ def incoherent_share(attack: dict[str, Any] | None) -> float | None:
     if attack is None or judged(attack["harmful"]) <= 0:
         return None
     return float(attack["harmful"]["incoherent"] / judged(attack["harmful"]))
+
+
+def listed(parts: Iterable[str]) -> str:
+    """``a, b and c``."""
+    *head, last = parts
+    return f"{', '.join(head)} and {last}" if head else last

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,6 +253,15 @@ def state_records(results: dict[str, Any]) -> list[dict[str, Any]]:
         record |= {f"last_{key}": last.get(key) for key in ("loss", "accuracy", "margin")}
         records.append(record)
     return records
+
+
+def neuron_records(neurons: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
+    """One record for each of the strongest neurons of every state, for other programs."""
+    return [
+        {"state": state, "layer": layer, "neuron": index, "d": d, "z": z, "ES": int(by) & 1, "SAS": int(by) >> 1}
+        for state, found in neurons.items()
+        for layer, index, _, d, z, by in found
+    ]
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
+import json
 import math
 import re
 from copy import deepcopy
@@ -13,8 +16,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from safeneuron import browsing
+from safeneuron.browsing import masked, packed
 from safeneuron.errors import InputError
-from safeneuron.reporting import attack_table, masked, plain, render
+from safeneuron.markdown import plain
+from safeneuron.reporting import Details, attack_table, render
 from safeneuron.shares import Share, number
 from safeneuron.summarising import headline, points
 from safeneuron.tables import capability_table, category_table, difference_table
@@ -207,6 +213,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def inside(html: str, name: str) -> Any:
+    """The JSON value that the page holds under this id."""
+    (text,) = re.findall(rf'<script type="application/json" id="{name}">(.*?)</script>', html)
+    return json.loads(text)
 
 
 def said(results: dict[str, Any], topic: str) -> str:
@@ -476,7 +488,7 @@ def test_every_file_and_every_figure_is_there_and_well_formed() -> None:
         assert f"]({name})" in files["report.md"]
     identifiers = [attributes["id"] for _, attributes in Page(files["report.html"]).tags if "id" in attributes]
     assert len(identifiers) == len(set(identifiers)), "figures in one page must not share identifiers"
-    references = re.findall(r'(?:url\(|href=")#([^")]+)', files["report.html"])
+    references = re.findall(r'(?:url\(|href=")#([^")]+)', re.sub(r"(?s)<script.*?</script>", "", files["report.html"]))
     assert references
     assert set(references) <= set(identifiers)
 
@@ -545,9 +557,11 @@ def poisoned() -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
 def test_a_script_stays_text_everywhere(show_text: bool) -> None:
     files = render(*poisoned(), show_text)
     page = Page(files["report.html"])
-    assert "script" not in [tag for tag, _ in page.tags]
-    assert "<script" not in files["report.html"]
+    scripts = [attributes.get("id") for tag, attributes in page.tags if tag == "script"]
+    assert scripts == ["charts", "responses", None], "the data and the page's own script, and no other"
+    assert files["report.html"].count("<script") == files["report.html"].count("</script") == 3
     assert SCRIPT in "".join(page.words), "the text itself must not be lost"
+    assert SCRIPT in "".join(inside(files["report.html"], "responses")["prompts"])
     assert "<script" not in re.sub(r"```.*?```", "", files["report.md"], flags=re.DOTALL)
     for name, text in files.items():
         if name.endswith(".svg"):
@@ -557,8 +571,8 @@ def test_a_script_stays_text_everywhere(show_text: bool) -> None:
 def test_responses_are_masked_in_every_file_unless_asked_for() -> None:
     hidden, shown = rendered(), rendered(show_text=True)
     assert all("recipe" not in text and "moonlight" not in text for text in hidden.values())
-    assert "I cannot quite" in hidden["report.html"]
-    assert f"{len(SECRET) - len('I cannot quite')} characters" in hidden["report.html"]
+    rows = inside(hidden["report.html"], "responses")["rows"]
+    assert rows[0][5:] == ["I cannot quite", len(SECRET) - len("I cannot quite")]
     assert f"({len(SECRET) - len('I cannot quite')} characters hidden)" in hidden["report.md"]
     assert SECRET in shown["report.html"]
     assert SECRET in shown["report.md"]
@@ -578,14 +592,62 @@ def test_mask_shows_three_words_and_at_most_half(text: str, opening: str) -> Non
     assert masked(text) == (opening, len(text.strip()) - len(opening))
 
 
+def test_the_page_allows_only_its_own_script() -> None:
+    html = rendered()["report.html"]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+
+
+def test_live_figures_have_the_numbers_of_the_results() -> None:
+    results = sample_results()
+    charts = inside(rendered(results)["report.html"], "charts")
+    (panel,) = charts["attack"]["panels"]
+    bar = next(bar for bar in panel["bars"] if "T1, FULL adaptive" in bar["tip"])
+    success = results["states"][1]["attacks"][6]["harmful"]
+    assert (bar["parts"][0]["value"], bar["low"], bar["high"]) == (success["rate"], success["low"], success["high"])
+    assert bar["parts"][1] == {"value": 3 / 47, "hatched": True}
+    layers = charts["layers"]["panels"][1]
+    counts = results["states"][1]["neurons"]["per_layer"]
+    for layer, bar in enumerate(layers["bars"]):
+        es, both, sas = (sum(p["value"] for p in bar["parts"] if p["colour"] == colour) for colour in (1, 4, 2))
+        full = counts["FULL"][layer]
+        assert (both, sas) == (
+            max(0, counts["ES"][layer] + counts["SAS"][layer] - full),
+            max(0, full - counts["ES"][layer]),
+        )
+        assert es == max(0, full - counts["SAS"][layer])
+
+
+def test_further_figures_stand_in_the_page_as_images_and_neurons_in_a_table() -> None:
+    details = Details((), {"T0": [[3, 7, 100, 1.5, 2.5, 3]]}, {"topics": f"<svg>{SCRIPT}</svg>"})
+    files = render(sample_results(), sample_examples(), sample_provenance(), details=details)
+    assert "<figcaption>topics</figcaption>" in files["report.html"]
+    assert files["report.html"].count("<script") == 3
+    assert files["tables/neurons.csv"] == "state,layer,neuron,d,z,ES,SAS\nT0,3,7,1.5,2.5,1,1\n"
+    (panel,) = inside(files["report.html"], "charts")["neurons"]["panels"]
+    assert panel["series"][0]["points"][0]["x"] == 3.07
+
+
+def test_answers_are_cut_where_there_is_no_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{**sample_examples()[0], "response": "ä" * size} for size in (400, 800)]
+    assert packed(answers, True)["rows"][1][5:] == ["ä" * 800, 0]
+    monkeypatch.setattr(browsing, "ROOM", 600)
+    rows = packed(answers, True)["rows"]
+    assert [(len(row[5]), row[6]) for row in rows] == [(150, 250), (150, 650)]
+
+
 def test_the_page_loads_nothing() -> None:
     html = rendered()["report.html"]
     for tag, attributes in Page(html).tags:
-        assert tag not in ("script", "link", "iframe", "img", "object", "embed", "base", "form")
+        assert tag not in ("link", "iframe", "img", "object", "embed", "base", "form")
         for name in ("src", "href", "xlink:href", "data", "action", "srcset"):
             assert (attributes.get(name) or "#").startswith("#")
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    assert not re.search(r"https?:(?!//www\.w3\.org/(?:2000/svg|1999/xlink))", html)
+    assert not re.search(r"\b(?:fetch|XMLHttpRequest|WebSocket|import)\b\s*\(|innerHTML|eval\(", html)
 
 
 def test_markdown_cells_and_lines_cannot_be_broken_out_of() -> None:
