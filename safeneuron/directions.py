@@ -126,7 +126,7 @@ def without_direction(model: nn.Module | HasNetwork, direction: Direction) -> It
             f"the direction has the shape {tuple(direction.vector.shape)}, but the model's residual stream has {width} "
             "values; find the direction on this model or on one of its shape"
         )
-    layers = _layers(network)
+    layers = layers_of(network)
     writers = [writer for layer in layers for writer in _writers(layer)]
     before, after = _hooks(direction.vector.float())
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
@@ -155,7 +155,8 @@ def _hooks(vector: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return before, after
 
 
-def _layers(network: nn.Module) -> nn.ModuleList:
+def layers_of(network: nn.Module) -> nn.ModuleList:
+    """The decoder's layers."""
     layers = decoder_of(network).layers
     assert isinstance(layers, nn.ModuleList), "decoder_of has checked it"
     return layers
@@ -176,12 +177,12 @@ def _writers(layer: nn.Module) -> list[nn.Module]:
 
 def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, max_tokens: int) -> Moments:
     """Moments ``[layer, hidden]`` of the stream at the input of every layer, at the last token of each prompt."""
-    layers = _layers(network_of(model))
+    layers = layers_of(network_of(model))
     moments = Moments.zero((len(layers), int(config_of(model.network).hidden_size)))
     encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
     encoded.sort(key=len, reverse=True)
     for start in range(0, len(encoded), batch_size):
-        moments = moments.merge(Moments.of(_last_of_stream(model, layers, encoded[start : start + batch_size])))
+        moments = moments.merge(Moments.of(last_of_stream(model, layers, encoded[start : start + batch_size])))
     if not torch.isfinite(moments.mean).all():
         raise InputError(
             "the model's residual stream is not finite on some prompts; load it with dtype = 'float32', or use another "
@@ -190,7 +191,7 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     return moments
 
 
-def _last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
+def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
     """``[prompt, layer, hidden]``: the stream at each layer's input, at the last token of encoded prompts."""
     # Padded on the right, where causal attention cannot see the padding and position ids stay correct.
     ids, mask = pad(batch, int(model.tokenizer.pad_token_id), "right", model.device)

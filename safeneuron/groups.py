@@ -122,21 +122,17 @@ def bootstrap_weights(prompts: int, samples: int, seed: int) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=prompts) for row in drawn], dim=1).double()
 
 
-def subset_weights(prompts: int, size: int, samples: int, seed: int) -> Tensor:
-    """Weights ``[prompt, sample]`` of random subsets of ``size`` different prompts.
+def pair_weights(prompts: int, size: int, pairs: int, seed: int) -> Tensor:
+    """Weights ``[prompt, 2 * pair]``: columns 2i and 2i + 1 are two random subsets of this size with no prompt in both.
 
-    Raises ``InputError`` for more than there are.
+    Raises ``InputError`` for a size of more than half of the prompts.
     """
-    if size > prompts:
-        raise InputError(f"a subset of {size} prompts was asked for, but there are {prompts}; ask for fewer")
+    if 2 * size > prompts:
+        raise InputError(f"two subsets of {size} prompts were asked for, but there are {prompts}; ask for fewer")
     draw = torch.Generator().manual_seed(seed)
-    weights = torch.zeros(prompts, samples, dtype=torch.float64)
-    for sample in range(samples):
-        weights[torch.randperm(prompts, generator=draw)[:size], sample] = 1
+    weights = torch.zeros(prompts, 2 * pairs, dtype=torch.float64)
+    for pair in range(pairs):
+        order = torch.randperm(prompts, generator=draw)
+        weights[order[:size], 2 * pair] = 1
+        weights[order[size : 2 * size], 2 * pair + 1] = 1
     return weights
-
-
-def half_weights(prompts: int, splits: int, seed: int) -> Tensor:
-    """Weights ``[prompt, 2 * split]``: columns 2i and 2i + 1 are the two halves of a random split."""
-    halves = subset_weights(prompts, prompts // 2, splits, seed)
-    return torch.stack([halves, 1 - halves], dim=2).reshape(prompts, 2 * splits)

@@ -78,6 +78,37 @@ def measure_groups(
     return _groups_of_all_ranks(own)
 
 
+def activations_of(
+    model: Model,
+    prompts: Sequence[Prompt],
+    neurons: NeuronSet,
+    pooling: str = "last",
+    batch_tokens: int = 2048,
+    max_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The pooled activations of some neurons, ``[prompt, neuron]`` float32, in the order of the prompts and of the set.
+
+    Every rank does all of it. Raises ``InputError`` for a neuron set of another model, an unknown pooling, or
+    activations that are not finite.
+    """
+    _require_known(pooling)
+    neurons.require(model.fingerprint, model.widths)
+    found = torch.zeros(len(prompts), len(neurons))
+    encoded = [model.encode([{"role": "user", "content": prompt.text}])[-max_tokens:] for prompt in prompts]
+    done = 0
+    for batch in length_batches(encoded, batch_tokens):
+        vectors = pooled(model, [encoded[index] for index in batch], pooling)[:, neurons.flat]
+        problem = _not_finite(vectors, [prompts[index] for index in batch])
+        if problem:
+            raise InputError(problem)
+        found[batch] = vectors
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(prompts))
+    return found
+
+
 def search(
     model: Model,
     unsafe: Sequence[Prompt],

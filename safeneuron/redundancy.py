@@ -94,8 +94,8 @@ def find_prune_find(
     """Find a set, note what pruning it does, find again with all found so far pruned, ``most`` times.
 
     ``find(pruned)`` gives the set found on the model with these neurons pruned; what it holds of them is left out, so
-    that sets are disjoint. ``outcome(pruned)`` counts the answers. It ends early where nothing new is found, or where
-    no more than a tenth of the refusals is left: then there is nothing to find neurons of. ``told`` hears of each set;
+    that sets are disjoint. ``outcome(pruned)`` counts the answers. It goes on where refusal is broken already, since
+    what has led to it may still tell harm; it ends early where nothing new is found. ``told`` hears of each set;
     ``known`` and ``intact`` are what is known already of an interrupted search.
     """
     intact = outcome(None) if intact is None else intact
@@ -104,8 +104,6 @@ def find_prune_find(
     for one in known:
         gone = one.neurons if gone is None else gone | one.neurons
     while result.measurable and len(result.sets) < most:
-        if result.sets and result.sets[-1].together.refused <= intact.refused / 10:
-            break
         found = find(gone)
         found = found if gone is None else found - gone
         if not len(found):

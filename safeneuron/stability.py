@@ -47,7 +47,7 @@ class Resampled(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """Sets of the two halves of the prompts against each other, over several splits: what a second study would find."""
+    """Sets of two samples of prompts that share none, over several draws: what a second study would find."""
 
     jaccard: Spread
     correlation: Spread
@@ -106,7 +106,7 @@ def resampled(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, 
 
 
 def halves(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, find: Find) -> Halves:
-    """Split halves: groups 2i and 2i + 1 are the two halves of split i; ``chance`` is random sets' mean Jaccard."""
+    """Groups 2i and 2i + 1 are a pair, such as the two halves of a split; ``chance`` is random sets' mean Jaccard."""
     jaccards, correlations, by_chance = [], [], []
     for number in range(0, len(unsafe), 2):
         pair = [stats_of(whole, unsafe, safe, number + side) for side in (0, 1)]

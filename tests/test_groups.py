@@ -11,9 +11,8 @@ from safeneuron.groups import (
     GroupMoments,
     TopicStats,
     bootstrap_weights,
-    half_weights,
     one_of_each,
-    subset_weights,
+    pair_weights,
 )
 from safeneuron.measuring import measure, measure_groups
 from safeneuron.moments import Moments
@@ -52,19 +51,17 @@ def test_one_pass_gives_what_measuring_each_category_gives():
 def test_weights_that_do_not_fit_the_prompts_are_refused():
     with pytest.raises(InputError, match="one row of weights a prompt: found 3 for 2"):
         measure_groups(tiny.model(), [Prompt("a"), Prompt("b")], torch.ones(3, 1))
-    with pytest.raises(InputError, match="subset of 5 prompts"):
-        subset_weights(4, 5, 1, seed=0)
+    with pytest.raises(InputError, match="two subsets of 3 prompts"):
+        pair_weights(5, 3, 1, seed=0)
 
 
-def test_weights_are_samples_subsets_and_halves():
+def test_weights_are_samples_and_pairs():
     samples = bootstrap_weights(50, 20, seed=1)
     assert samples.shape == (50, 20) and bool((samples.sum(dim=0) == 50).all()) and samples.max() > 1
     assert torch.equal(samples, bootstrap_weights(50, 20, seed=1))
-    subsets = subset_weights(50, 10, 4, seed=1)
-    assert bool((subsets.sum(dim=0) == 10).all()) and set(subsets.unique().tolist()) == {0, 1}
-    halves = half_weights(9, 3, seed=1)
-    assert halves.sum(dim=0).tolist() == [4, 5] * 3
-    assert bool((halves[:, 0::2] + halves[:, 1::2] == 1).all())
+    pairs = pair_weights(9, 4, 3, seed=1)
+    assert pairs.sum(dim=0).tolist() == [4] * 6
+    assert bool((pairs[:, 0::2] + pairs[:, 1::2] <= 1).all())
     assert one_of_each(["b", "", "a"], ["a", "b"]).tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
