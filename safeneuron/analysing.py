@@ -162,7 +162,9 @@ class Analyser:
                 now = base if state == BASE else seen(model, (unsafe, safe), own)
                 # A name on the Hub is no folder to read weights from.
                 moved = moved_record(model, source, first) if state != BASE and source.is_dir() else None
-                write_json(path, {"state": state.name, **state_record(now, base, own, first, self.config.seed), "moved": moved})
+                write_json(
+                    path, {"state": state.name, **state_record(now, base, own, first, self.config.seed), "moved": moved}
+                )
             records.append(read_json(path))
             self.watcher.progress(number + 1, len(self.states))
         record: Record = {"prompts": [len(unsafe), len(safe)], "states": records}

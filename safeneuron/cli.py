@@ -198,9 +198,7 @@ def analyse(
     from safeneuron.runs import Run
     from safeneuron.telling import told
 
-    (config, opened), *others = [
-        (read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders
-    ]
+    (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
     bars = Bars()
     with opened.locked():
         for name in redo or []:

@@ -43,7 +43,10 @@ def topics_figure(record: dict[str, Any]) -> Figure:
         bottom = bottom + counts
     _layers(left, "neurons by role")
     left.legend(loc="upper left")
-    for axes, measure, title in ((middle, "jaccard", "intersection / union"), (right, "shared", "intersection / mean size")):
+    for axes, measure, title in (
+        (middle, "jaccard", "intersection / union"),
+        (right, "shared", "intersection / mean size"),
+    ):
         _overlap(axes, record, measure)
         axes.set_title(title)
     middle.legend(loc="upper right")
@@ -54,7 +57,9 @@ def _overlap(axes: Axes, record: dict[str, Any], measure: str) -> None:
     def line(key: str, name: str, tint: str, style: str) -> None:
         points = [(one["topics"], one[name]) for one in record[key] if one[name] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), color=tint, linestyle=style, marker="o", markersize=2.5, label=labels[key])
+            axes.plot(
+                *zip(*points, strict=True), color=tint, linestyle=style, marker="o", markersize=2.5, label=labels[key]
+            )
 
     labels = {"overlaps": "topics", "shuffled_topics": "prompts dealt at random", "random_neurons": "random neurons"}
     line("overlaps", measure, BLUE, "-")
@@ -97,7 +102,9 @@ def stability_figure(record: dict[str, Any]) -> Figure:
     left, middle, right = figure.subplots(1, 3)
     samples = record["samples"]
     sizes = [one["prompts"] for one in samples]
-    left.fill_between(sizes, [one["low"] for one in samples], [one["high"] for one in samples], color=BLUE, alpha=0.2, linewidth=0)
+    left.fill_between(
+        sizes, [one["low"] for one in samples], [one["high"] for one in samples], color=BLUE, alpha=0.2, linewidth=0
+    )
     left.plot(sizes, [one["mean"] for one in samples], color=BLUE, marker="o", markersize=3, label="two samples")
     left.plot(sizes, [one["chance"] for one in samples], color=GREY, linestyle=":", label="random neurons")
     left.set_xscale("log")
@@ -136,7 +143,13 @@ def states_figure(record: dict[str, Any]) -> Figure:
         _lines(row[4], {"intact": state["separability"], "set pruned": state["separability_pruned"]})
         row[2].set_ylim(top=1.02)
         row[4].set_ylim(0.45, 1.02)
-        titles = ("neurons against T0", "relative change of weights", "hidden states like T0's", "classes apart, in sd", "probe accuracy")
+        titles = (
+            "neurons against T0",
+            "relative change of weights",
+            "hidden states like T0's",
+            "classes apart, in sd",
+            "probe accuracy",
+        )
         for axes, title in zip(row, titles, strict=True):
             axes.set_xlabel("layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -158,7 +171,12 @@ def _lines(axes: Axes, series: dict[str, Sequence[float | None]]) -> None:
     for index, (label, values) in enumerate(series.items()):
         known = [(x, value) for x, value in enumerate(values) if value is not None]
         if known:
-            axes.plot(*zip(*known, strict=True), color=(BLUE, ORANGE, GREEN)[index], linestyle=("-", "--", ":")[index], label=label)
+            axes.plot(
+                *zip(*known, strict=True),
+                color=(BLUE, ORANGE, GREEN)[index],
+                linestyle=("-", "--", ":")[index],
+                label=label,
+            )
 
 
 def redundancy_figure(record: dict[str, Any]) -> Figure:
@@ -167,10 +185,17 @@ def redundancy_figure(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     alone, together, curve = figure.subplots(1, 3, sharey=True)
     for index, state in enumerate(states):
-        look: dict[str, Any] = {"color": colour(index + 1), "linestyle": stroke(index + 1), "marker": "o", "markersize": 3}
+        look: dict[str, Any] = {
+            "color": colour(index + 1),
+            "linestyle": stroke(index + 1),
+            "marker": "o",
+            "markersize": 3,
+        }
         numbers = range(1, len(state["sets"]) + 1)
         alone.plot(numbers, [one["alone"]["refused"] for one in state["sets"]], label=state["state"], **look)
-        together.plot([0, *numbers], [state["intact"]["refused"], *(one["together"]["refused"] for one in state["sets"])], **look)
+        together.plot(
+            [0, *numbers], [state["intact"]["refused"], *(one["together"]["refused"] for one in state["sets"])], **look
+        )
         points = state["curve"]
         curve.plot([one["neurons"] for one in points], [one["refused"] for one in points], **look)
     for axes, title, label in (

@@ -124,7 +124,9 @@ def stability_record(
     density = max(len(find(whole)), 1) / sum(whole.widths)
     for number, size in enumerate(sizes):
         pairs = [
-            measure_groups(model, prompts, pair_weights(len(prompts), size, effort.pairs, config.seed + side), *settings)
+            measure_groups(
+                model, prompts, pair_weights(len(prompts), size, effort.pairs, config.seed + side), *settings
+            )
             for side, prompts in enumerate(classes)
         ]
         curve.append((size, halves(whole, *pairs, find)))
@@ -134,7 +136,9 @@ def stability_record(
             for wanted in (min(density * share, 0.5) for share in SHARES):
                 one = halves(whole, *pairs, lambda stats, wanted=wanted: select(stats, density=wanted))  # type: ignore[misc]
                 thresholds.append({"density": wanted, "jaccard": one.jaccard._asdict(), "chance": one.chance})
-    others = [(f"pooling {name}", measure(model, *classes, name, *settings[1:])) for name in POOLINGS if name != settings[0]]
+    others = [
+        (f"pooling {name}", measure(model, *classes, name, *settings[1:])) for name in POOLINGS if name != settings[0]
+    ]
     others += [(name, measure(other, *classes, *settings)) for name, other in variants]
     own = find(whole)
     ranks = score(whole).d

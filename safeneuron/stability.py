@@ -84,9 +84,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
 
 def stats_of(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, number: int) -> ActivationStats:
     """Statistics of the model in ``whole``, but of the prompts of one group of each class."""
-    return ActivationStats(
-        unsafe.group(number), safe.group(number), whole.widths, whole.fingerprint, whole.pooling
-    )
+    return ActivationStats(unsafe.group(number), safe.group(number), whole.widths, whole.fingerprint, whole.pooling)
 
 
 def resampled(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, find: Find) -> Resampled:
@@ -119,9 +117,7 @@ def halves(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, fin
 
 def chance_jaccard(first: NeuronSet, second: NeuronSet) -> float:
     """Expected intersection of random sets with these sizes by layer, over the union that then is left."""
-    both = sum(
-        one * other / width for one, other, width in zip(first.counts, second.counts, first.widths, strict=True)
-    )
+    both = sum(one * other / width for one, other, width in zip(first.counts, second.counts, first.widths, strict=True))
     union = len(first) + len(second) - both
     return both / union if union else 1.0
 

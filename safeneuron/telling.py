@@ -26,7 +26,11 @@ def told(analysis: dict[str, Record], show_text: bool = False) -> list[Table]:
 def _topics(record: Record) -> Table:
     columns = (record["overlaps"], record["shuffled_topics"], record["random_neurons"])
     rows = [
-        [f"K = {own['topics']}", *(share(one[index]["jaccard"]) if one else NOTHING for one in columns), share(own["shared"])]
+        [
+            f"K = {own['topics']}",
+            *(share(one[index]["jaccard"]) if one else NOTHING for one in columns),
+            share(own["shared"]),
+        ]
         for index, own in enumerate(record["overlaps"])
     ]
     title = (
@@ -46,7 +50,9 @@ def _depth(record: Record) -> Table:
 
 def _stability(record: Record) -> Table:
     boot, needed = record["bootstrap"], record["needed"]
-    rows = [["bootstrap against all prompts", number(boot["jaccard"]["mean"]), number(boot["correlation"]["mean"]), NOTHING]]
+    rows = [
+        ["bootstrap against all prompts", number(boot["jaccard"]["mean"]), number(boot["correlation"]["mean"]), NOTHING]
+    ]
     rows += [
         [f"two samples of {one['prompts']}", number(one["mean"]), number(one["correlation"]), number(one["chance"])]
         for one in record["samples"]
@@ -75,7 +81,18 @@ def _states(record: Record) -> Table:
                 number(mean(one["separability_pruned"])),
             ]
         )
-    header = ["state", "kept", "lost", "new", "moved in", "moved out", "CKA harmful", "CKA benign", "probe", "probe pruned"]
+    header = [
+        "state",
+        "kept",
+        "lost",
+        "new",
+        "moved in",
+        "moved out",
+        "CKA harmful",
+        "CKA benign",
+        "probe",
+        "probe pruned",
+    ]
     return "States against T0 (means over layers)", header, rows
 
 
@@ -98,7 +115,13 @@ def _redundancy(record: Record) -> Table:
 
 def _methods(record: Record) -> Table:
     rows = [
-        [one["label"], whole(one["selected"]), whole(one["significant"]), whole(one["missed"]), number(one["largest_q"], 3)]
+        [
+            one["label"],
+            whole(one["selected"]),
+            whole(one["significant"]),
+            whole(one["missed"]),
+            number(one["largest_q"], 3),
+        ]
         for one in record["discoveries"]
     ]
     return "False discoveries", ["set", "neurons", "q < .05", "q < .05, not taken", "largest q"], rows

@@ -66,9 +66,7 @@ def sets_of(
     """The safety neurons of each topic: its own unsafe prompts against all safe ones; settings as in ``select``."""
     found = []
     for number, topic in enumerate(stats.topics):
-        own = ActivationStats(
-            stats.unsafe.group(number), stats.safe, stats.widths, stats.fingerprint, stats.pooling
-        )
+        own = ActivationStats(stats.unsafe.group(number), stats.safe, stats.widths, stats.fingerprint, stats.pooling)
         scores = score(own)
         found.append(choose(scores, resolve_thresholds(scores, effect_size, shift, density)).union.labelled(topic))
     return found
@@ -147,8 +145,7 @@ def chance_overlaps(sets: Sequence[NeuronSet], draws: int = 200, seed: int = 0) 
     mean = values.mean(axis=0)
     low, high = np.percentile(values, [2.5, 97.5], axis=0)
     return [
-        Chance(k + 2, *(float(part[k, which]) for which in (0, 1) for part in (mean, low, high)))
-        for k in range(n - 1)
+        Chance(k + 2, *(float(part[k, which]) for which in (0, 1) for part in (mean, low, high))) for k in range(n - 1)
     ]
 
 

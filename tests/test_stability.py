@@ -70,7 +70,12 @@ def test_halves_of_a_signal_agree():
 
 
 def test_small_sets_by_hand():
-    assert mean_jaccard([neurons(0, 1), neurons(1, 2), neurons(0, 1)]) == (pytest.approx((1 / 3 + 1 + 1 / 3) / 3), 1 / 3, 1, 3)
+    assert mean_jaccard([neurons(0, 1), neurons(1, 2), neurons(0, 1)]) == (
+        pytest.approx((1 / 3 + 1 + 1 / 3) / 3),
+        1 / 3,
+        1,
+        3,
+    )
     assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
     assert spread([math.nan, 1, 3]) == (2, 1, 3, 2) and math.isnan(spread([]).mean)
     assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
