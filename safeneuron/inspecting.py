@@ -66,7 +66,7 @@ def topic_stats(
     names = topic_names([Prompt(prompt.text, label) for prompt, label in zip(unsafe, labels, strict=True)])
     if len(names) < 2:
         raise InputError(
-            f"the unsafe prompts have {len(names)} topics with {LEAST} prompts or more, and an analysis of topics needs "
+            f"the unsafe prompts have {len(names)} topics with {LEAST} prompts or more, and topics need "
             "2; give prompts with a category column"
         )
     table = config.measure

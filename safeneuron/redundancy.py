@@ -5,6 +5,7 @@ How neurons are found and how refusals are counted is the caller's to say; here 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +128,7 @@ def neurons_to_halve(curve: Sequence[tuple[int, float]]) -> int | None:
     half = intact / 2
     if intact == 0:
         return None
-    for (count, above), (more, below) in zip(curve, curve[1:], strict=False):
+    for (count, above), (more, below) in itertools.pairwise(curve):
         if below <= half:
             share = (above - half) / (above - below) if above > below else 1.0
             return max(1, round(count + share * (more - count)))

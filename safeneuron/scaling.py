@@ -1,4 +1,4 @@
-"""What finished runs say together: attack success against the amount of preference data, and round by round (Table 2)."""
+"""What finished runs say together: attack success against the preference data, and round by round (Table 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How refusal gives way on a real state: find-prune-find and the curve of pruning, every answer counted once and kept."""
+"""How refusal gives way on a real state: find-prune-find, the curve of pruning; every answer counted once and kept."""
 
 from __future__ import annotations
 

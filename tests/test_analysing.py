@@ -1,4 +1,4 @@
-"""An analysis of a finished run on a tiny model: every part's files, resumed where it stopped, and its terminal text."""
+"""An analysis of a finished run on a tiny model: every part, resumed where it stopped, and its terminal text."""
 
 from __future__ import annotations
 
@@ -53,13 +53,16 @@ def test_every_part_leaves_numbers_tables_and_figures(run, analysis):
             assert (folder / f"{part}.svg").read_text().startswith("<svg")
             assert (folder / f"{part}.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((run.folder / "analysis" / "states" / "states.csv").open()))
-    assert len(rows) == 4 * 3 and rows[0]["moved_inside"] == "" and float(rows[3]["moved_outside"]) > 0
+    assert len(rows) == 4 * 3
+    assert rows[0]["moved_inside"] == ""
+    assert float(rows[3]["moved_outside"]) > 0
 
 
 def test_frozen_neurons_have_not_moved_and_the_rest_has(analysis):
     by_name = {one["state"]: one for one in analysis["states"]["states"]}
     inside = [one["inside"] for one in by_name["T1"]["moved"] if one["inside"] is not None]
-    assert inside and set(inside) == {0.0}
+    assert inside
+    assert set(inside) == {0.0}
     assert all(one["outside"] > 0 for one in by_name["T1"]["moved"])
     assert any(one["inside"] for one in by_name["dpo-T1"]["moved"]), "plain DPO freezes nothing"
     assert by_name["T0"]["turnover"]["lost"] == by_name["T0"]["turnover"]["new"] == [0, 0, 0]

@@ -31,8 +31,10 @@ def test_what_moved_by_a_tenth_has_moved_by_a_tenth_and_the_rest_has_not(tmp_pat
             piece.parameter.index_copy_(piece.dim, piece.index, values * 1.1)
     found = movements(model, weights_in(tmp_path / "before"), moved)
     assert [one.layer for one in found] == [0, 1, 2]
-    assert found[1].inside == pytest.approx(0.1, rel=1e-4) and found[1].outside == 0
-    assert math.isnan(found[0].inside) and found[0].outside == 0
+    assert found[1].inside == pytest.approx(0.1, rel=1e-4)
+    assert found[1].outside == 0
+    assert math.isnan(found[0].inside)
+    assert found[0].outside == 0
 
 
 def test_only_what_is_there_is_read(tmp_path):

@@ -33,7 +33,8 @@ def test_a_group_has_the_moments_of_its_prompts_alone_each_as_often_as_it_counts
         torch.testing.assert_close(got.mean, expected.mean, rtol=1e-13, atol=0)
         torch.testing.assert_close(got.m2, expected.m2, rtol=1e-9, atol=1e-9)
     empty = found.group(1)
-    assert empty.count == 0 and not empty.m2.any()
+    assert empty.count == 0
+    assert not empty.m2.any()
 
 
 def test_one_pass_gives_what_measuring_each_category_gives():
@@ -57,7 +58,9 @@ def test_weights_that_do_not_fit_the_prompts_are_refused():
 
 def test_weights_are_samples_and_pairs():
     samples = bootstrap_weights(50, 20, seed=1)
-    assert samples.shape == (50, 20) and bool((samples.sum(dim=0) == 50).all()) and samples.max() > 1
+    assert samples.shape == (50, 20)
+    assert bool((samples.sum(dim=0) == 50).all())
+    assert samples.max() > 1
     assert torch.equal(samples, bootstrap_weights(50, 20, seed=1))
     pairs = pair_weights(9, 4, 3, seed=1)
     assert pairs.sum(dim=0).tolist() == [4] * 6
@@ -72,5 +75,6 @@ def test_statistics_by_topic_are_kept_exactly(tmp_path):
     stats.save(tmp_path / "topics.safetensors")
     back = TopicStats.load(tmp_path / "topics.safetensors")
     assert (back.topics, back.widths, back.fingerprint, back.pooling) == (("a", "b"), (2, 2), "f", "last")
-    assert torch.equal(back.unsafe.m2, groups.m2) and torch.equal(back.safe.mean, stats.safe.mean)
+    assert torch.equal(back.unsafe.m2, groups.m2)
+    assert torch.equal(back.safe.mean, stats.safe.mean)
     assert back.unsafe.group(1).count == 6

@@ -26,7 +26,8 @@ def scores(q: list[float]) -> Scores:
 def test_agreement_by_hand():
     first, *_ = found = agreements([neurons("ES", 0, 1, 4), neurons("SAS", 1, 2, 4, 5), neurons("probe")])
     assert [(one.first, one.second) for one in found] == [("ES", "SAS"), ("ES", "probe"), ("SAS", "probe")]
-    assert first[2:5] == (3, 4, 2) and first.layers == [1, 1]
+    assert first[2:5] == (3, 4, 2)
+    assert first.layers == [1, 1]
     assert first.chance == pytest.approx(2 * 2 / 4 + 1 * 2 / 4)
     assert first.jaccard == pytest.approx(2 / 5)
 
@@ -40,6 +41,8 @@ def test_discoveries_by_hand():
 
 def test_a_volcano_shows_the_whole_set_and_some_of_the_rest():
     found = volcano(scores([0.01, 0.5, *[0.01] * 6]), neurons("FULL", 0, 1), most=3)
-    assert len(found.neuron) == 5 and found.neuron.tolist()[:2] == [0, 1]
+    assert len(found.neuron) == 5
+    assert found.neuron.tolist()[:2] == [0, 1]
     assert found.kind.tolist() == [2, 1, 0, 0, 0]
-    assert torch.equal(found.d, found.neuron.double()) and torch.equal(found.shift, -found.d)
+    assert torch.equal(found.d, found.neuron.double())
+    assert torch.equal(found.shift, -found.d)

@@ -25,7 +25,8 @@ def test_planted_neurons_promote_the_refusal_and_answer_to_harm():
     assert [(one.layer, one.channel) for one in found] == [(1, 5), (1, 17), (1, 40), (2, 9), (2, 33)]
     for one in found:
         assert one.promoted[0] == "N"
-        assert len(one.exciting) == 3 and max(one.exciting) < len(unsafe)
+        assert len(one.exciting) == 3
+        assert max(one.exciting) < len(unsafe)
         assert one.profile["harm"] > 0.5 > -0.5 > one.profile["none"]
 
 

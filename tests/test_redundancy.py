@@ -42,7 +42,8 @@ def test_a_model_wired_to_two_groups_of_which_both_are_needed_has_redundancy_ind
     assert found.sets[0].neurons == second
     assert found.sets[1].neurons == first
     assert found.index == found.coherent_index == 2
-    assert found.sets_to_halve == 1 and found.neurons_in_sets_to_halve == 3
+    assert found.sets_to_halve == 1
+    assert found.neurons_in_sets_to_halve == 3
 
 
 def test_of_two_groups_of_which_either_suffices_none_breaks_it_alone_and_both_together_do():
@@ -51,7 +52,8 @@ def test_of_two_groups_of_which_either_suffices_none_breaks_it_alone_and_both_to
     assert {len(one.neurons) for one in found.sets} == {3}
     assert found.sets[0].neurons | found.sets[1].neurons == groups_of(model)[0] | groups_of(model)[1]
     assert found.index == 0
-    assert found.sets_to_halve == 2 and found.neurons_in_sets_to_halve == 6
+    assert found.sets_to_halve == 2
+    assert found.neurons_in_sets_to_halve == 6
 
 
 def test_the_model_wired_to_one_group_has_redundancy_index_1():
@@ -84,7 +86,9 @@ def test_sets_are_disjoint_each_is_tried_alone_and_an_interrupted_search_goes_on
     found = find_prune_find(find, outcome, 5, heard.append)
     assert [one.neurons for one in found.sets] == [neurons(0, 1), neurons(2)]
     assert asked == [(), (0, 1), (2,), (0, 1, 2)]
-    assert found.index == 1 and found.sets_to_halve == 2 and found.neurons_in_sets_to_halve == 3
+    assert found.index == 1
+    assert found.sets_to_halve == 2
+    assert found.neurons_in_sets_to_halve == 3
     assert found.coherent_index == 0, "half of the answers were babble"
     find, outcome, asked = scripted(finds[1:], shares)
     assert find_prune_find(find, outcome, 5, known=heard[:1], intact=found.intact) == found

@@ -52,9 +52,13 @@ def test_harm_is_seen_after_the_layer_that_reads_it_and_not_before():
     model = planted.model()
     unsafe, safe = (hidden_states(model, prompts) for prompts in planted.twins(40))
     accuracy = separability(unsafe, safe)
-    assert accuracy[0] == 0.5 and accuracy[1] > 0.7 and accuracy[2] > 0.85
+    assert accuracy[0] == 0.5
+    assert accuracy[1] > 0.7
+    assert accuracy[2] > 0.85
     along = projections(unsafe, safe, mean_directions(unsafe, safe))
-    assert math.isnan(along[0]) and along[1] > 1
+    assert math.isnan(along[0])
+    assert along[1] > 1
     with pruned(model, planted.neurons(model)):
         again = hidden_states(model, planted.twins(40)[0])
-    assert torch.equal(again[:, 1], unsafe[:, 1]) and not torch.equal(again[:, 2], unsafe[:, 2])
+    assert torch.equal(again[:, 1], unsafe[:, 1])
+    assert not torch.equal(again[:, 2], unsafe[:, 2])

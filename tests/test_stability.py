@@ -46,8 +46,10 @@ def test_what_is_there_is_always_in():
     found = resampled(whole, GroupMoments.of(unsafe, weights[0]), GroupMoments.of(safe, weights[1]), find)
     assert found.always == neurons(0, 1, 2)
     # With so few neurons ES and SAS cannot always share the places evenly, and one is left out.
-    assert found.jaccard.mean > 0.95 and found.jaccard.count == 20
-    assert found.ever <= 5 and found.frequency[:3].min() >= 0.95
+    assert found.jaccard.mean > 0.95
+    assert found.jaccard.count == 20
+    assert found.ever <= 5
+    assert found.frequency[:3].min() >= 0.95
     assert 0.5 < found.correlation.mean < 1
 
 
@@ -66,7 +68,8 @@ def test_halves_of_a_signal_agree():
     unsafe, safe, whole = data(signal=6)
     pair = [pair_weights(40, 20, 5, seed) for seed in (0, 1)]
     found = halves(whole, GroupMoments.of(unsafe, pair[0]), GroupMoments.of(safe, pair[1]), find)
-    assert found.jaccard.mean > 0.85 and found.chance < 0.06
+    assert found.jaccard.mean > 0.85
+    assert found.chance < 0.06
 
 
 def test_small_sets_by_hand():
@@ -77,7 +80,8 @@ def test_small_sets_by_hand():
         3,
     )
     assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
-    assert spread([math.nan, 1, 3]) == (2, 1, 3, 2) and math.isnan(spread([]).mean)
+    assert spread([math.nan, 1, 3]) == (2, 1, 3, 2)
+    assert math.isnan(spread([]).mean)
     assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
     assert math.isnan(rank_correlation(torch.ones(3), torch.arange(3.0)))
 

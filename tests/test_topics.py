@@ -90,7 +90,8 @@ def test_sets_of_topics_are_those_that_each_topic_alone_would_give():
     for vectors, neurons_found in zip((one, other), found, strict=True):
         alone = ActivationStats(Moments.of(vectors), stats.safe, WIDTHS, "f", "last")
         assert neurons_found == select(alone, density=0.2)
-    assert 3 in found[0].flat and 8 in found[1].flat
+    assert 3 in found[0].flat
+    assert 8 in found[1].flat
     assert [neurons_found.label for neurons_found in found] == ["one", "other"]
 
 
