@@ -161,7 +161,7 @@ class Analyser:
                 own, model = self.findings.neurons(state), self._model(state)
                 now = base if state == BASE else seen(model, (unsafe, safe), own)
                 # A name on the Hub is no folder to read weights from.
-                moved = moved_record(model, source, first) if state != BASE and source.is_dir() else None
+                moved = moved_record(self._load(state, "stored"), source, first) if state != BASE and source.is_dir() else None
                 write_json(
                     path, {"state": state.name, **state_record(now, base, own, first, self.config.seed), "moved": moved}
                 )

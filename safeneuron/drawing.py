@@ -142,7 +142,7 @@ def states_figure(record: dict[str, Any]) -> Figure:
         _lines(row[3], {"own direction": state["along_own"], "T0's direction": state["along_T0"]})
         _lines(row[4], {"intact": state["separability"], "set pruned": state["separability_pruned"]})
         row[2].set_ylim(top=1.02)
-        row[4].set_ylim(0.45, 1.02)
+        row[4].set_ylim(0, 1.02)
         titles = (
             "neurons against T0",
             "relative change of weights",
@@ -231,6 +231,9 @@ def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
     right.axhline(0, color=INK, linewidth=0.5)
     right.axvline(0, color=INK, linewidth=0.5)
     right.set_xscale("symlog", linthresh=float(np.median(np.abs(shift)) or 1.0))
+    # Formulas are off in this style, so powers are written out.
+    right.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    right.tick_params(axis="x", labelsize=6, labelrotation=45)
     right.set_xlabel("shift of the mean activation (symmetric log)")
     right.set_title("effect size d")
     right.legend(loc="lower right", markerscale=2, fontsize=7)

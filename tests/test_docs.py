@@ -175,7 +175,7 @@ def test_commands_parse(line):
     if verb == "config":
         assert parameters["name"] in [*presets(), "NAME"]
         return
-    if verb in ("show", "audit", "plan", "publish", "redteam", "prune", "compare", "judge"):
+    if verb in ("show", "audit", "plan", "publish", "redteam", "prune", "compare", "judge", "analyse"):
         return
     named = parameters.get("config") or parameters["run_folder"].name
     if verb == "run":
