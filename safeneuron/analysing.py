@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safeneuron import drawing
+from safeneuron import plotting
 from safeneuron.config import Config
 from safeneuron.data import Prompt
 from safeneuron.depths import density_over_depth, layer_densities, mean_depth, thirds
@@ -106,7 +106,7 @@ class Analyser:
         ]
         tables = {"topics": record["topics"], "layers": layers}
         tables |= {name: record[name] for name in ("overlaps", "random_neurons", "shuffled_topics")}
-        return record, tables, {"topics": lambda: drawing.topics_figure(record)}
+        return record, tables, {"topics": lambda: plotting.topics_figure(record)}
 
     def depth(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """The sets of this run's states, and T0's of the other runs, over relative depth."""
@@ -131,7 +131,7 @@ class Analyser:
             for one in sets
         ]
         record = {"sets": sets}
-        return record, {"depth": rows}, {"depth": lambda: drawing.depth_figure(record)}
+        return record, {"depth": rows}, {"depth": lambda: plotting.depth_figure(record)}
 
     def stability(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """What the set owes to the prompts and to the way of measuring."""
@@ -146,7 +146,7 @@ class Analyser:
             {"density": one["density"], **one["jaccard"], "chance": one["chance"]} for one in record["thresholds"]
         ]
         tables = {"samples": record["samples"], "variants": record["variants"], "thresholds": thresholds}
-        return record, tables, {"stability": lambda: drawing.stability_figure(record)}
+        return record, tables, {"stability": lambda: plotting.stability_figure(record)}
 
     def changes(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """What training changed, state by state."""
@@ -168,7 +168,7 @@ class Analyser:
             records.append(read_json(path))
             self.watcher.progress(number + 1, len(self.states))
         record: Record = {"prompts": [len(unsafe), len(safe)], "states": records}
-        return record, {"states": _by_layer(records)}, {"states": lambda: drawing.states_figure(record)}
+        return record, {"states": _by_layer(records)}, {"states": lambda: plotting.states_figure(record)}
 
     def redundancy(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """The redundancy index of each state."""
@@ -193,7 +193,7 @@ class Analyser:
             for number, found in enumerate(one["sets"], start=1)
         ]
         record = {"states": records}
-        figures: Figures = {"redundancy": lambda: drawing.redundancy_figure(record)} if sets else {}
+        figures: Figures = {"redundancy": lambda: plotting.redundancy_figure(record)} if sets else {}
         return record, {"redundancy": rows, "sets": sets}, figures
 
     def methods(self, folder: Path) -> tuple[Record, Tables, Figures]:
@@ -208,7 +208,7 @@ class Analyser:
         pairs = [{key: value for key, value in one.items() if key != "layers"} for one in found]
         plot = [dict(zip(points, row, strict=True)) for row in zip(*points.values(), strict=True)]
         tables = {"agreements": pairs, "discoveries": record["discoveries"], "volcano": plot}
-        return record, tables, {"methods": lambda: drawing.methods_figure(record, points)}
+        return record, tables, {"methods": lambda: plotting.methods_figure(record, points)}
 
     def neurons(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """Portraits of the neurons with the largest effect sizes; whoever prints them masks the prompts."""
@@ -225,7 +225,7 @@ class Analyser:
         """Attack success against preference pairs over all runs given, and this run's rounds."""
         results = [results_of(one.folder) for one in (self.run, *(other for _, other in self.others))]
         found, rounds = data_scale(results), iterations(results[0])
-        figures: Figures = {"scale": lambda: drawing.scale_figure(found)} if found else {}
+        figures: Figures = {"scale": lambda: plotting.scale_figure(found)} if found else {}
         return {"scale": found, "iterations": rounds}, {"scale": found, "iterations": rounds}, figures
 
     # -- what they share ----------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Analyser:
         write_json(stage.folder / "numbers.json", _finite(record))
         for table, rows in tables.items():
             write_text(stage.folder / f"{table}.csv", as_csv(_finite(rows)))
-        for file, content in drawing.drawn(figures).items():
+        for file, content in plotting.drawn(figures).items():
             write_bytes(stage.folder / file, content.encode() if isinstance(content, str) else content)
         seconds = time.monotonic() - begun
         stage.finish(seconds, peak_memory_mb())

@@ -103,7 +103,7 @@ LAYERS = (
         "summarising",
         "figures",
         "sifting",
-        "drawing",
+        "plotting",
     },
     {
         "pipeline",
@@ -184,7 +184,7 @@ def test_imports_point_down(module):
 
 @pytest.mark.parametrize("module", sorted(STAGES))
 def test_stages_do_not_import_one_another(module):
-    allowed = PARTS_OF_THE_REPORT if module in ("reporting", "drawing") else set()
+    allowed = PARTS_OF_THE_REPORT if module in ("reporting", "plotting") else set()
     assert own(module) & STAGES <= allowed
 
 
