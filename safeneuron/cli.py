@@ -186,6 +186,52 @@ def report(
 
 
 @app.command()
+def analyse(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run; the others are held beside it in depth and scale.")
+    ],
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--part",
+            metavar="PART",
+            help="topics, depth, stability, states, redundancy, methods, neurons or scale; may be repeated. "
+            "All if not given.",
+        ),
+    ] = None,
+    state: Annotated[str, typer.Option("--state", help="The state of topics, stability, methods and neurons.")] = "T0",
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="STATE", help="Limit depth, states and redundancy to it; may be repeated."),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=8, help="Prompts a class in states and redundancy.")] = 64,
+    sets: Annotated[int, typer.Option("--sets", min=1, help="Disjoint sets that redundancy looks for.")] = 4,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Print the prompts that excite a neuron.")] = False,
+    redo: Annotated[list[str] | None, typer.Option("--redo", metavar="PART", help="Make a part again.")] = None,
+) -> None:
+    """Look inside: topics, depth, stability, what training changed, redundancy; numbers, tables, figures."""
+    os.environ["TQDM_DISABLE"] = "1"
+    from safeneuron.analysing import Analyser
+    from safeneuron.config import read_config
+    from safeneuron.inspecting import Effort
+    from safeneuron.runs import Run
+    from safeneuron.telling import told
+
+    (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
+    bars = Bars()
+    with opened.locked():
+        for name in redo or []:
+            opened.remove(f"analysis/{name}")
+        effort = Effort(prompts=prompts, sets=sets)
+        analyser = Analyser(config, opened, bars, others, state, only or [], effort)
+        with bars.bars:
+            found = analyser.analyse(parts) if parts else analyser.analyse()
+    for title, header, rows in told(found, show_text):
+        _print_table(title, header, rows)
+    out.print(f"wrote {opened.folder / 'analysis'}")
+
+
+@app.command()
 def publish(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     state: Annotated[str, typer.Option("--state", metavar="STATE", help="T1, T2, ..., or VARIANT-T1.")],
@@ -609,6 +655,18 @@ def _print_grid(path: Path) -> None:
         for row in shown.rows:
             drawn.add_row(*map(Text, row))
         out.print(drawn, soft_wrap=False)
+
+
+def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print()
+    out.print(table)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -127,7 +127,7 @@ def without_direction(model: nn.Module | HasNetwork, direction: Direction) -> It
             f"the direction has the shape {tuple(direction.vector.shape)}, but the model's residual stream has {width} "
             "values; find the direction on this model or on one of its shape"
         )
-    layers = _layers(network)
+    layers = decoder_layers(network)
     writers = [writer for layer in layers for writer in _writers(layer)]
     before, after = _hooks(direction.vector.float())
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
@@ -156,7 +156,8 @@ def _hooks(vector: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return before, after
 
 
-def _layers(network: nn.Module) -> nn.ModuleList:
+def decoder_layers(network: nn.Module) -> nn.ModuleList:
+    """The decoder's layers."""
     return layers_of(decoder_of(network))
 
 
@@ -175,13 +176,13 @@ def _writers(layer: nn.Module) -> list[nn.Module]:
 
 def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, max_tokens: int) -> Moments:
     """Moments ``[layer, hidden]`` of the stream at the input of every layer, at the last token of each prompt."""
-    layers = _layers(network_of(model))
+    layers = decoder_layers(network_of(model))
     moments = Moments.zero((len(layers), int(config_of(model.network).hidden_size)))
     encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
     for places in kinds(encoded):
         rows = sorted((encoded[place] for place in places), key=len, reverse=True)
         for start in range(0, len(rows), batch_size):
-            vectors = _last_of_stream(model, layers, rows[start : start + batch_size])
+            vectors = last_of_stream(model, layers, rows[start : start + batch_size])
             # To moments NaN would be silence; here it is a fault.
             moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
     if not torch.isfinite(moments.mean).all():
@@ -192,7 +193,7 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     return moments
 
 
-def _last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
+def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
     """``[prompt, layer, hidden]``: the stream at each layer's input, at the last token of encoded prompts."""
     # Padded on the right, where causal attention cannot see the padding and position ids stay correct.
     inputs = model.inputs(batch, "right")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
 from safeneuron.ffn import pruned
+from safeneuron.groups import GroupMoments
 from safeneuron.halving import Halving
 from safeneuron.models import Model
 from safeneuron.moments import Moments
@@ -43,30 +44,73 @@ def measure(
 
     Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
     """
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling {pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
+    _require_known(pooling)
     check_classes(list(unsafe), list(safe))
-    total, done = len(unsafe) + len(safe), 0
-    advice = "use a smaller max_tokens, or a device with more memory"
-    halving: Halving[list[int]] = Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
-    moments = []
-    for prompts in (unsafe, safe):
-        own, problem = Moments.zero((sum(model.widths),)), ""
-        encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-        for number, batch in enumerate(length_batches(encoded, batch_tokens)):
-            if number % ranks.world() == ranks.rank():
-                rows = [encoded[index] for index in batch]
-                vectors = torch.cat(halving.over(rows, lambda part: pooled(model, part, pooling)))
-                problem = _not_finite(vectors, [prompts[index] for index in batch])
-                if problem:
-                    break
-                own = own.merge(Moments.of(vectors))
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        ranks.agree(problem)
+    total = len(unsafe) + len(safe)
+    halving, moments = _halving(), []
+    for prompts, before in ((unsafe, 0), (safe, len(unsafe))):
+        own = Moments.zero((sum(model.widths),))
+        told = None if progress is None else _after(progress, before, total)
+        for _, vectors in _vectors(model, prompts, pooling, batch_tokens, max_tokens, halving, told):
+            own = own.merge(Moments.of(vectors))
         moments.append(_of_all_ranks(own))
     return ActivationStats(moments[0], moments[1], model.widths, model.fingerprint, pooling)
+
+
+def measure_groups(
+    model: Model,
+    prompts: Sequence[Prompt],
+    weights: Tensor,
+    pooling: str = "last",
+    batch_tokens: int = 2048,
+    max_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> GroupMoments:
+    """Moments of every neuron over each of many groups of prompts, from one pass; see ``groups`` for ``weights``.
+
+    As ``measure`` does it, for ``weights`` ``[prompt, group]``. What is kept is 16 bytes a neuron and group. Raises
+    ``InputError`` for activations that are not finite, and for weights that are not one row a prompt.
+    """
+    _require_known(pooling)
+    if len(weights) != len(prompts):
+        raise InputError(f"groups need one row of weights a prompt: found {len(weights)} for {len(prompts)} prompts")
+    own = GroupMoments.zero(weights.shape[1], sum(model.widths))
+    for batch, vectors in _vectors(model, prompts, pooling, batch_tokens, max_tokens, _halving(), progress):
+        _require_heard(vectors)
+        own = own.merge(GroupMoments.of(vectors, weights[batch]))
+    return _groups_of_all_ranks(own)
+
+
+def activations_of(
+    model: Model,
+    prompts: Sequence[Prompt],
+    neurons: NeuronSet,
+    pooling: str = "last",
+    batch_tokens: int = 2048,
+    max_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The pooled activations of some neurons, ``[prompt, neuron]`` float32, in the order of the prompts and of the set.
+
+    Every rank does all of it. Raises ``InputError`` for a neuron set of another model, an unknown pooling, or
+    activations that are not finite.
+    """
+    _require_known(pooling)
+    neurons.require(model.fingerprint, model.widths)
+    found = torch.zeros(len(prompts), len(neurons))
+    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
+    done = 0
+    for batch in length_batches(encoded, batch_tokens):
+        vectors = pooled(model, [encoded[index] for index in batch], pooling)[:, neurons.flat]
+        problem = _not_finite(vectors, [prompts[index] for index in batch])
+        if problem:
+            raise InputError(problem)
+        _require_heard(vectors)
+        found[batch] = vectors
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(prompts))
+    return found
 
 
 def search(
@@ -97,6 +141,57 @@ def search(
     return found
 
 
+def _vectors(
+    model: Model,
+    prompts: Sequence[Prompt],
+    pooling: str,
+    batch_tokens: int,
+    max_tokens: int,
+    halving: Halving[list[int]],
+    progress: Progress | None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """This rank's batches: the numbers of their prompts, and their pooled vectors ``[prompt, neuron]``."""
+    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
+    done, problem = 0, ""
+    for number, batch in enumerate(length_batches(encoded, batch_tokens)):
+        if number % ranks.world() == ranks.rank():
+            rows = [encoded[index] for index in batch]
+            vectors = torch.cat(halving.over(rows, lambda part: pooled(model, part, pooling)))
+            problem = _not_finite(vectors, [prompts[index] for index in batch])
+            if problem:
+                break
+            yield batch, vectors
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(prompts))
+    ranks.agree(problem)
+
+
+def _halving() -> Halving[list[int]]:
+    """What runs a batch, in halves where it does not fit into memory."""
+    advice = "use a smaller max_tokens, or a device with more memory"
+    return Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
+
+
+def _require_known(pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling {pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
+
+
+def _require_heard(vectors: Tensor) -> None:
+    """Raise ``InputError`` where neurons of an expert were not asked about a prompt."""
+    if vectors.isnan().any():
+        raise InputError(
+            "some neurons are not run on every prompt, as those of experts or of layers that look at images; the analysis "
+            "of groups of prompts expects a dense model"
+        )
+
+
+def _after(progress: Progress, before: int, total: int) -> Progress:
+    """Progress of one list of prompts as progress of all, of which so many came before."""
+    return lambda done, own: progress(before + done, total)
+
+
 def _part(progress: Progress, number: int, parts: int) -> Progress:
     """Progress of one part as progress of the whole, of which it is the part with this number."""
     return lambda done, total: progress(number * total + done, parts * total)
@@ -120,4 +215,13 @@ def _of_all_ranks(own: Moments) -> Moments:
     parts = torch.stack([own.mean, own.m2, own.per_neuron.double()])
     for (count, routed), (mean, m2, counts) in zip(totals, ranks.each_tensor(parts), strict=True):
         merged = merged.merge(Moments(count, mean, m2, counts.long() if routed else None))
+    return merged
+
+
+def _groups_of_all_ranks(own: GroupMoments) -> GroupMoments:
+    """The same for groups."""
+    counts = ranks.gather(own.counts.tolist())
+    merged = GroupMoments.zero(*own.mean.shape)
+    for count, (mean, m2) in zip(counts, ranks.each_tensor(torch.stack([own.mean, own.m2])), strict=True):
+        merged = merged.merge(GroupMoments(torch.tensor(count, dtype=torch.float64), mean, m2))
     return merged

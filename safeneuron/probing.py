@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from safeneuron import ranks
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
 from safeneuron.halving import Halving
+from safeneuron.logistic import logistic_weights
 from safeneuron.models import Model
 from safeneuron.rankings import Ranking
 from safeneuron.selecting import shift_zscore
@@ -20,8 +20,6 @@ from safeneuron.streaming import Progress, length_batches, over_ranks, pooled, p
 
 THRESHOLD = 3.0
 """The z-score that a probe's weight must exceed, in the source: ``probe(...).above(THRESHOLD)``."""
-FREE = 1e4
-"""How much less than a weight the intercept is penalised."""
 
 
 def probe(
@@ -58,47 +56,6 @@ def probe(
     weights = torch.cat([logistic_weights(layer.double(), signs, penalty) for layer in layers])
     scores = shift_zscore(weights, model.widths)
     return Ranking(torch.where(weights > 0, scores, scores.clamp(max=0)), model.widths, model.fingerprint, "probe")
-
-
-def logistic_weights(vectors: Tensor, signs: Tensor, penalty: float) -> Tensor:
-    """The weights of the penalised logistic regression of ``signs`` (1 or -1) on ``vectors`` ``[prompt, neuron]``.
-
-    The intercept is as good as free, lest neurons that are always active do its work. There are far fewer prompts than
-    neurons, so it is solved in the space of prompts: with the kernel K = (X X' + ``FREE``) / (n penalty) the minimum is
-    the mode of a Gaussian process, which Newton's method finds in a few steps without inverting K (Rasmussen and
-    Williams 2006, algorithm 3.1).
-    """
-    scale = len(vectors) * penalty
-    kernel = (vectors @ vectors.T + FREE) / scale
-    margins, dual = torch.zeros_like(signs), torch.zeros_like(signs)
-    best = _objective(margins, dual, signs)
-    for _ in range(100):
-        chance = torch.sigmoid(margins)
-        slope = (signs + 1) / 2 - chance
-        root = (chance * (1 - chance)).sqrt()
-        system = torch.eye(len(signs), dtype=signs.dtype) + root[:, None] * kernel * root
-        right = root.square() * margins + slope
-        factor = torch.linalg.cholesky(system)
-        inner = torch.cholesky_solve((root * (kernel @ right))[:, None], factor)[:, 0]
-        step = right - root * inner - dual
-        # The objective is concave, but a full step may overshoot it.
-        for size in (0.5**halvings for halvings in range(30)):
-            tried = dual + size * step
-            value = _objective(kernel @ tried, tried, signs)
-            if value >= best:
-                break
-        else:
-            break
-        gained, best = value - best, value
-        dual, margins = tried, kernel @ tried
-        if gained <= 1e-12 * (1 + abs(best)):
-            break
-    return vectors.T @ dual / scale
-
-
-def _objective(margins: Tensor, dual: Tensor, signs: Tensor) -> float:
-    """Minus n times the penalised loss: log likelihood minus half of dual' K dual, with margins = K dual."""
-    return float(functional.logsigmoid(signs * margins).sum() - dual @ margins / 2)
 
 
 def _vectors(

@@ -20,6 +20,8 @@ from safeneuron.neurons import NeuronSet
 from tests import tiny
 
 PLANTED = {1: [5, 17, 40], 2: [9, 33]}
+GROUPS = ({1: [5, 17, 40]}, {2: [9, 33, 21]})
+"""Two disjoint groups on which refusal can be wired."""
 REFUSAL, COMPLIANCE = "NNNN", "Yes"
 # Dimensions of the residual stream that mean something; those from CONTENT on are noise.
 HARM, SEEN, ASSISTANT, NO, YES_1, YES_2, YES_3, PUSH, CONTENT = range(9)
@@ -48,6 +50,30 @@ def model() -> Model:
         for layer in range(tiny.LAYERS):
             _wire_ffn(network.model.layers[layer].mlp, PLANTED.get(layer, []))
     return planted
+
+
+def two_groups(wiring: str) -> Model:
+    """The planted model with its refusal wired to the two ``GROUPS``.
+
+    ``series``: the second group sees only what the first one writes, so that both are needed. ``parallel``: either
+    suffices, since each alone pushes enough.
+    """
+    wired = model()
+    with torch.no_grad():
+        for layer in (1, 2):
+            mlp, group = wired.network.model.layers[layer].mlp, GROUPS[layer - 1].get(layer, [])
+            _wire_ffn(mlp, group)
+            if wiring == "parallel":
+                mlp.down_proj.weight[PUSH, group] = 0.2
+            elif layer == 1:
+                # Where the answer is made, nothing else stands in this dimension.
+                mlp.down_proj.weight[PUSH, group] = 0
+                mlp.down_proj.weight[HARM, group] = 0.2
+            else:
+                mlp.up_proj.weight[group, SEEN] = 0
+                mlp.up_proj.weight[group, HARM] = 1.5
+                mlp.down_proj.weight[PUSH, group] = 0.2
+    return wired
 
 
 def _wire_attention(network: nn.Module) -> None:

@@ -175,7 +175,20 @@ def test_commands_parse(line):
     if verb == "config":
         assert parameters["name"] in [*presets(), "NAME"]
         return
-    if verb in ("show", "audit", "plan", "publish", "redteam", "prune", "compare", "judge", "draw", "doctor", "report"):
+    if verb in (
+        "show",
+        "audit",
+        "plan",
+        "publish",
+        "redteam",
+        "prune",
+        "compare",
+        "judge",
+        "draw",
+        "doctor",
+        "report",
+        "analyse",
+    ):
         return
     named = parameters.get("config") or parameters["run_folder"].name
     if verb == "run":

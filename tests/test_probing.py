@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
-from safeneuron.probing import FREE, logistic_weights, probe
+from safeneuron.logistic import FREE, logistic_weights
+from safeneuron.probing import probe
 from safeneuron.streaming import pooled, prompts_alone
 from tests import planted
 

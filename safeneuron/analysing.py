@@ -1,0 +1,308 @@
+"""An analysis of a run: its parts in order, each a stage of the run that is skipped once done and goes on if stopped.
+
+topics      which topics share which neurons           needs the model
+depth       where in the depth the neurons lie
+stability   what the set owes to the prompts           needs the model
+states      what training changed                      needs the model of every state
+redundancy  on how many separate sets refusal hangs    needs the model of every state
+methods     how selectors agree; false discoveries
+neurons     portraits of the strongest neurons         needs the model
+scale       data scale and rounds, of finished runs
+
+Each leaves ``analysis/PART/numbers.json``, CSV tables, and SVG and PNG figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from safeneuron import plotting
+from safeneuron.config import Config
+from safeneuron.data import Prompt
+from safeneuron.depths import density_over_depth, layer_densities, mean_depth, thirds
+from safeneuron.embedded import NAME, embedded_folder
+from safeneuron.errors import InputError
+from safeneuron.evolving import moved_record, seen, state_record
+from safeneuron.finding import sample
+from safeneuron.inspecting import Effort, portraits_record, stability_record, topic_stats, topics_record
+from safeneuron.memory import peak_memory_mb, reset_peak_memory
+from safeneuron.methods import agreements, discoveries, volcano
+from safeneuron.models import Model, load
+from safeneuron.neurons import NeuronSet
+from safeneuron.pipeline import Watcher
+from safeneuron.runs import Run, read_json, write_bytes, write_json, write_text
+from safeneuron.scaling import data_scale, iterations, results_of
+from safeneuron.selecting import Scores
+from safeneuron.sources import judge_of
+from safeneuron.states import BASE, Findings, State
+from safeneuron.tables import as_csv
+from safeneuron.weakening import redundancy_record
+
+PARTS = ("topics", "depth", "stability", "states", "redundancy", "methods", "neurons", "scale")
+
+Record = dict[str, Any]
+Tables = dict[str, list[Record]]
+Figures = dict[str, Callable[[], Any]]
+
+
+class Analyser:
+    """The parts of the analysis of one run; ``others`` are runs that depth and scale hold beside it.
+
+    ``state`` is the one that topics, stability and neurons look at; ``only`` limits states and redundancy to some.
+    """
+
+    def __init__(
+        self, config: Config, run: Run, watcher: Watcher, others: Sequence[tuple[Config, Run]] = (),
+        state: str = "T0", only: Sequence[str] = (), effort: Effort | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.watcher, self.others = config, run, watcher, list(others)
+        self.findings = Findings(config, run)
+        self.effort = Effort() if effort is None else effort
+        known = {one.name: one for one in self.findings.states() if self._selected(one)}
+        for name in (state, *only):
+            if name not in known:
+                raise InputError(
+                    f"{run.folder} has no neurons of a state {name!r}; expected one of {', '.join(known) or 'none'}, "
+                    f"make it first with: safeneuron run {run.folder}/config.toml --out {run.folder}"
+                )
+        self.state = known[state]
+        self.states = [one for name, one in known.items() if not only or name in only]
+        self._loaded: tuple[str, str, Model] | None = None
+
+    def analyse(self, parts: Sequence[str] = PARTS) -> dict[str, Record]:
+        """Do the parts that are not done yet; the numbers of all of them by name."""
+        unknown = [name for name in parts if name not in PARTS]
+        if unknown:
+            raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+        works: dict[str, Callable[[Path], tuple[Record, Tables, Figures]]] = {
+            "topics": self.topics, "depth": self.depth, "stability": self.stability, "states": self.changes,
+            "redundancy": self.redundancy, "methods": self.methods, "neurons": self.neurons, "scale": self.scale,
+        }  # fmt: skip
+        return {name: self._stage(name, works[name]) for name in PARTS if name in parts}
+
+    # -- the parts ----------------------------------------------------------------------------------------------
+
+    def topics(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """Topics of the unsafe prompts, beside the same prompts dealt to topics at random."""
+        classes, model = self._classes(), self._model(self.state)
+        labels = [prompt.category for prompt in classes[0]]
+        stats = topic_stats(self.config, model, classes, labels, self.watcher.progress)
+        stats.save(folder / "topics.safetensors")
+        dealt = [label for label in labels if label in stats.topics]
+        random.Random(self.config.seed).shuffle(dealt)
+        order = iter(dealt)
+        mixed = [next(order) if label in stats.topics else "" for label in labels]
+        shuffled = topic_stats(self.config, model, classes, mixed)
+        record = topics_record(self.config, stats, shuffled, self.effort)
+        layers = [
+            {"layer": layer, "width": width, **{role: record["layers"][role][layer] for role in record["layers"]}}
+            for layer, width in enumerate(record["widths"])
+        ]
+        tables = {"topics": record["topics"], "layers": layers}
+        tables |= {name: record[name] for name in ("overlaps", "random_neurons", "shuffled_topics")}
+        return record, tables, {"topics": lambda: plotting.topics_figure(record)}
+
+    def depth(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """The sets of this run's states, and T0's of the other runs, over relative depth."""
+        named = [(state.name, self.findings.neurons(state)) for state in self.states]
+        if self.others:
+            every = [(self.config, self.run), *self.others]
+            named = [(config.name, Findings(config, run).neurons(BASE)) for config, run in every]
+        sets = [
+            {
+                "name": name,
+                "neurons": len(one),
+                "layers": layer_densities(one),
+                "density": density_over_depth(one),
+                "thirds": list(thirds(one)),
+                "mean_depth": mean_depth([one])[0],
+            }
+            for name, one in named
+        ]
+        rows = [
+            {"name": one["name"], "neurons": one["neurons"], "mean_depth": one["mean_depth"]}
+            | dict(zip(("early", "middle", "late"), one["thirds"], strict=True))
+            for one in sets
+        ]
+        record = {"sets": sets}
+        return record, {"depth": rows}, {"depth": lambda: plotting.depth_figure(record)}
+
+    def stability(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """What the set owes to the prompts and to the way of measuring."""
+        model = self._model(self.state)
+        bare = copy.copy(model.tokenizer)
+        bare.chat_template = None
+        other = "bfloat16" if str(model.network.dtype) == "torch.float32" else "float32"
+        variants = [("no chat template", replace(model, tokenizer=bare)), (other, self._load(self.state, other))]
+        record = stability_record(self.config, model, self._classes(), variants, self.effort, self.watcher.progress)
+        record["state"] = self.state.name
+        thresholds = [
+            {"density": one["density"], **one["jaccard"], "chance": one["chance"]} for one in record["thresholds"]
+        ]
+        tables = {"samples": record["samples"], "variants": record["variants"], "thresholds": thresholds}
+        return record, tables, {"stability": lambda: plotting.stability_figure(record)}
+
+    def changes(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """What training changed, state by state."""
+        unsafe, safe = (sample(prompts, self.effort.prompts, self.config.seed) for prompts in self._classes())
+        first = self.findings.neurons(BASE)
+        base = seen(self._model(BASE), (unsafe, safe), first)
+        source = embedded_folder() if self.config.model.name == NAME else Path(self.config.model.name)
+        records: list[Record] = []
+        for number, state in enumerate(self.states):
+            path = folder / f"{state.name}.json"
+            if not path.exists():
+                own, model = self.findings.neurons(state), self._model(state)
+                now = base if state == BASE else seen(model, (unsafe, safe), own)
+                # A name on the Hub is no folder to read weights from.
+                moved = (
+                    moved_record(self._load(state, "stored"), source, first)
+                    if state != BASE and source.is_dir()
+                    else None
+                )
+                write_json(
+                    path, {"state": state.name, **state_record(now, base, own, first, self.config.seed), "moved": moved}
+                )
+            records.append(read_json(path))
+            self.watcher.progress(number + 1, len(self.states))
+        record: Record = {"prompts": [len(unsafe), len(safe)], "states": records}
+        return record, {"states": _by_layer(records)}, {"states": lambda: plotting.states_figure(record)}
+
+    def redundancy(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """The redundancy index of each state."""
+        asked = sample(self.findings.prompts("test_unsafe"), self.effort.prompts, self.config.seed)
+        judge, records = judge_of(self.config.judge), []
+        for state in self.states:
+            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
+            found = redundancy_record(
+                self.config, self._model(state), self._classes(), asked, judge, scores, folder / state.name,
+                self.effort, self.watcher.progress,
+            )  # fmt: skip
+            records.append({"state": state.name, **found})
+        keys = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
+        rows = [
+            {"state": one["state"], "refused": one["intact"]["refused"], **{key: one[key] for key in keys}}
+            for one in records
+        ]
+        sets = [
+            {"state": one["state"], "set": number, "neurons": found["neurons"]}
+            | {f"{share} {how}": found[how][share] for how in ("alone", "together") for share in found[how]}
+            for one in records
+            for number, found in enumerate(one["sets"], start=1)
+        ]
+        record = {"states": records}
+        figures: Figures = {"redundancy": lambda: plotting.redundancy_figure(record)} if sets else {}
+        return record, {"redundancy": rows, "sets": sets}, figures
+
+    def methods(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """ES, SAS and the rivals whose sets the run has, against each other and against chance."""
+        place = self.run.folder / self.state.name
+        scores = Scores.load(place / "select" / "scores.safetensors")
+        es, sas, full = (self.findings.neurons(self.state, name) for name in ("ES", "SAS", "neurons"))
+        rivals = [NeuronSet.load(path) for path in sorted((place / "rivals").glob("*.json")) if path.stem != "done"]
+        found = [one._asdict() for one in agreements([es, sas, *rivals])]
+        points = {name: one.tolist() for name, one in volcano(scores, full)._asdict().items()}
+        record = {"agreements": found, "discoveries": [discoveries(scores, one)._asdict() for one in (es, sas, full)]}
+        pairs = [{key: value for key, value in one.items() if key != "layers"} for one in found]
+        plot = [dict(zip(points, row, strict=True)) for row in zip(*points.values(), strict=True)]
+        tables = {"agreements": pairs, "discoveries": record["discoveries"], "volcano": plot}
+        return record, tables, {"methods": lambda: plotting.methods_figure(record, points)}
+
+    def neurons(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """Portraits of the neurons with the largest effect sizes; whoever prints them masks the prompts."""
+        scores = Scores.load(self.run.folder / self.state.name / "select" / "scores.safetensors")
+        own, prompts = self.findings.neurons(self.state), list(self._classes()[0])
+        found = portraits_record(self.config, self._model(self.state), own, scores, prompts, self.effort)
+        rows = [
+            {"layer": one["layer"], "channel": one["channel"], "d": one["d"], "promoted": " | ".join(one["promoted"])}
+            for one in found
+        ]
+        return {"state": self.state.name, "neurons": found}, {"neurons": rows}, {}
+
+    def scale(self, folder: Path) -> tuple[Record, Tables, Figures]:
+        """Attack success against preference pairs over all runs given, and this run's rounds."""
+        results = [results_of(one.folder) for one in (self.run, *(other for _, other in self.others))]
+        found, rounds = data_scale(results), iterations(results[0])
+        figures: Figures = {"scale": lambda: plotting.scale_figure(found)} if found else {}
+        return {"scale": found, "iterations": rounds}, {"scale": found, "iterations": rounds}, figures
+
+    # -- what they share ----------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, work: Callable[[Path], tuple[Record, Tables, Figures]]) -> Record:
+        settings = {
+            "effort": asdict(self.effort),
+            "state": self.state.name,
+            "states": [one.name for one in self.states],
+            "others": [str(other.folder.resolve()) for _, other in self.others],
+        }
+        inputs = {f"{one.name}/select": self._key(one) for one in self.states}
+        stage = self.run.stage(f"analysis/{name}", settings, inputs)
+        if stage.done:
+            self.watcher.ended(stage.name, 0.0, skipped=True)
+            return read_json(stage.folder / "numbers.json")
+        self.watcher.began(stage.name)
+        stage.start()
+        reset_peak_memory()
+        begun = time.monotonic()
+        record, tables, figures = work(stage.folder)
+        write_json(stage.folder / "numbers.json", _finite(record))
+        for table, rows in tables.items():
+            write_text(stage.folder / f"{table}.csv", as_csv(_finite(rows)))
+        for file, content in plotting.drawn(figures).items():
+            write_bytes(stage.folder / file, content.encode() if isinstance(content, str) else content)
+        seconds = time.monotonic() - begun
+        stage.finish(seconds, peak_memory_mb())
+        self.watcher.ended(stage.name, seconds, skipped=False)
+        return read_json(stage.folder / "numbers.json")
+
+    def _key(self, state: State) -> str:
+        return str(read_json(self.run.folder / state.name / "select" / "done.json")["key"])
+
+    def _selected(self, state: State) -> bool:
+        return (self.run.folder / state.name / "select" / "done.json").exists()
+
+    def _classes(self) -> tuple[list[Prompt], list[Prompt]]:
+        return self.findings.prompts("unsafe"), self.findings.prompts("safe")
+
+    def _load(self, state: State, dtype: str) -> Model:
+        table = self.config.model
+        if state == BASE:
+            return load(table.name, dtype, table.device, table.revision, table.trust_remote_code)
+        return load(self.run.folder / state.name / "align" / "model", dtype, table.device)
+
+    def _model(self, state: State) -> Model:
+        """The state's model; the last one loaded is kept."""
+        if self._loaded is None or self._loaded[0] != state.name:
+            self._loaded = None
+            self._loaded = (state.name, "", self._load(state, self.config.model.dtype))
+        return self._loaded[2]
+
+
+def _by_layer(states: Sequence[Record]) -> list[Record]:
+    """One row a state and layer."""
+    plain = [key for key, value in states[0].items() if isinstance(value, list) and key != "moved"]
+    return [
+        {"state": one["state"], "layer": layer}
+        | {name: counts[layer] for name, counts in one["turnover"].items()}
+        | {f"moved_{side}": one["moved"][layer][side] if one["moved"] else None for side in ("inside", "outside")}
+        | {key: one[key][layer] for key in plain}
+        for one in states
+        for layer in range(len(one["turnover"]["kept"]))
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what is not a number, which JSON cannot hold."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value

@@ -1,0 +1,189 @@
+"""A state's neurons seen from all sides, as records for JSON: by topic, under other prompts, and one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from safeneuron.config import Config
+from safeneuron.data import Prompt
+from safeneuron.errors import InputError
+from safeneuron.groups import TopicStats, bootstrap_weights, one_of_each, pair_weights
+from safeneuron.measuring import POOLINGS, activations_of, measure, measure_groups
+from safeneuron.models import Model
+from safeneuron.neurons import NeuronSet
+from safeneuron.portraits import portraits
+from safeneuron.selecting import Scores, score, select
+from safeneuron.stability import Halves, Resampled, halves, prompts_needed, rank_correlation, resampled
+from safeneuron.statistics import ActivationStats
+from safeneuron.streaming import Progress
+from safeneuron.topics import MOST_TOPICS, chance_overlaps, core_of, expected_core, overlaps, roles, sets_of
+
+LEAST = 6
+"""A topic with fewer prompts is left out: its deviations would be noise."""
+SIZES = (10, 20, 40, 80, 160, 320, 640)
+SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The densities of the pruning curve, as multiples of the density of the state's own set."""
+
+Classes = tuple[Sequence[Prompt], Sequence[Prompt]]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work an analysis may be: bootstrap samples, pairs of samples, prompts, disjoint sets, portraits."""
+
+    samples: int = 20
+    pairs: int = 4
+    prompts: int = 64
+    sets: int = 4
+    neurons: int = 12
+    draws: int = 200
+
+
+def finder(config: Config) -> Callable[[ActivationStats], NeuronSet]:
+    """From statistics to a set, by the run's settings."""
+    table = config.select
+    return lambda stats: select(stats, table.effect_size, table.shift, table.density)
+
+
+def topic_names(prompts: Sequence[Prompt]) -> list[str]:
+    """The topics with enough prompts, most prompts first, then by name; at most ``MOST_TOPICS``."""
+    counts = Counter(prompt.category for prompt in prompts if prompt.category)
+    enough = [name for name, count in counts.items() if count >= LEAST]
+    return sorted(enough, key=lambda name: (-counts[name], name))[:MOST_TOPICS]
+
+
+def topic_stats(
+    config: Config, model: Model, classes: Classes, labels: Sequence[str], progress: Progress | None = None
+) -> TopicStats:
+    """Statistics by topic, where ``labels`` are the topics of the unsafe prompts; one streaming pass a class.
+
+    Raises ``InputError`` where fewer than two topics have enough prompts.
+    """
+    unsafe, safe = classes
+    names = topic_names([Prompt(prompt.text, label) for prompt, label in zip(unsafe, labels, strict=True)])
+    if len(names) < 2:
+        raise InputError(
+            f"the unsafe prompts have {len(names)} topics with {LEAST} prompts or more, and topics need "
+            "2; give prompts with a category column"
+        )
+    table = config.measure
+    settings = (table.pooling, table.batch_tokens, table.max_tokens)
+    groups = measure_groups(model, unsafe, one_of_each(labels, names), *settings, progress)
+    whole = measure_groups(model, safe, one_of_each([""] * len(safe), [""]), *settings)
+    return TopicStats(tuple(names), groups, whole.group(0), model.widths, model.fingerprint, table.pooling)
+
+
+def topics_record(config: Config, stats: TopicStats, shuffled: TopicStats | None, effort: Effort) -> dict[str, Any]:
+    """Roles by layer and overlaps, beside those of random neurons and of prompts dealt to topics at random."""
+    table = config.select
+    chosen = (table.effect_size, table.shift, table.density)
+    sets = sets_of(stats, *chosen)
+    mixed = None if shuffled is None else sets_of(shuffled, *chosen)
+    core = core_of(sets)
+    return {
+        "topics": [
+            {"topic": one.label, "prompts": stats.unsafe.group(number).count, "neurons": len(one)}
+            for number, one in enumerate(sets)
+        ],
+        "widths": list(stats.widths),
+        "layers": roles(sets)._asdict(),
+        "core": len(core),
+        "core_by_chance": expected_core(sets),
+        "core_neurons": core.to_json()["neurons"],
+        "overlaps": [one._asdict() for one in overlaps(sets)],
+        "random_neurons": [one._asdict() for one in chance_overlaps(sets, effort.draws, config.seed)],
+        "shuffled_topics": [] if mixed is None else [one._asdict() for one in overlaps(mixed)],
+        "shuffled_core": None if mixed is None else len(core_of(mixed)),
+    }
+
+
+def stability_record(
+    config: Config,
+    model: Model,
+    classes: Classes,
+    variants: Sequence[tuple[str, Model]],
+    effort: Effort,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Bootstrap, disjoint samples of growing size, poolings, thresholds, and ``variants``: other forms of the model."""
+    table, find = config.measure, finder(config)
+    count = min(map(len, classes))
+    sizes = sorted({size for size in (*SIZES, count // 2) if 2 <= size <= count // 2})
+    settings = (table.pooling, table.batch_tokens, table.max_tokens)
+    whole = measure(model, *classes, *settings, progress)
+    boots = [
+        measure_groups(model, prompts, bootstrap_weights(len(prompts), effort.samples, config.seed + side), *settings)
+        for side, prompts in enumerate(classes)
+    ]
+    again = resampled(whole, *boots, find)
+    curve: list[tuple[int, Halves]] = []
+    thresholds: list[dict[str, Any]] = []
+    density = max(len(find(whole)), 1) / sum(whole.widths)
+    for number, size in enumerate(sizes):
+        pairs = [
+            measure_groups(
+                model, prompts, pair_weights(len(prompts), size, effort.pairs, config.seed + side), *settings
+            )
+            for side, prompts in enumerate(classes)
+        ]
+        curve.append((size, halves(whole, *pairs, find)))
+        if progress is not None:
+            progress(number + 1, len(sizes) + len(POOLINGS))
+        if size == sizes[-1]:
+            for wanted in (min(density * share, 0.5) for share in SHARES):
+                one = halves(whole, *pairs, lambda stats, wanted=wanted: select(stats, density=wanted))  # type: ignore[misc]
+                thresholds.append({"density": wanted, "jaccard": one.jaccard._asdict(), "chance": one.chance})
+    others = [
+        (f"pooling {name}", measure(model, *classes, name, *settings[1:])) for name in POOLINGS if name != settings[0]
+    ]
+    others += [(name, measure(other, *classes, *settings)) for name, other in variants]
+    own = find(whole)
+    ranks = score(whole).d
+    return {
+        "prompts": [len(prompts) for prompts in classes],
+        "neurons": len(own),
+        "bootstrap": _bootstrap(again),
+        "samples": [
+            {"prompts": size, **one.jaccard._asdict(), "chance": one.chance, "correlation": one.correlation.mean}
+            for size, one in curve
+        ],
+        "needed": prompts_needed([(size, one.jaccard.mean) for size, one in curve])._asdict(),
+        "thresholds": thresholds,
+        "variants": [
+            {
+                "variant": name,
+                "jaccard": own.jaccard(find(stats)),
+                "correlation": rank_correlation(ranks, score(stats).d),
+            }
+            for name, stats in others
+        ],
+    }
+
+
+def _bootstrap(again: Resampled) -> dict[str, Any]:
+    return {
+        "jaccard": again.jaccard._asdict(),
+        "correlation": again.correlation._asdict(),
+        "always": len(again.always),
+        "always_neurons": again.always.to_json()["neurons"],
+        "ever": again.ever,
+        "frequencies": [int(((again.frequency * 10).ceil() == tenth).sum()) for tenth in range(1, 11)],
+    }
+
+
+def portraits_record(
+    config: Config, model: Model, own: NeuronSet, scores: Scores, prompts: Sequence[Prompt], effort: Effort
+) -> list[dict[str, Any]]:
+    """Portraits of the neurons of the set with the largest effect sizes, the largest first."""
+    table = config.measure
+    best = own.flat[scores.d[own.flat].sort(descending=True).indices[: effort.neurons]]
+    chosen = NeuronSet(best.sort().values, own.widths, own.fingerprint, "portraits")
+    activations = activations_of(model, prompts, chosen, table.pooling, table.batch_tokens, table.max_tokens)
+    found = [
+        {**asdict(one), "d": float(scores.d[flat]), "exciting": [prompts[index].text for index in one.exciting]}
+        for one, flat in zip(portraits(model, chosen, prompts, activations), chosen.flat.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda one: -one["d"])

@@ -1,0 +1,268 @@
+"""The figures of an analysis, fit for a paper: from the numbers of each part to SVG and PNG, in the report's style."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from safeneuron.figures import BLUE, COLOURS, FAINT, INK, STYLE, WIDTH, as_percent, as_text, colour, stroke
+
+ORANGE, GREEN, RED = COLOURS[2], COLOURS[3], COLOURS[5]
+GREY = COLOURS[0]
+
+
+def drawn(figures: dict[str, Callable[[], Figure]]) -> dict[str, str | bytes]:
+    """Every figure as ``NAME.svg`` text and ``NAME.png`` bytes at 200 dots an inch; the same for the same numbers."""
+    files: dict[str, str | bytes] = {}
+    for name, draw in figures.items():
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+            figure = draw()
+            files[f"{name}.svg"] = as_text(figure, name)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+            files[f"{name}.png"] = buffer.getvalue()
+    return files
+
+
+def topics_figure(record: dict[str, Any]) -> Figure:
+    """Roles by layer (Fig. 3), and overlap against the number of topics with both baselines (Fig. 5)."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    bottom = np.zeros(len(record["widths"]))
+    names = (("core", BLUE, "in all topics"), ("shared", ORANGE, "in some"), ("specific", FAINT, "in one"))
+    for role, tint, label in names:
+        counts = np.array(record["layers"][role])
+        left.bar(range(len(counts)), counts, bottom=bottom, width=0.85, color=tint, label=label)
+        bottom = bottom + counts
+    _layers(left, "neurons by role")
+    left.legend(loc="upper left")
+    for axes, measure, title in (
+        (middle, "jaccard", "intersection / union"),
+        (right, "shared", "intersection / mean size"),
+    ):
+        _overlap(axes, record, measure)
+        axes.set_title(title)
+    middle.legend(loc="upper right")
+    return figure
+
+
+def _overlap(axes: Axes, record: dict[str, Any], measure: str) -> None:
+    def line(key: str, name: str, tint: str, style: str) -> None:
+        points = [(one["topics"], one[name]) for one in record[key] if one[name] is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), color=tint, linestyle=style, marker="o", markersize=2.5, label=labels[key]
+            )
+
+    labels = {"overlaps": "topics", "shuffled_topics": "prompts dealt at random", "random_neurons": "random neurons"}
+    line("overlaps", measure, BLUE, "-")
+    line("shuffled_topics", measure, ORANGE, "--")
+    line("random_neurons", measure, GREY, ":")
+    chance = record["random_neurons"]
+    low, high = ([one[f"{measure}_{end}"] or 0.0 for one in chance] for end in ("low", "high"))
+    axes.fill_between([one["topics"] for one in chance], low, high, color=GREY, alpha=0.25, linewidth=0)
+    axes.set_xlabel("number of topics K")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    as_percent(axes)
+
+
+def depth_figure(record: dict[str, Any]) -> Figure:
+    """Density over relative depth (Fig. 4), and the thirds, of every set."""
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    sets = record["sets"]
+    for index, one in enumerate(sets):
+        middles = (np.arange(len(one["density"])) + 0.5) / len(one["density"])
+        left.plot(middles, one["density"], color=colour(index), linestyle=stroke(index), label=one["name"])
+    left.set_xlabel("relative depth")
+    left.set_title("density of the set")
+    left.set_xlim(0, 1)
+    left.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, symbol=" %"))
+    figure.legend(loc="outside upper left", ncols=min(len(sets), 5))
+    for index, one in enumerate(sets):
+        x = np.arange(3) + (index - (len(sets) - 1) / 2) * 0.8 / len(sets)
+        right.bar(x, one["thirds"], width=0.74 / len(sets), color=colour(index))
+    right.set_xticks(range(3), ["early", "middle", "late"])
+    right.set_title("share of the set by third")
+    as_percent(right)
+    return figure
+
+
+def stability_figure(record: dict[str, Any]) -> Figure:
+    """Jaccard of disjoint samples against their size, how often neurons are found again, and other ways to measure."""
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    samples = record["samples"]
+    sizes = [one["prompts"] for one in samples]
+    left.fill_between(
+        sizes, [one["low"] for one in samples], [one["high"] for one in samples], color=BLUE, alpha=0.2, linewidth=0
+    )
+    left.plot(sizes, [one["mean"] for one in samples], color=BLUE, marker="o", markersize=3, label="two samples")
+    left.plot(sizes, [one["chance"] for one in samples], color=GREY, linestyle=":", label="random neurons")
+    left.set_xscale("log")
+    left.set_xticks(sizes, [str(size) for size in sizes])
+    left.minorticks_off()
+    left.set_xlabel("prompts of each class")
+    left.set_title("Jaccard of two samples")
+    left.legend(loc="upper left")
+    as_percent(left)
+    middle.bar(np.arange(10) * 10 + 5, record["bootstrap"]["frequencies"], width=8.5, color=BLUE)
+    middle.set_xlabel("bootstrap samples that find it, %")
+    middle.set_title("neurons ever found")
+    names = [one["variant"] for one in record["variants"]]
+    right.barh(range(len(names)), [one["jaccard"] for one in record["variants"]], color=ORANGE, height=0.6)
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.set_xlim(0, 1)
+    right.grid(axis="x")
+    right.grid(visible=False, axis="y")
+    right.set_title("Jaccard with the set as measured")
+    return figure
+
+
+def states_figure(record: dict[str, Any]) -> Figure:
+    """By layer: turnover, weights moved, likeness of hidden states, refusal direction, separability; a row a state."""
+    states = [one for one in record["states"] if one["state"] != "T0"] or record["states"]
+    figure = Figure(figsize=(WIDTH * 1.25, 2.2 * len(states) + 0.5), layout="constrained")
+    rows = figure.subplots(len(states), 5, squeeze=False)
+    for number, (state, row) in enumerate(zip(states, rows, strict=True)):
+        _turnover(row[0], state)
+        moved = state["moved"] or []
+        _lines(row[1], {name: [one[name] for one in moved] for name in ("inside", "outside")} if moved else {})
+        likeness = {"CKA, harmful": "cka_unsafe", "CKA, benign": "cka_safe", "cosine, harmful": "cosine_unsafe"}
+        _lines(row[2], {label: state[key] for label, key in likeness.items()})
+        _lines(row[3], {"own direction": state["along_own"], "T0's direction": state["along_T0"]})
+        _lines(row[4], {"intact": state["separability"], "set pruned": state["separability_pruned"]})
+        row[2].set_ylim(top=1.02)
+        row[4].set_ylim(0, 1.02)
+        titles = (
+            "neurons against T0",
+            "relative change of weights",
+            "hidden states like T0's",
+            "classes apart, in sd",
+            "probe accuracy",
+        )
+        for axes, title in zip(row, titles, strict=True):
+            axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            axes.set_title(f"{state['state']}: {title}" if axes is row[0] else title, fontsize=8)
+            if number == 0 and axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=6.5)
+    return figure
+
+
+def _turnover(axes: Axes, state: dict[str, Any]) -> None:
+    bottom = np.zeros(len(state["turnover"]["kept"]))
+    for name, tint in (("kept", BLUE), ("lost", FAINT), ("new", ORANGE)):
+        counts = np.array(state["turnover"][name])
+        axes.bar(range(len(counts)), counts, bottom=bottom, width=0.85, color=tint, label=name)
+        bottom = bottom + counts
+
+
+def _lines(axes: Axes, series: dict[str, Sequence[float | None]]) -> None:
+    for index, (label, values) in enumerate(series.items()):
+        known = [(x, value) for x, value in enumerate(values) if value is not None]
+        if known:
+            axes.plot(
+                *zip(*known, strict=True),
+                color=(BLUE, ORANGE, GREEN)[index],
+                linestyle=("-", "--", ":")[index],
+                label=label,
+            )
+
+
+def redundancy_figure(record: dict[str, Any]) -> Figure:
+    """Refusals left with disjoint sets pruned, alone and together, and against the number of neurons pruned."""
+    states = [one for one in record["states"] if one["sets"]]
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    alone, together, curve = figure.subplots(1, 3, sharey=True)
+    for index, state in enumerate(states):
+        look: dict[str, Any] = {
+            "color": colour(index + 1),
+            "linestyle": stroke(index + 1),
+            "marker": "o",
+            "markersize": 3,
+        }
+        numbers = range(1, len(state["sets"]) + 1)
+        alone.plot(numbers, [one["alone"]["refused"] for one in state["sets"]], label=state["state"], **look)
+        together.plot(
+            [0, *numbers], [state["intact"]["refused"], *(one["together"]["refused"] for one in state["sets"])], **look
+        )
+        points = state["curve"]
+        curve.plot([one["neurons"] for one in points], [one["refused"] for one in points], **look)
+    for axes, title, label in (
+        (alone, "refused, each set pruned alone", "set, in the order found"),
+        (together, "refused, sets pruned together", "sets pruned"),
+        (curve, "refused, top neurons pruned", "neurons pruned"),
+    ):
+        axes.set_title(title)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        as_percent(axes)
+    if states:
+        figure.legend(loc="outside upper left", ncols=min(len(states), 6))
+    return figure
+
+
+def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
+    """Intersection of methods by layer (Fig. 7), and the volcano plot of d against shift."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, one in enumerate(record["agreements"][:6]):
+        left.plot(
+            range(len(one["layers"])), one["layers"], color=colour(index + 1), linestyle=stroke(index),
+            label=f"{one['first']} and {one['second']} ({one['both']:,}; chance {one['chance']:,.0f})",
+        )  # fmt: skip
+    _layers(left, "neurons in both sets")
+    left.legend(loc="upper left", fontsize=7)
+    kinds = ((0, FAINT, "not selected"), (1, RED, "selected, q ≥ .05"), (2, BLUE, "selected, q < .05"))
+    kind, shift, d = (np.array(points[name]) for name in ("kind", "shift", "d"))
+    for number, tint, label in kinds:
+        which = kind == number
+        right.scatter(shift[which], d[which], s=4, color=tint, linewidths=0, label=label, rasterized=True)
+    right.axhline(0, color=INK, linewidth=0.5)
+    right.axvline(0, color=INK, linewidth=0.5)
+    right.set_xscale("symlog", linthresh=float(np.median(np.abs(shift)) or 1.0))
+    # Formulas are off in this style, so powers are written out.
+    right.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    right.tick_params(axis="x", labelsize=6, labelrotation=45)
+    right.set_xlabel("shift of the mean activation (symmetric log)")
+    right.set_title("effect size d")
+    right.legend(loc="lower right", markerscale=2, fontsize=7)
+    return figure
+
+
+def scale_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """Attack success against the number of preference pairs (Fig. 6), a line a training and attack."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for one in records:
+        lines.setdefault((one["label"], one["set"], one["knowledge"]), []).append(one)
+    for index, ((label, name, knowledge), found) in enumerate(lines.items()):
+        attack = name if knowledge == "none" else f"{name} {knowledge}"
+        x = [one["pairs"] for one in found]
+        spread = [[one["rate"] - one["low"] for one in found], [one["high"] - one["rate"] for one in found]]
+        axes.errorbar(
+            x, [one["rate"] for one in found], yerr=spread, color=colour(index), linestyle=stroke(index),
+            marker="o", markersize=3, elinewidth=0.8, label=f"{label}, {attack}",
+        )  # fmt: skip
+    axes.set_xlabel("preference pairs")
+    axes.set_title("attack success rate")
+    as_percent(axes)
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _layers(axes: Axes, title: str) -> None:
+    axes.set_xlabel("layer")
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

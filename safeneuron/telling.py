@@ -1,0 +1,167 @@
+"""The numbers of an analysis in a few short tables for a terminal; prompts are masked unless they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOTHING = "–"
+MASKED = "(masked; --show-text shows it)"
+
+Table = tuple[str, list[str], list[list[str]]]
+Record = dict[str, Any]
+
+
+def told(analysis: dict[str, Record], show_text: bool = False) -> list[Table]:
+    """A title, a header and rows for each part that there is; the first column is words, the others are numbers."""
+    known = {
+        "topics": _topics, "depth": _depth, "stability": _stability, "states": _states, "redundancy": _redundancy,
+        "methods": _methods, "scale": _scale,
+    }  # fmt: skip
+    tables = [known[name](record) for name, record in analysis.items() if name in known]
+    if "neurons" in analysis:
+        tables.append(_neurons(analysis["neurons"], show_text))
+    return [table for table in tables if table[2]]
+
+
+def _topics(record: Record) -> Table:
+    columns = (record["overlaps"], record["shuffled_topics"], record["random_neurons"])
+    rows = [
+        [
+            f"K = {own['topics']}",
+            *(share(one[index]["jaccard"]) if one else NOTHING for one in columns),
+            share(own["shared"]),
+        ]
+        for index, own in enumerate(record["overlaps"])
+    ]
+    title = (
+        f"Topics: {record['core']:,} neurons in all {len(record['topics'])} "
+        f"(prompts dealt at random: {whole(record['shuffled_core'])}; random neurons: {record['core_by_chance']:.1f})"
+    )
+    return title, ["overlap", "Jaccard", "dealt at random", "random neurons", "of mean size"], rows
+
+
+def _depth(record: Record) -> Table:
+    rows = [
+        [one["name"], whole(one["neurons"]), *(share(part) for part in one["thirds"]), number(one["mean_depth"])]
+        for one in record["sets"]
+    ]
+    return "Depth", ["set", "neurons", "early", "middle", "late", "mean depth"], rows
+
+
+def _stability(record: Record) -> Table:
+    boot, needed = record["bootstrap"], record["needed"]
+    rows = [
+        ["bootstrap against all prompts", number(boot["jaccard"]["mean"]), number(boot["correlation"]["mean"]), NOTHING]
+    ]
+    rows += [
+        [f"two samples of {one['prompts']}", number(one["mean"]), number(one["correlation"]), number(one["chance"])]
+        for one in record["samples"]
+    ]
+    rows += [
+        [f"measured with {one['variant']}", number(one["jaccard"]), number(one["correlation"]), NOTHING]
+        for one in record["variants"]
+    ]
+    wanted = "not reached" if needed["prompts"] is None else f"{needed['prompts']:,} prompts ({needed['reached']})"
+    title = f"Stability: {boot['always']:,} of {record['neurons']:,} neurons always in; Jaccard .9: {wanted}"
+    return title, ["sets", "Jaccard", "rank correlation", "by chance"], rows
+
+
+def _states(record: Record) -> Table:
+    rows = []
+    for one in record["states"]:
+        moved = one["moved"] or []
+        rows.append(
+            [
+                one["state"],
+                *(whole(sum(one["turnover"][name])) for name in ("kept", "lost", "new")),
+                *(number(mean([layer[side] for layer in moved]), 4) for side in ("inside", "outside")),
+                number(mean(one["cka_unsafe"])),
+                number(mean(one["cka_safe"])),
+                number(mean(one["separability"])),
+                number(mean(one["separability_pruned"])),
+            ]
+        )
+    header = [
+        "state",
+        "kept",
+        "lost",
+        "new",
+        "moved in",
+        "moved out",
+        "CKA harmful",
+        "CKA benign",
+        "probe",
+        "probe pruned",
+    ]
+    return "States against T0 (means over layers)", header, rows
+
+
+def _redundancy(record: Record) -> Table:
+    rows = [
+        [
+            one["state"],
+            share(one["intact"]["refused"]),
+            whole(one["redundancy_index"]),
+            whole(one["coherent_index"]),
+            whole(one["sets_to_halve"]),
+            whole(one["neurons_in_sets_to_halve"]),
+            whole(one["neurons_to_halve"]),
+        ]
+        for one in record["states"]
+    ]
+    header = ["state", "refused", "break alone", "coherently", "sets to halve", "their neurons", "top neurons to halve"]
+    return "Redundancy", header, rows
+
+
+def _methods(record: Record) -> Table:
+    rows = [
+        [
+            one["label"],
+            whole(one["selected"]),
+            whole(one["significant"]),
+            whole(one["missed"]),
+            number(one["largest_q"], 3),
+        ]
+        for one in record["discoveries"]
+    ]
+    return "False discoveries", ["set", "neurons", "q < .05", "q < .05, not taken", "largest q"], rows
+
+
+def _scale(record: Record) -> Table:
+    rows = []
+    for one in record["iterations"]:
+        rates = [share(value) for name, value in one.items() if name.startswith("ASR")]
+        rows.append([one["state"], whole(one["neurons"]), whole(one["frozen"]), *rates])
+    names = [name for name in record["iterations"][0] if name.startswith("ASR")] if record["iterations"] else []
+    return "Rounds", ["state", "neurons", "frozen", *names], rows
+
+
+def _neurons(record: Record, show_text: bool) -> Table:
+    rows = []
+    for one in record["neurons"]:
+        best = max(one["profile"], key=lambda name: one["profile"][name])
+        promoted = " ".join(repr(token) for token in one["promoted"][:4])
+        prompt = one["exciting"][0][:60] if show_text else MASKED
+        rows.append([f"{one['layer']}/{one['channel']}", number(one["d"]), best, promoted, prompt])
+    return "Neurons", ["layer/channel", "d", "category", "promotes", "excited by"], rows
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean of what is known; None of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def number(value: float | None, places: int = 2) -> str:
+    """With so many places."""
+    return NOTHING if value is None else f"{value:.{places}f}"
+
+
+def share(value: float | None) -> str:
+    """In per cent."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def whole(value: int | None) -> str:
+    """With a comma at each thousand."""
+    return NOTHING if value is None else f"{value:,}"
