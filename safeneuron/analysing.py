@@ -114,7 +114,7 @@ class Analyser:
         if self.others:
             every = [(self.config, self.run), *self.others]
             named = [(config.name, Findings(config, run).neurons(BASE)) for config, run in every]
-        sets = [
+        sets: list[Record] = [
             {
                 "name": name,
                 "neurons": len(one),

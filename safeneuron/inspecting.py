@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from safeneuron.config import Config
@@ -113,12 +114,13 @@ def stability_record(
     count = min(map(len, classes))
     sizes = sorted({size for size in (*SIZES, count // 2) if 2 <= size <= count // 2})
     settings = (table.pooling, table.batch_tokens, table.max_tokens)
-    whole = measure(model, *classes, *settings, progress)
+    unsafe, safe = classes
+    whole = measure(model, unsafe, safe, *settings, progress)
     boots = [
         measure_groups(model, prompts, bootstrap_weights(len(prompts), effort.samples, config.seed + side), *settings)
         for side, prompts in enumerate(classes)
     ]
-    again = resampled(whole, *boots, find)
+    again = resampled(whole, boots[0], boots[1], find)
     curve: list[tuple[int, Halves]] = []
     thresholds: list[dict[str, Any]] = []
     density = max(len(find(whole)), 1) / sum(whole.widths)
@@ -129,17 +131,19 @@ def stability_record(
             )
             for side, prompts in enumerate(classes)
         ]
-        curve.append((size, halves(whole, *pairs, find)))
+        curve.append((size, halves(whole, pairs[0], pairs[1], find)))
         if progress is not None:
             progress(number + 1, len(sizes) + len(POOLINGS))
         if size == sizes[-1]:
             for wanted in (min(density * share, 0.5) for share in SHARES):
-                one = halves(whole, *pairs, lambda stats, wanted=wanted: select(stats, density=wanted))  # type: ignore[misc]
+                one = halves(whole, pairs[0], pairs[1], partial(select, density=wanted))
                 thresholds.append({"density": wanted, "jaccard": one.jaccard._asdict(), "chance": one.chance})
     others = [
-        (f"pooling {name}", measure(model, *classes, name, *settings[1:])) for name in POOLINGS if name != settings[0]
+        (f"pooling {name}", measure(model, unsafe, safe, name, *settings[1:]))
+        for name in POOLINGS
+        if name != settings[0]
     ]
-    others += [(name, measure(other, *classes, *settings)) for name, other in variants]
+    others += [(name, measure(other, unsafe, safe, *settings)) for name, other in variants]
     own = find(whole)
     ranks = score(whole).d
     return {

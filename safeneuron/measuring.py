@@ -182,8 +182,8 @@ def _require_heard(vectors: Tensor) -> None:
     """Raise ``InputError`` where neurons of an expert were not asked about a prompt."""
     if vectors.isnan().any():
         raise InputError(
-            "some neurons are not run on every prompt, as those of experts or of layers that look at images; the analysis "
-            "of groups of prompts expects a dense model"
+            "some neurons are not run on every prompt, as those of experts or of layers that look at images; the "
+            "analysis of groups of prompts expects a dense model"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
     weight = linear_in(block.output).weight
     assert isinstance(weight, Tensor), "a linear layer has a weight"
     columns = weight.detach().index_select(1, channels.to(weight.device)).float()
-    head = model.network.get_output_embeddings()
+    head: Any = model.network.get_output_embeddings()  # type: ignore[no-untyped-call]
     norm = dict(decoder_of(network).named_children()).get("norm")
     if head is None or not isinstance(norm, nn.Module):
         raise InputError(
@@ -59,8 +60,9 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
         # The norm of a vector of ones is its scale, in whichever form the architecture keeps it (Gemma's is 1 + w).
         ones = torch.ones(columns.shape[0], device=columns.device, dtype=weight.dtype)
         scale = norm(ones).float()
-        matrix: Tensor = head.weight  # type: ignore[assignment]
-        return ((scale[:, None] * columns).T.to(matrix.device) @ matrix.float().T).cpu()
+        matrix: Tensor = head.weight
+        tokens: Tensor = (scale[:, None] * columns).T.to(matrix.device) @ matrix.float().T
+        return tokens.cpu()
 
 
 def portraits(

@@ -33,7 +33,7 @@ class Spread(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    values: int
 
 
 class Resampled(NamedTuple):
@@ -155,5 +155,6 @@ def _exponent(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     known = [(math.log(size), math.log(1 - value)) for size, value in points if value < 1]
     if len(known) < 2:
         return math.nan, math.nan
-    slope, start = np.polyfit(*zip(*known, strict=True), 1)
+    sizes, distances = zip(*known, strict=True)
+    slope, start = np.polyfit(sizes, distances, 1)
     return float(start), -float(slope)

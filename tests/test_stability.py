@@ -47,7 +47,7 @@ def test_what_is_there_is_always_in():
     assert found.always == neurons(0, 1, 2)
     # With so few neurons ES and SAS cannot always share the places evenly, and one is left out.
     assert found.jaccard.mean > 0.95
-    assert found.jaccard.count == 20
+    assert found.jaccard.values == 20
     assert found.ever <= 5
     assert found.frequency[:3].min() >= 0.95
     assert 0.5 < found.correlation.mean < 1
