@@ -27,7 +27,7 @@ STATES = {
 NAMES = {
     "ORI": "nothing",
     "random": "random neurons, as many",
-    "transfer": "the base model's set (ES or SAS)",
+    "transfer-FULL": "the base model's set (ES or SAS)",
     "static-FULL": "its own set (ES or SAS)",
     "rival-probe": "logistic probe",
     "rival-snip": "SNIP difference",
@@ -75,25 +75,32 @@ def tables(found: dict[str, list[Path]]) -> list[str]:
         lines += [title, "", "| | " + " | ".join(STATES[state] for state in found) + " |"]
         lines += ["|---" * (len(found) + 1) + "|"]
         for attack, name in NAMES.items():
-            cells = [
-                cell(table_of(folders, "T0", attack, verdict)) if judged(folders[0], attack) else "–"
-                for folders in found.values()
-            ]
+            cells = [share_of(folders, attack, verdict) for folders in found.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["**Strongest attack** on each state, by the mean share answered", "", "| | attack | answered | refused |"]
     lines += ["|---|---|---|---|"]
     for state, folders in found.items():
-        share = {a: table_of(folders, "T0", a, "complied") for a in NAMES if a != "ORI" and judged(folders[0], a)}
+        everywhere = [attack for attack in NAMES if attack != "ORI" and len(judged(folders, attack)) == len(folders)]
+        share = {attack: table_of(folders, "T0", attack, "complied") for attack in everywhere}
         worst = max(share, key=lambda attack: float(np.mean(share[attack])))
         refused = cell(table_of(folders, "T0", worst, "refused"))
         lines.append(f"| {STATES[state]} | {NAMES[worst]} | {cell(share[worst])} | {refused} |")
     return lines
 
 
-def judged(folder: Path, attack: str) -> bool:
-    """Whether the run has verdicts for the attack."""
-    return (folder / "T0" / "judge" / attack / "harmful.jsonl").exists()
+def share_of(folders: Sequence[Path], attack: str, verdict: str) -> str:
+    """The share of the answers with the verdict, over the seeds in which the attack could be made."""
+    made = judged(folders, attack)
+    if not made:
+        return "–"
+    few = f", {len(made)} of {len(folders)} seeds" if len(made) < len(folders) else ""
+    return cell(table_of(made, "T0", attack, verdict)) + few
+
+
+def judged(folders: Sequence[Path], attack: str) -> list[Path]:
+    """The runs that have verdicts for the attack."""
+    return [folder for folder in folders if (folder / "T0" / "judge" / attack / "harmful.jsonl").exists()]
 
 
 def main(given: Sequence[str] | None = None) -> None:
