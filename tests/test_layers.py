@@ -153,7 +153,7 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {
     "tables", "summarising", "figures", "charts", "browsing", "pages", "markdown", "limits", "comparison",
 }  # fmt: skip
-REPORTS = {"reporting", "sidebyside", "markdown"}
+REPORTS = {"reporting", "sidebyside", "markdown", "plotting"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights", "vision",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def folder(tmp_path_factory):
     """A finished run."""
     world = tmp_path_factory.mktemp("world")
-    runpy.run_path(str(ROOT / "examples" / "tiny_moe.py"))["write"](world)
+    runpy.run_path(str(ROOT / "configs" / "make_tiny_moe.py"))["write"](world)
     changes = [
         f"model.name={world}/model",
         f"pairs.safety=[{{path='{world}/pairs.jsonl'}}]",

@@ -2,7 +2,7 @@
 
 It can say nothing; it shows that all stages of a run work on experts, on a CPU in about a minute:
 
-    python examples/tiny_moe.py runs/tiny-moe-world
+    python configs/make_tiny_moe.py runs/tiny-moe-world
     safeneuron run configs/tiny-moe.toml
 """
 
