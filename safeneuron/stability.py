@@ -122,11 +122,6 @@ def chance_jaccard(first: NeuronSet, second: NeuronSet) -> float:
     return both / union if union else 1.0
 
 
-def mean_jaccard(sets: Sequence[NeuronSet]) -> Spread:
-    """Jaccard of every two of the sets: mean and range."""
-    return spread([one.jaccard(other) for number, one in enumerate(sets) for other in sets[number + 1 :]])
-
-
 def prompts_needed(curve: Sequence[tuple[int, float]], goal: float = 0.9) -> Needed:
     """How many prompts give a mean Jaccard of ``goal``, from points (prompts, mean Jaccard of independent samples).
 

@@ -130,12 +130,11 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
 
     with torch.inference_mode(), recorded(model, reduce) as recording:
         run_without_head(model.network, inputs)
-    missing = torch.full((len(batch), max(model.widths)), torch.nan)
     parts = []
     for layer, width in enumerate(model.widths):
         found = recording.layers.get(layer)
         if found is None:
-            parts.append(missing[:, :width])
+            parts.append(torch.full((len(batch), width), torch.nan))
         else:
             # Where every token is heard, NaN is a fault, which must not look like silence.
             values = found.float().cpu()

@@ -14,7 +14,6 @@ from safeneuron.selecting import select
 from safeneuron.stability import (
     chance_jaccard,
     halves,
-    mean_jaccard,
     prompts_needed,
     rank_correlation,
     resampled,
@@ -73,12 +72,7 @@ def test_halves_of_a_signal_agree():
 
 
 def test_small_sets_by_hand():
-    assert mean_jaccard([neurons(0, 1), neurons(1, 2), neurons(0, 1)]) == (
-        pytest.approx((1 / 3 + 1 + 1 / 3) / 3),
-        1 / 3,
-        1,
-        3,
-    )
+    assert spread([1 / 3, 1.0, 1 / 3]) == (pytest.approx(5 / 9), 1 / 3, 1, 3)
     assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
     assert spread([math.nan, 1, 3]) == (2, 1, 3, 2)
     assert math.isnan(spread([]).mean)
