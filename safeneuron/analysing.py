@@ -75,11 +75,13 @@ class Analyser:
         self.states = [one for name, one in known.items() if not only or name in only]
         self._loaded: tuple[str, str, Model] | None = None
 
-    def analyse(self, parts: Sequence[str] = PARTS) -> dict[str, Record]:
-        """Do the parts that are not done yet; the numbers of all of them by name."""
-        unknown = [name for name in parts if name not in PARTS]
+    def analyse(self, parts: Sequence[str] = PARTS, redo: Sequence[str] = ()) -> dict[str, Record]:
+        """Do the parts that are not done yet, and those to ``redo``; the numbers of all of them by name."""
+        unknown = [name for name in (*parts, *redo) if name not in PARTS]
         if unknown:
             raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+        for name in redo:
+            self.run.remove(f"analysis/{name}")
         works: dict[str, Callable[[Path], tuple[Record, Tables, Figures]]] = {
             "topics": self.topics, "depth": self.depth, "stability": self.stability, "states": self.changes,
             "redundancy": self.redundancy, "methods": self.methods, "neurons": self.neurons, "scale": self.scale,

@@ -211,7 +211,7 @@ def analyse(
 ) -> None:
     """Look inside: topics, depth, stability, what training changed, redundancy; numbers, tables, figures."""
     os.environ["TQDM_DISABLE"] = "1"
-    from safeneuron.analysing import Analyser
+    from safeneuron.analysing import PARTS, Analyser
     from safeneuron.config import read_config
     from safeneuron.inspecting import Effort
     from safeneuron.runs import Run
@@ -220,12 +220,10 @@ def analyse(
     (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
     bars = Bars()
     with opened.locked():
-        for name in redo or []:
-            opened.remove(f"analysis/{name}")
         effort = Effort(prompts=prompts, sets=sets)
         analyser = Analyser(config, opened, bars, others, state, only or [], effort)
         with bars.bars:
-            found = analyser.analyse(parts) if parts else analyser.analyse()
+            found = analyser.analyse(parts or PARTS, redo or ())
     for title, header, rows in told(found, show_text):
         _print_table(title, header, rows)
     out.print(f"wrote {opened.folder / 'analysis'}")

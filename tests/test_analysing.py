@@ -93,6 +93,12 @@ def test_a_part_or_state_that_is_not_there_is_one_sentence(run):
         analyser(run, Watch(), state="T9")
 
 
+def test_nothing_but_parts_of_the_analysis_can_be_made_again(run):
+    with pytest.raises(InputError, match=r"no part '\.\./T1'"):
+        analyser(run, Watch()).analyse(["depth"], redo=["../T1"])
+    assert (run.folder / "T1" / "select" / "done.json").exists()
+
+
 def test_the_terminal_masks_prompts_unless_they_are_asked_for(analysis):
     (neurons,) = [table for table in told(analysis) if table[0] == "Neurons"]
     assert {row[-1] for row in neurons[2]} == {MASKED}
