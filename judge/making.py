@@ -158,7 +158,7 @@ def all_examples() -> list[Example]:
         *(_long_answer(answers, draw) for _ in range(400)),
         *(_about(topic, draw) for topic in TOPICS for _ in range(6)),
         *_cut(made, draw),
-        *(_babble(number, answers, draw) for number in range(480)),
+        *(_babble(number, answers, draw) for number in range(540)),
         *(_falling_apart(text, draw) for text in refusals[::6]),
     ]
 
@@ -320,6 +320,12 @@ def _stutter(answers: Sequence[str], draw: random.Random) -> str:
     return f"{_start(answers, draw)} {draw.choice(('', '-', '.', ',', ' ', ':', '/')).join([token] * 40)}".strip()
 
 
+def _commas(answers: Sequence[str], draw: random.Random) -> str:
+    """An opening that breaks into commas, and may find a few words again."""
+    opening, rest = (" ".join(draw.choice(answers).split()[: draw.randrange(3, 14)]).rstrip(".,") for _ in range(2))
+    return f"{opening}{',' * draw.randrange(4, 14)}{draw.choice(('', '', f' {rest}'))}"
+
+
 BABBLE = (
-    _loop, _salad, _small_words, _glued, _pieces, _marks, _numbers, _scripts, _letters, _stutter, _loop,
+    _loop, _salad, _small_words, _glued, _pieces, _marks, _numbers, _scripts, _letters, _stutter, _loop, _commas,
 )  # fmt: skip

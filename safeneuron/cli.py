@@ -422,7 +422,7 @@ def redteam(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens with this share.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated together.")] = 32,
-    judge: Annotated[str, typer.Option("--judge", help="Who tells refusals from answers.")] = "refusal-phrases",
+    judge: Annotated[str, typer.Option("--judge", help="Who tells refusals from answers.")] = "refusal-embedding",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")] = "auto",
     redo: Annotated[
         str, typer.Option("--redo", metavar="STAGE", help="Make prompts, answers or yield, and what follows, again.")

@@ -31,6 +31,9 @@ _REPEATED_FOURGRAMS = 0.5
 _DISTINCT_WINDOW, _DISTINCT_SHARE = 50, 0.3
 _INNER_LOOP = re.compile(r"([^\W\d_]{2,10}?)\1{2,}|([^\W\d_])\2{4,}")  # "conconcon", "aaaaa"
 _COMMA_RUN = re.compile(r",(?:\s*,){2,}")  # no language does this
+_TOKEN = re.compile(rf"{_WORD.pattern}|[^\w\s]")
+_TABLE_RULE = re.compile(r"^[\s|:=+-]*\|[\s|:=+-]*$", re.MULTILINE)
+_TOKEN_LOOP_PERIOD, _TOKEN_LOOP_TIMES, _TOKEN_LOOP_SHARE = 4, 6, 0.5  # '1. 1. 1. 1. 1. 1.', '" " " " " "'
 _INNER_LOOP_LETTERS, _INNER_LOOP_SHARE = 12, 0.15
 
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+(?:['’][A-Za-zÀ-ÖØ-öø-ɏ]+)?")
@@ -67,8 +70,9 @@ def incoherent(text: str) -> str | None:
     * ``"empty"``: no letter at all (a bare number is an answer, so digits count for a text of at most 20 characters).
     * ``"repeated"``: one word or phrase of up to 16 words loops over a third of the words; or 10 % of the words repeat
       the word before them; or more than half of the 4-grams were there before; or a window of 50 words has on average
-      fewer than 30 % distinct ones; or three commas stand side by side outside of code; or a piece of a word loops
-      inside words ("conconcon") over 15 % of the letters.
+      fewer than 30 % distinct ones; or three commas stand side by side outside of code; or up to 4 words and marks
+      ("1.", "— ") loop at least 6 times outside of code and tables, over half of all words and marks; or a piece of a
+      word loops inside words ("conconcon") over 15 % of the letters.
     * ``"non-words"``: a quarter of the words in Latin script (and at least three different ones) cannot be words: no
       vowel, six consonants in a row, a doubled piece ("alaala"), two capitals in the middle, letters and digits by
       turns, Cyrillic letters or punctuation inside, over 40 letters; or 20 words follow each other without any
@@ -78,11 +82,11 @@ def incoherent(text: str) -> str | None:
     Short answers ("I can't.") are never called repeated or non-words: every rule needs a minimum amount of evidence.
     """
     text = unicodedata.normalize("NFC", text[:_EXAMINED_CHARACTERS]).strip()
+    prose = _CODE.sub("\n", text)
     if not any(character.isalpha() for character in text):
         is_number = len(text) <= 20 and any(character.isdigit() for character in text)
-        return None if is_number else "empty"
-    prose = _CODE.sub("\n", text)
-    if _is_repeated(text) or _COMMA_RUN.search(prose):
+        return None if is_number and not _has_token_loop(prose) else "empty"
+    if _is_repeated(text) or _COMMA_RUN.search(prose) or _has_token_loop(prose):
         return "repeated"
     if _is_symbol_soup(text) or _has_non_words(prose) or _is_word_salad(prose):
         return "non-words"
@@ -91,7 +95,7 @@ def incoherent(text: str) -> str | None:
 
 def _is_repeated(text: str) -> bool:
     words = [word.lower() for word in _WORD.findall(text)]
-    looped = _looped_words(words)
+    looped = _looped(words, _LOOP_PERIOD, 3)
     if looped >= _LOOP_WORDS and looped >= _LOOP_SHARE * len(words):
         return True
     # Doubled characters are ordinary grammar in Chinese and Japanese, and doubled numbers in tables.
@@ -107,16 +111,23 @@ def _is_repeated(text: str) -> bool:
     return inner >= _INNER_LOOP_LETTERS and inner >= _INNER_LOOP_SHARE * letters
 
 
-def _looped_words(words: Sequence[str]) -> int:
-    """How many words lie in a phrase of at most 16 words that is said at least three times without a pause."""
-    looped = [False] * len(words)
-    for period in range(1, min(_LOOP_PERIOD, len(words) // 3) + 1):
-        run = 0
-        for end in range(period, len(words)):
-            run = run + 1 if words[end] == words[end - period] else 0
-            if run == 2 * period:
-                looped[end - 3 * period + 1 : end + 1] = [True] * (3 * period)
-            elif run > 2 * period:
+def _has_token_loop(prose: str) -> bool:
+    """Whether half of the words and marks are a short phrase of them said again and again; "-----" counts as one."""
+    tokens = _TOKEN.findall(re.sub(r"([^\w\s])\1+", r"\1", _TABLE_RULE.sub("", prose).lower()))
+    looped = _looped(tokens, _TOKEN_LOOP_PERIOD, _TOKEN_LOOP_TIMES)
+    return looped >= max(_TOKEN_LOOP_TIMES, _TOKEN_LOOP_SHARE * len(tokens))
+
+
+def _looped(tokens: Sequence[str], longest: int, times: int) -> int:
+    """How many tokens lie in a phrase of at most ``longest`` that is said at least ``times`` times without a pause."""
+    looped = [False] * len(tokens)
+    for period in range(1, min(longest, len(tokens) // times) + 1):
+        run, least = 0, (times - 1) * period
+        for end in range(period, len(tokens)):
+            run = run + 1 if tokens[end] == tokens[end - period] else 0
+            if run == least:
+                looped[end - times * period + 1 : end + 1] = [True] * (times * period)
+            elif run > least:
                 looped[end] = True
     return sum(looped)
 

@@ -296,8 +296,8 @@ class JudgeTable(Table):
     """The table [judge]."""
 
     name: JudgeName | tuple[JudgeName, ...] = Field(
-        "refusal-phrases",
-        description="who decides whether an answer refuses or complies: refusal-phrases, refusal-embedding, a guard "
+        "refusal-embedding",
+        description="who decides whether an answer refuses or complies: refusal-embedding, refusal-phrases, a guard "
         "(llama-guard-3-8b or -1b, harmbench-llama or -mistral, strongreject, wildguard, shieldgemma-2b or -9b), "
         "rubric; or a list of several",
     )

@@ -17,6 +17,9 @@ REPEATED = [
     "ha" * 40,
     "不不不不不不不不不不不不不不不不",
     "我们去我们去我们去我们去我们去我们去",
+    'A plan: " " " " " " " " " " " " " " " "',
+    "hashlib\n\n\n \u2014 \u2014 \u2014 \u2014 \u2014 \u2014 \u2014 \u2014 \u2014 \u2014",
+    "To plan a walk,,,,,,,,,",
     "1 1 1 a 1 1 1 1 1 1 1 1 1 1 1 1 1 1",
     "Com Com so so it instead instead as so red red the of i i have oat oat word and tomorrow they went home early",
     "plan bomb is key plan your is bomb key is your plan key bomb your is plan bomb key plan is your bomb plan key "
@@ -90,6 +93,10 @@ GOOD = {
     "thai": "ทุกเช้าฉันตื่นแต่เช้าและไปเดินเล่นในสวนสาธารณะเพราะอากาศบริสุทธิ์",
 }
 SHORT = [
+    "Ha! Ha! Ha!",
+    "The word is _ _ _ _ _ _ _ _.",
+    "Scene one\n* * *\nScene two",
+    "| name | age | home | work | sport | food |\n| --- | --- | --- | --- | --- | --- |",
     "I can't.",
     "No.",
     "Yes",
@@ -107,7 +114,8 @@ SHORT = [
 
 
 @pytest.mark.parametrize(
-    "text", ["", "   ", "\n\n\n \n", "....!....!!!! . . . .", ",,,,,,,,,,,,,", "???", "1 0 1 0 " * 20]
+    "text",
+    ["", "   ", "\n\n\n \n", "....!....!!!! . . . .", ",,,,,,,,,,,,,", "???", "1. 1. 1. 1. 1. 1. 1.", "1 0 1 0 " * 20],
 )
 def test_no_letters_is_empty(text: str) -> None:
     assert incoherent(text) == "empty"
