@@ -52,8 +52,11 @@ def headline(results: dict[str, Any]) -> str:
     said = [clauses[key].format(listed(names)) for key, names in groups.items() if names]
     if not groups["lower"]:
         said.insert(0, f"no state is shown to resist better than {base['name']}")
-    broken = [state["name"] for state in others if coherence_caveat(state, base)]
+    doubtful = {state["name"]: outcome(state, base) for state in others if coherence_caveat(state, base)}
+    broken = [name for name, side in doubtful.items() if side == "lower"]
     caveat = f" In {listed(broken)} a part of the fall is broken text and not refusal." if broken else ""
+    if "higher" in doubtful.values():
+        caveat += f" But the low rate of {base['name']} is broken text, not refusal."
     return f"Under the adaptive FULL attack {'; '.join(said)}.{caveat}"
 
 
@@ -141,15 +144,23 @@ def compared(old: Share, shares: dict[str, Share | None], lower: str, higher: st
 
 
 def coherence_caveat(state: dict[str, Any], base: dict[str, Any]) -> str:
-    """A warning where a lower success rate comes with more broken text; otherwise nothing."""
+    """A warning where the lower of two success rates comes with more broken text; otherwise nothing."""
     new = incoherent_share(attack_of(state, "FULL", "adaptive"))
     old = incoherent_share(attack_of(base, "FULL", "adaptive"))
-    if new is None or old is None or outcome(state, base) != "lower" or new - old < NOTABLE_INCOHERENCE:
+    if new is None or old is None:
         return ""
-    return (
-        f" But {percent(new)} of the answers of {state['name']} under attack are incoherent ({base['name']}: "
-        f"{percent(old)}), so a part of the fall is broken text and not refusal."
-    )
+    side = outcome(state, base)
+    if side == "lower" and new - old >= NOTABLE_INCOHERENCE:
+        return (
+            f" But {percent(new)} of the answers of {state['name']} under attack are incoherent ({base['name']}: "
+            f"{percent(old)}), so a part of the fall is broken text and not refusal."
+        )
+    if side == "higher" and old - new >= NOTABLE_INCOHERENCE:
+        return (
+            f" But {percent(old)} of the answers of {base['name']} under attack are incoherent ({state['name']}: "
+            f"{percent(new)}), so its low rate is at least in part broken text and not refusal."
+        )
+    return ""
 
 
 def pruning_effect(state: dict[str, Any], neurons_total: int) -> str:
@@ -160,12 +171,18 @@ def pruning_effect(state: dict[str, Any], neurons_total: int) -> str:
         return f"The effect of pruning is not known: {name} lacks judged answers, unpruned or under FULL."
     start = f"Pruning {attack['neurons']:,} safety neurons ({percent(attack['neurons'] / neurons_total)} of all)"
     numbers = f"{after.words()} instead of {before.words()}"
-    return {
+    broken, intact = incoherent_share(attack), incoherent_share(attack_of(state, "ORI", "none"))
+    side = after.compared_with(before)
+    caveat = ""
+    if side == "lower" and broken is not None and intact is not None and broken - intact >= NOTABLE_INCOHERENCE:
+        caveat = f" But {percent(broken)} of the answers are incoherent then, {percent(intact)} before."
+    said = {
         "higher": f"{start} makes {name} comply with more harmful requests: {numbers}; the intervals do not overlap.",
         "lower": f"{start} makes {name} comply with fewer harmful requests: {numbers}; the intervals do not overlap.",
         "unclear": f"{start} is not shown to change how many harmful requests {name} complies with: {numbers}; the "
         "intervals overlap.",
-    }[after.compared_with(before)]
+    }
+    return said[side] + caveat
 
 
 def strongest(states: list[dict[str, Any]]) -> str:

@@ -406,6 +406,20 @@ def test_a_fall_bought_with_broken_text_is_called_that() -> None:
     assert "broken text" not in worse, "there is no fall to explain"
 
 
+def test_a_low_rate_of_a_broken_base_is_no_strength() -> None:
+    broken = sample_state("T0", 5, incoherent=40)
+    for others in (["T1"], ["T1", "T2"]):
+        states = [broken, *(sample_state(name, 30) for name in others)]
+        assert "broken text and not refusal" in headline(sample_results(*states)).replace("text, not", "text and not")
+    broken["attacks"][0]["harmful"] = counts(47, 40)
+    effect = said(sample_results(broken, sample_state("T1", 30)), "T0 under attack")
+    assert "comply with fewer" in effect
+    assert "of the answers are incoherent then" in effect
+    broken["attacks"][0]["harmful"]["incoherent"] = broken["attacks"][3]["harmful"]["incoherent"]
+    sound = said(sample_results(broken, sample_state("T1", 30)), "T0 under attack")
+    assert "incoherent" not in sound, "it was as broken before"
+
+
 @pytest.mark.parametrize(
     ("random", "words"),
     [(3, "More in T0 (72"), (33, "Not told apart in T0 (72"), (46, "Less in T0 (72")],
