@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationConfig
 
 from safeneuron.aligning import align
+from safeneuron.conformance import prove
 from safeneuron.data import Pair, Prompt, benign_text, read_prompts
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.measuring import POOLINGS, length_batches, measure
@@ -32,7 +33,7 @@ from safeneuron.planning import Device, Shape, align_need, longest_pair, total
 from safeneuron.selecting import choose, score, thresholds_for
 from safeneuron.training import Training
 
-PARTS = ("measure", "memory", "plan", "freeze", "training", "precision", "pooling", "generation", "demo")
+PARTS = ("measure", "memory", "plan", "probe", "freeze", "training", "precision", "pooling", "generation", "demo")
 
 
 def prompts(kind: str, count: int) -> list[Prompt]:
@@ -280,6 +281,16 @@ def bench_pooling() -> None:
         )
 
 
+def bench_probe(rounds: int = 5) -> None:
+    """The proof at loading that the anatomy is right: its time against that of loading, and what it takes in memory."""
+    model = load("embedded")
+    print(f"probe / loading, which has one: {ratio(lambda: prove(model), lambda: load('embedded'), rounds)}")
+    reset_peak_memory()
+    before, begun = peak_memory_mb(), time.perf_counter()
+    prove(model)
+    print(f"probe: {time.perf_counter() - begun:.2f} s; peak memory {peak_memory_mb() - before:+.0f} MB")
+
+
 def bench_generation(new_tokens: int = 32, rounds: int = 3) -> None:
     """(g) greedy tokens a second by batch, precision and cache, as ratios to bfloat16 with a dynamic cache, one by one.
 
@@ -344,6 +355,7 @@ def main(arguments: list[str]) -> None:
         "measure": bench_measure,
         "memory": bench_memory,
         "plan": bench_plan,
+        "probe": bench_probe,
         "freeze": bench_freeze,
         "training": bench_training,
         "precision": bench_precision,
