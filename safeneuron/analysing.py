@@ -36,6 +36,7 @@ from safeneuron.methods import agreements, discoveries, volcano
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pipeline import Watcher
+from safeneuron.redundancy import NUMBERS
 from safeneuron.runs import Run, read_json, write_bytes, write_json, write_text
 from safeneuron.scaling import data_scale, iterations, results_of
 from safeneuron.selecting import Scores
@@ -187,11 +188,7 @@ class Analyser:
                 self.effort, self.watcher.progress,
             )  # fmt: skip
             records.append({"state": state.name, **found})
-        keys = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
-        rows = [
-            {"state": one["state"], "refused": one["intact"]["refused"], **{key: one[key] for key in keys}}
-            for one in records
-        ]
+        rows = [_with_intervals(one) for one in records]
         sets = [
             {"state": one["state"], "set": number, "neurons": found["neurons"]}
             | {f"{share} {how}": found[how][share] for how in ("alone", "together") for share in found[how]}
@@ -284,6 +281,15 @@ class Analyser:
             self._loaded = None
             self._loaded = (state.name, "", self._load(state, self.config.model.dtype))
         return self._loaded[2]
+
+
+def _with_intervals(state: Record) -> Record:
+    """A state as one row: each number and both ends of its interval, empty where it is beyond what was tried."""
+    row = {"state": state["state"], "refused": state["intact"]["refused"]}
+    for name in NUMBERS:
+        ends = (state["intervals"] or {}).get(name, {"low": None, "high": None})
+        row |= {name: state[name], **{f"{name}_{end}": value for end, value in ends.items()}}
+    return row
 
 
 def _by_layer(states: Sequence[Record]) -> list[Record]:

@@ -10,12 +10,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from safeneuron.figures import BLUE, COLOURS, FAINT, INK, STYLE, WIDTH, as_percent, as_text, colour, stroke
+from safeneuron.redundancy import READING
 
 ORANGE, GREEN, RED = COLOURS[2], COLOURS[3], COLOURS[5]
 GREY = COLOURS[0]
+MARKS = "osD^v"
 
 
 def drawn(figures: dict[str, Callable[[], Figure]]) -> dict[str, str | bytes]:
@@ -180,24 +182,18 @@ def _lines(axes: Axes, series: dict[str, Sequence[float | None]]) -> None:
 
 
 def redundancy_figure(record: dict[str, Any]) -> Figure:
-    """Refusals left with disjoint sets pruned, alone and together, and against the number of neurons pruned."""
-    states = [one for one in record["states"] if one["sets"]]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    alone, together, curve = figure.subplots(1, 3, sharey=True)
+    """Refusals left with sets pruned alone, together, and along the ranking; below, what each state's numbers are."""
+    states = record["states"]
+    figure = Figure(figsize=(WIDTH, 3.5 + 0.2 * len(states)), layout="constrained")
+    (alone, together, curve), below = figure.subplots(2, 3, sharey="row", height_ratios=(2.4, 0.4 + 0.2 * len(states)))
     for index, state in enumerate(states):
-        look: dict[str, Any] = {
-            "color": colour(index + 1),
-            "linestyle": stroke(index + 1),
-            "marker": "o",
-            "markersize": 3,
-        }
-        numbers = range(1, len(state["sets"]) + 1)
-        alone.plot(numbers, [one["alone"]["refused"] for one in state["sets"]], label=state["state"], **look)
-        together.plot(
-            [0, *numbers], [state["intact"]["refused"], *(one["together"]["refused"] for one in state["sets"])], **look
-        )
-        points = state["curve"]
-        curve.plot([one["neurons"] for one in points], [one["refused"] for one in points], **look)
+        if state["sets"]:
+            intact, sets, points = state["intact"], state["sets"], state["curve"]
+            name = state["state"]
+            places = np.arange(1, len(sets) + 1) + (index - (len(states) - 1) / 2) * 0.7 / len(states)
+            _refused(alone, places, [one["alone"] for one in sets], index, name, "none")
+            _refused(together, range(len(sets) + 1), [intact, *(one["together"] for one in sets)], index, name)
+            _refused(curve, [one["neurons"] for one in points], points, index, name)
     for axes, title, label in (
         (alone, "refused, each set pruned alone", "set, in the order found"),
         (together, "refused, sets pruned together", "sets pruned"),
@@ -207,9 +203,56 @@ def redundancy_figure(record: dict[str, Any]) -> Figure:
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         as_percent(axes)
-    if states:
-        figure.legend(loc="outside upper left", ncols=min(len(states), 6))
+    titles = ("sets that break it alone (index)", "sets to halve it", "top neurons to halve it")
+    names = ("redundancy_index", "sets_to_halve", "neurons_to_halve")
+    for axes, title, name in zip(below, titles, names, strict=True):
+        _numbers(axes, states, name)
+        axes.set_title(title)
+    for row, state in enumerate(states):
+        if state["intervals"] is None:
+            below[0].text(0, row, "refuses too rarely", va="center", fontsize=7)
+    figure.legend(*together.get_legend_handles_labels(), loc="outside upper left", ncols=min(len(states), 6))
+    figure.supxlabel(READING, fontsize=7)
     return figure
+
+
+def _refused(
+    axes: Axes, x: Sequence[float], found: Sequence[dict[str, float]], index: int, label: str, line: str = ""
+) -> None:
+    """Shares refused with their intervals; joined by the state's own line, if none is given."""
+    rates = [one["refused"] for one in found]
+    down = [one["refused"] - one["refused_low"] for one in found]
+    up = [one["refused_high"] - one["refused"] for one in found]
+    axes.errorbar(
+        x, rates, yerr=[down, up], color=colour(index), linestyle=line or stroke(index),
+        marker=mark(index), markersize=4, linewidth=1.2, elinewidth=0.7, label=label,
+    )  # fmt: skip
+
+
+def _numbers(axes: Axes, states: Sequence[dict[str, Any]], name: str) -> None:
+    """One number of every state with its interval, a row a state; what is beyond all that was tried is an arrow."""
+    most = max((_tried(state, name) for state in states), default=1)
+    for row, state in enumerate(states):
+        if state["intervals"] is not None:
+            ends = state["intervals"][name].values()
+            value, low, high = (1.15 * most if one is None else one for one in (state[name], *ends))
+            axes.plot([low, high], [row, row], color=colour(row), linewidth=1.6, solid_capstyle="butt")
+            if high > most:
+                axes.plot([high], [row], ">", color=colour(row), markersize=5, clip_on=False)
+            if value <= most:
+                axes.plot([value], [row], mark(row), color=colour(row), markersize=5.5, clip_on=False)
+    axes.set_xlim(-0.04 * most, 1.15 * most)
+    axes.set_ylim(len(states) - 0.4, -0.6)
+    axes.set_yticks(range(len(states)), [state["state"] for state in states])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
+def _tried(state: dict[str, Any], name: str) -> int:
+    """How many sets, or neurons, a state was tried with."""
+    return int(state["curve"][-1]["neurons"] if name == "neurons_to_halve" else len(state["sets"]))
 
 
 def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
@@ -266,3 +309,8 @@ def _layers(axes: Axes, title: str) -> None:
     axes.set_xlabel("layer")
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def mark(index: int) -> str:
+    """The mark of a state: with its colour, so that it is known without one too."""
+    return MARKS[index % len(MARKS)]
