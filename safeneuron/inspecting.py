@@ -16,7 +16,7 @@ from safeneuron.measuring import POOLINGS, activations_of, measure, measure_grou
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
 from safeneuron.portraits import portraits
-from safeneuron.selecting import Scores, score, select
+from safeneuron.selecting import Scores, criteria, select
 from safeneuron.stability import Halves, Resampled, halves, prompts_needed, rank_correlation, resampled
 from safeneuron.statistics import ActivationStats
 from safeneuron.streaming import Progress
@@ -145,7 +145,7 @@ def stability_record(
     ]
     others += [(name, measure(other, unsafe, safe, *settings)) for name, other in variants]
     own = find(whole)
-    ranks = score(whole).d
+    ranks = criteria(whole).d
     return {
         "prompts": [len(prompts) for prompts in classes],
         "neurons": len(own),
@@ -160,7 +160,7 @@ def stability_record(
             {
                 "variant": name,
                 "jaccard": own.jaccard(find(stats)),
-                "correlation": rank_correlation(ranks, score(stats).d),
+                "correlation": rank_correlation(ranks, criteria(stats).d),
             }
             for name, stats in others
         ],
