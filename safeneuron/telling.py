@@ -63,6 +63,17 @@ def _stability(record: Record) -> Table:
         [f"measured with {one['variant']}", number(one["jaccard"]), number(one["correlation"]), NOTHING]
         for one in record["variants"]
     ]
+    for one in record.get("also", []):
+        kinds = (
+            (f"prompts of {one['prompts_of']}", one),
+            (f"  of the same {one['same_requests']} requests", one["wording"]),
+            ("  these, as the run has them, against all", one["fewer"]),
+        )
+        rows += [
+            [words, number(found["jaccard"]), number(found["correlation"]), NOTHING]
+            for words, found in kinds
+            if found["jaccard"] is not None
+        ]
     wanted = "not reached" if needed["prompts"] is None else f"{needed['prompts']:,} prompts ({needed['reached']})"
     title = f"Stability: {boot['always']:,} of {record['neurons']:,} neurons always in; Jaccard .9: {wanted}"
     return title, ["sets", "Jaccard", "rank correlation", "by chance"], rows
