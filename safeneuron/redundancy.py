@@ -6,7 +6,6 @@ How neurons are found and how refusals are counted is the caller's to say; here 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -159,10 +158,10 @@ def intervals(found: Redundancy, draws: int = DRAWS, seed: int = 0) -> dict[str,
     counted = [one.numbers for one in again if one.measurable]
 
     def interval(name: str) -> Interval:
-        values = [math.inf if one[name] is None else one[name] for one in counted]
+        values = np.array([np.inf if one[name] is None else one[name] for one in counted])
         # A value that did occur, so that a count stays one and "more than was tried" is never averaged.
-        ends = np.percentile(values, [2.5, 97.5], method="inverted_cdf").tolist()
-        return Interval(*(None if math.isinf(end) else round(end) for end in ends))
+        low, high = np.percentile(values, [2.5, 97.5], method="inverted_cdf")
+        return Interval(*(round(end) if np.isfinite(end) else None for end in (float(low), float(high))))
 
     return {name: interval(name) for name in found.numbers}
 

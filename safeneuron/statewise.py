@@ -80,7 +80,7 @@ def redundancy_figure(record: dict[str, Any]) -> Figure:
             intact, sets, points = state["intact"], state["sets"], state["curve"]
             name = state["state"]
             places = np.arange(1, len(sets) + 1) + (index - (len(states) - 1) / 2) * 0.7 / len(states)
-            _refused(alone, places, [one["alone"] for one in sets], index, name, "none")
+            _refused(alone, places.tolist(), [one["alone"] for one in sets], index, name, "none")
             _refused(together, range(len(sets) + 1), [intact, *(one["together"] for one in sets)], index, name)
             _refused(curve, [one["neurons"] for one in points], points, index, name)
     for axes, title, label in (
@@ -152,15 +152,15 @@ def scale_figure(records: Sequence[dict[str, Any]]) -> Figure:
     for one in records:
         lines.setdefault((one["label"], one["set"], one["knowledge"]), []).append(one)
     # A training has a colour, an attack a line and a mark, and each line stands a little aside, for its intervals.
-    trainings, attacks = (list(dict.fromkeys(key[part] for key in lines)) for part in (slice(1), slice(1, 3)))
+    trainings = list(dict.fromkeys(label for label, _, _ in lines))
+    attacks = list(dict.fromkeys((which, knowledge) for _, which, knowledge in lines))
     aside = 0.003 * (max(one["pairs"] for one in records) - min(one["pairs"] for one in records))
-    for index, ((label, *attack), found) in enumerate(lines.items()):
-        kind = attacks.index(tuple(attack))
-        name, knowledge = attack
+    for index, ((label, name, knowledge), found) in enumerate(lines.items()):
+        kind = attacks.index((name, knowledge))
         x = [one["pairs"] + aside * (index - (len(lines) - 1) / 2) for one in found]
         spread = [[one["rate"] - one["low"] for one in found], [one["high"] - one["rate"] for one in found]]
         axes.errorbar(
-            x, [one["rate"] for one in found], yerr=spread, color=colour(trainings.index((label,)) + 1),
+            x, [one["rate"] for one in found], yerr=spread, color=colour(trainings.index(label) + 1),
             linestyle=STROKES[kind % len(STROKES)], marker=mark(kind), markersize=3.5, elinewidth=0.8, linewidth=1.2,
             label=f"{label}, {name if knowledge == 'none' else f'{name} {knowledge}'}",
         )  # fmt: skip
