@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CORES  := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 
-.PHONY: demo test lint types docs unit bench study judge architectures clean
+.PHONY: demo test lint types docs unit browser bench study judge architectures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,8 +29,20 @@ docs: $(VENV)/installed
 	$(BIN)/python docs/make_cli.py --check
 
 # Every test file in one process, as many processes as there are cores: tests compute with one thread.
-unit: $(VENV)/installed
+unit: $(VENV)/installed browser
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
+# The reports are tested in a real browser. Where there is none, and Debian may install one, it does; elsewhere, and if
+# that fails, those tests are skipped. Only the downloads have a time limit: an installation is better not cut off.
+browser: $(VENV)/installed
+	@$(BIN)/python -c 'import sys; from tests.browser import installed; sys.exit(not installed())' || \
+	if [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
+		echo "no browser: installing chromium to test the reports with"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt="apt-get install --yes --no-install-recommends chromium fonts-liberation"; \
+		{ timeout 300 apt-get update && timeout 300 $$apt --download-only && $$apt; } </dev/null >/dev/null 2>&1 || \
+		echo "chromium could not be installed; the tests that need it are skipped"; \
+	fi
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -22,21 +22,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safeneuron import plotting
+from safeneuron import plotting, statewise
 from safeneuron.config import Config
-from safeneuron.data import Prompt
+from safeneuron.data import Prompt, read_twins
 from safeneuron.depths import density_over_depth, layer_densities, mean_depth, thirds
 from safeneuron.embedded import NAME, embedded_folder
 from safeneuron.errors import InputError
 from safeneuron.evolving import moved_record, seen, state_record
 from safeneuron.finding import sample
+from safeneuron.flattening import by_layer, finite, flat, with_intervals
 from safeneuron.inspecting import Effort, portraits_record, stability_record, topic_stats, topics_record
 from safeneuron.memory import peak_memory_mb, reset_peak_memory
 from safeneuron.methods import agreements, discoveries, volcano
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pipeline import Watcher
-from safeneuron.runs import Run, read_json, write_bytes, write_json, write_text
+from safeneuron.runs import Run, key_of, read_json, write_bytes, write_json, write_text
 from safeneuron.scaling import data_scale, iterations, results_of
 from safeneuron.selecting import Scores
 from safeneuron.sources import judge_of
@@ -55,15 +56,17 @@ class Analyser:
     """The parts of the analysis of one run; ``others`` are runs that depth and scale hold beside it.
 
     ``state`` is the one that topics, stability and neurons look at; ``only`` limits states and redundancy to some.
+    ``also`` names files of twins, or languages of the bundled ones, with which stability measures again.
     """
 
     def __init__(
         self, config: Config, run: Run, watcher: Watcher, others: Sequence[tuple[Config, Run]] = (),
-        state: str = "T0", only: Sequence[str] = (), effort: Effort | None = None,
+        state: str = "T0", only: Sequence[str] = (), effort: Effort | None = None, also: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.config, self.run, self.watcher, self.others = config, run, watcher, list(others)
         self.findings = Findings(config, run)
         self.effort = Effort() if effort is None else effort
+        self.also = [(name, read_twins(name)) for name in also]
         known = {one.name: one for one in self.findings.states() if self._selected(one)}
         for name in (state, *only):
             if name not in known:
@@ -77,6 +80,7 @@ class Analyser:
 
     def analyse(self, parts: Sequence[str] = PARTS, redo: Sequence[str] = ()) -> dict[str, Record]:
         """Do the parts that are not done yet, and those to ``redo``; the numbers of all of them by name."""
+        redo = [name.removeprefix("analysis/") for name in redo]
         unknown = [name for name in (*parts, *redo) if name not in PARTS]
         if unknown:
             raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
@@ -142,12 +146,16 @@ class Analyser:
         bare.chat_template = None
         other = "bfloat16" if str(model.network.dtype) == "torch.float32" else "float32"
         variants = [("no chat template", replace(model, tokenizer=bare)), (other, self._load(self.state, other))]
-        record = stability_record(self.config, model, self._classes(), variants, self.effort, self.watcher.progress)
+        record = stability_record(
+            self.config, model, self._classes(), variants, self.effort, self.watcher.progress, self.also
+        )
         record["state"] = self.state.name
         thresholds = [
             {"density": one["density"], **one["jaccard"], "chance": one["chance"]} for one in record["thresholds"]
         ]
         tables = {"samples": record["samples"], "variants": record["variants"], "thresholds": thresholds}
+        if record["also"]:
+            tables["also"] = [flat(one) for one in record["also"]]
         return record, tables, {"stability": lambda: plotting.stability_figure(record)}
 
     def changes(self, folder: Path) -> tuple[Record, Tables, Figures]:
@@ -174,7 +182,7 @@ class Analyser:
             records.append(read_json(path))
             self.watcher.progress(number + 1, len(self.states))
         record: Record = {"prompts": [len(unsafe), len(safe)], "states": records}
-        return record, {"states": _by_layer(records)}, {"states": lambda: plotting.states_figure(record)}
+        return record, {"states": by_layer(records)}, {"states": lambda: statewise.states_figure(record)}
 
     def redundancy(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """The redundancy index of each state."""
@@ -187,11 +195,7 @@ class Analyser:
                 self.effort, self.watcher.progress,
             )  # fmt: skip
             records.append({"state": state.name, **found})
-        keys = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
-        rows = [
-            {"state": one["state"], "refused": one["intact"]["refused"], **{key: one[key] for key in keys}}
-            for one in records
-        ]
+        rows = [with_intervals(one) for one in records]
         sets = [
             {"state": one["state"], "set": number, "neurons": found["neurons"]}
             | {f"{share} {how}": found[how][share] for how in ("alone", "together") for share in found[how]}
@@ -199,7 +203,7 @@ class Analyser:
             for number, found in enumerate(one["sets"], start=1)
         ]
         record = {"states": records}
-        figures: Figures = {"redundancy": lambda: plotting.redundancy_figure(record)} if sets else {}
+        figures: Figures = {"redundancy": lambda: statewise.redundancy_figure(record)} if sets else {}
         return record, {"redundancy": rows, "sets": sets}, figures
 
     def methods(self, folder: Path) -> tuple[Record, Tables, Figures]:
@@ -231,7 +235,9 @@ class Analyser:
         """Attack success against preference pairs over all runs given, and this run's rounds."""
         results = [results_of(one.folder) for one in (self.run, *(other for _, other in self.others))]
         found, rounds = data_scale(results), iterations(results[0])
-        figures: Figures = {"scale": lambda: plotting.scale_figure(found)} if found else {}
+        figures: Figures = {"scale": lambda: statewise.scale_figure(found)} if found else {}
+        if len(rounds) > 1:
+            figures["rounds"] = lambda: statewise.rounds_figure(rounds)
         return {"scale": found, "iterations": rounds}, {"scale": found, "iterations": rounds}, figures
 
     # -- what they share ----------------------------------------------------------------------------------------
@@ -244,6 +250,9 @@ class Analyser:
             "others": [str(other.folder.resolve()) for _, other in self.others],
         }
         inputs = {f"{one.name}/select": self._key(one) for one in self.states}
+        if name == "stability" and self.also:
+            asked = {also: [[one.text for one in prompts] for prompts in both] for also, both in self.also}
+            settings["also"] = {also: key_of(texts) for also, texts in asked.items()}
         stage = self.run.stage(f"analysis/{name}", settings, inputs)
         if stage.done:
             self.watcher.ended(stage.name, 0.0, skipped=True)
@@ -253,9 +262,9 @@ class Analyser:
         reset_peak_memory()
         begun = time.monotonic()
         record, tables, figures = work(stage.folder)
-        write_json(stage.folder / "numbers.json", _finite(record))
+        write_json(stage.folder / "numbers.json", finite(record))
         for table, rows in tables.items():
-            write_text(stage.folder / f"{table}.csv", as_csv(_finite(rows)))
+            write_text(stage.folder / f"{table}.csv", as_csv(finite(rows)))
         for file, content in plotting.drawn(figures).items():
             write_bytes(stage.folder / file, content.encode() if isinstance(content, str) else content)
         seconds = time.monotonic() - begun
@@ -284,27 +293,3 @@ class Analyser:
             self._loaded = None
             self._loaded = (state.name, "", self._load(state, self.config.model.dtype))
         return self._loaded[2]
-
-
-def _by_layer(states: Sequence[Record]) -> list[Record]:
-    """One row a state and layer."""
-    plain = [key for key, value in states[0].items() if isinstance(value, list) and key != "moved"]
-    return [
-        {"state": one["state"], "layer": layer}
-        | {name: counts[layer] for name, counts in one["turnover"].items()}
-        | {f"moved_{side}": one["moved"][layer][side] if one["moved"] else None for side in ("inside", "outside")}
-        | {key: one[key][layer] for key in plain}
-        for one in states
-        for layer in range(len(one["turnover"]["kept"]))
-    ]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is not a number, which JSON cannot hold."""
-    if isinstance(value, float):
-        return None if value != value else value
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return value

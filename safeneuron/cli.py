@@ -206,6 +206,15 @@ def analyse(
     ] = None,
     prompts: Annotated[int, typer.Option("--prompts", min=8, help="Prompts a class in states and redundancy.")] = 64,
     sets: Annotated[int, typer.Option("--sets", min=1, help="Disjoint sets that redundancy looks for.")] = 4,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="FILE",
+            help="Stability with these prompts too: a file with columns harmful and harmless, or de for bundled German "
+            "ones; may be repeated.",
+        ),
+    ] = None,
     show_text: Annotated[bool, typer.Option("--show-text", help="Print the prompts that excite a neuron.")] = False,
     redo: Annotated[list[str] | None, typer.Option("--redo", metavar="PART", help="Make a part again.")] = None,
 ) -> None:
@@ -221,7 +230,7 @@ def analyse(
     bars = Bars()
     with opened.locked():
         effort = Effort(prompts=prompts, sets=sets)
-        analyser = Analyser(config, opened, bars, others, state, only or [], effort)
+        analyser = Analyser(config, opened, bars, others, state, only or [], effort, also or [])
         with bars.bars:
             found = analyser.analyse(parts or PARTS, redo or ())
     for title, header, rows in told(found, show_text):

@@ -47,6 +47,7 @@ __all__ = [
     "fitting_refusal",
     "read_jsonl",
     "read_prompts",
+    "read_twins",
     "refusals",
 ]
 
@@ -58,6 +59,8 @@ PROMPT_COLUMNS = (
 
 CATEGORY_COLUMNS = ("category", "topic", "type")
 TWIN_COLUMNS = {"twins:unsafe": "harmful", "twins:safe": "harmless"}
+LANGUAGES = ("de",)
+"""Some of the twins are bundled in these languages too: ``twins:unsafe-de`` and ``twins:safe-de`` are German."""
 TWIN_SPLITS = ("discovery", "training", "test")
 
 SMALL_CLASS = 32
@@ -268,6 +271,18 @@ def _picture_of(record: Mapping[str, Any], folder: Path | None) -> str | None:
     return None if not image else str(image if folder is None else folder / image)
 
 
+def read_twins(source: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Harmful and harmless prompts of a file with the columns ``harmful`` and ``harmless``, or of a bundled language.
+
+    Raises ``InputError`` for anything else; see ``LANGUAGES`` and ``read_prompts``.
+    """
+    if source in LANGUAGES:
+        unsafe, safe = (read_prompts(f"{name}-{source}") for name in TWIN_COLUMNS)
+    else:
+        unsafe, safe = (read_prompts(source, column=column) for column in TWIN_COLUMNS.values())
+    return unsafe, safe
+
+
 def _pictures(source: Source) -> Iterator[Prompt]:
     """A prompt for each picture in a folder, with one question; the name of a subfolder is the category."""
     options = {"split": source.split, "column": source.column, "revision": source.revision, "where": source.where}
@@ -345,16 +360,18 @@ def _label(row: Row, column: str) -> str:
 
 
 def _twins(source: Source) -> Iterator[Prompt]:
-    if source.path not in TWIN_COLUMNS:
-        hint = nearest(source.path, TWIN_COLUMNS)
-        raise InputError(f"expected {' or '.join(TWIN_COLUMNS)} for the bundled prompts, found '{source.path}'{hint}")
+    name, _, language = source.path.partition("-")
+    if name not in TWIN_COLUMNS or ("-" in source.path and language not in LANGUAGES):
+        known = [f"{name}{end}" for end in ("", *(f"-{one}" for one in LANGUAGES)) for name in TWIN_COLUMNS]
+        hint = nearest(source.path, known)
+        raise InputError(f"expected one of {', '.join(known)} for the bundled prompts, found '{source.path}'{hint}")
     refuse_options(source, "is bundled", {"column": source.column, "revision": source.revision, "where": source.where})
     if source.split and source.split not in TWIN_SPLITS:
         hint = nearest(source.split, TWIN_SPLITS)
         raise InputError(f"{source.path} has the splits {', '.join(TWIN_SPLITS)}, found '{source.split}'{hint}")
-    for values in _bundled_records("twins.jsonl"):
+    for values in _bundled_records(f"twins-{language}.jsonl" if language else "twins.jsonl"):
         if source.split in ("", values["split"]):
-            yield Prompt(values[TWIN_COLUMNS[source.path]], values["category"], values["id"])
+            yield Prompt(values[TWIN_COLUMNS[name]], values["category"], values["id"])
 
 
 @cache

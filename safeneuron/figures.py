@@ -29,6 +29,7 @@ FAINT = "#d9dce1"
 BLUE = "#0072b2"
 COLOURS = ("#868d96", BLUE, "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STROKES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+MARKS = "osD^v"
 WIDTH = 8.6
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 
@@ -271,6 +272,16 @@ def opacity(index: int) -> float:
 def stroke(index: int) -> Literal["-", "--", ":"]:
     """Line of a state; it changes where the colours begin again."""
     return STROKES[index // len(COLOURS) % len(STROKES)]
+
+
+def mark(index: int) -> str:
+    """Mark of a state, so that it is known without its colour too."""
+    return MARKS[index % len(MARKS)]
+
+
+def headroom(axes: Axes, highest: float, entries: int) -> None:
+    """Room above the highest bar for a legend of so many entries inside the axes."""
+    axes.set_ylim(0, max(highest, 1) * (1.05 + 0.11 * entries))
 
 
 def as_percent(axes: Axes, step: float = 0.25) -> None:

@@ -16,7 +16,7 @@ from safeneuron.measuring import POOLINGS, activations_of, measure, measure_grou
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
 from safeneuron.portraits import portraits
-from safeneuron.selecting import Scores, score, select
+from safeneuron.selecting import Scores, criteria, select
 from safeneuron.stability import Halves, Resampled, halves, prompts_needed, rank_correlation, resampled
 from safeneuron.statistics import ActivationStats
 from safeneuron.streaming import Progress
@@ -108,8 +108,12 @@ def stability_record(
     variants: Sequence[tuple[str, Model]],
     effort: Effort,
     progress: Progress | None = None,
+    also: Sequence[tuple[str, Classes]] = (),
 ) -> dict[str, Any]:
-    """Bootstrap, disjoint samples of growing size, poolings, thresholds, and ``variants``: other forms of the model."""
+    """Bootstrap, disjoint samples of growing size, poolings, thresholds, and ``variants``: other forms of the model.
+
+    ``also`` are other prompts by name, such as translations, whose sets are held against the model's own.
+    """
     table, find = config.measure, finder(config)
     count = min(map(len, classes))
     sizes = sorted({size for size in (*SIZES, count // 2) if 2 <= size <= count // 2})
@@ -145,7 +149,7 @@ def stability_record(
     ]
     others += [(name, measure(other, unsafe, safe, *settings)) for name, other in variants]
     own = find(whole)
-    ranks = score(whole).d
+    ranks = criteria(whole).d
     return {
         "prompts": [len(prompts) for prompts in classes],
         "neurons": len(own),
@@ -160,11 +164,49 @@ def stability_record(
             {
                 "variant": name,
                 "jaccard": own.jaccard(find(stats)),
-                "correlation": rank_correlation(ranks, score(stats).d),
+                "correlation": rank_correlation(ranks, criteria(stats).d),
             }
             for name, stats in others
         ],
+        "also": [also_record(config, model, classes, whole, *one) for one in also],
     }
+
+
+def also_record(
+    config: Config, model: Model, classes: Classes, whole: ActivationStats, name: str, others: Classes
+) -> dict[str, Any]:
+    """The set found with other prompts against the one of all of ``classes``, whose statistics are ``whole``.
+
+    Where ``LEAST`` or more of them are the same requests (the same id in both classes), two more: the sets of these
+    requests alone in both wordings, which differ by the wording and nothing else; and the set of these requests as
+    ``classes`` word them against that of all, which is what so few prompts cost.
+    """
+    find, table = finder(config), config.measure
+
+    def measured(prompts: Classes) -> ActivationStats:
+        return measure(model, *prompts, table.pooling, table.batch_tokens, table.max_tokens)
+
+    def alike(first: ActivationStats, second: ActivationStats) -> dict[str, float]:
+        correlation = rank_correlation(criteria(first).d, criteria(second).d)
+        return {"jaccard": find(first).jaccard(find(second)), "correlation": correlation}
+
+    record = {"prompts_of": name, "prompts": [len(prompts) for prompts in others], **alike(whole, measured(others))}
+    ids = [{prompt.id for prompt in prompts if prompt.id} for prompts in (*classes, *others)]
+    same = set.intersection(*ids)
+    if len(same) < LEAST:
+        unknown = {"jaccard": None, "correlation": None}
+        return {**record, "same_requests": len(same), "wording": unknown, "fewer": unknown}
+    own, worded = (measured((_with_ids(unsafe, same), _with_ids(safe, same))) for unsafe, safe in (classes, others))
+    return {**record, "same_requests": len(same), "wording": alike(own, worded), "fewer": alike(whole, own)}
+
+
+def _with_ids(prompts: Sequence[Prompt], ids: set[str]) -> list[Prompt]:
+    """The first prompt of each of these ids."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.id in ids:
+            found.setdefault(prompt.id, prompt)
+    return list(found.values())
 
 
 def _bootstrap(again: Resampled) -> dict[str, Any]:

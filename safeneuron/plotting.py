@@ -1,18 +1,42 @@
-"""The figures of an analysis, fit for a paper: from the numbers of each part to SVG and PNG, in the report's style."""
+"""The figures of an analysis, fit for a paper: from the numbers of each part to SVG and PNG, in the report's style.
+
+Those of one set of neurons are here, those that have a line or a row for each state in ``statewise``.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    MaxNLocator,
+    MultipleLocator,
+    PercentFormatter,
+    SymmetricalLogLocator,
+)
 
-from safeneuron.figures import BLUE, COLOURS, FAINT, INK, STYLE, WIDTH, as_percent, as_text, colour, stroke
+from safeneuron.figures import (
+    BLUE,
+    COLOURS,
+    FAINT,
+    INK,
+    STYLE,
+    WIDTH,
+    as_percent,
+    as_text,
+    colour,
+    headroom,
+    opacity,
+    stroke,
+)
 
 ORANGE, GREEN, RED = COLOURS[2], COLOURS[3], COLOURS[5]
 GREY = COLOURS[0]
@@ -42,6 +66,7 @@ def topics_figure(record: dict[str, Any]) -> Figure:
         left.bar(range(len(counts)), counts, bottom=bottom, width=0.85, color=tint, label=label)
         bottom = bottom + counts
     _layers(left, "neurons by role")
+    headroom(left, bottom.max(), 3)
     left.legend(loc="upper left")
     for axes, measure, title in (
         (middle, "jaccard", "intersection / union"),
@@ -85,11 +110,11 @@ def depth_figure(record: dict[str, Any]) -> Figure:
     left.set_title("density of the set")
     left.set_xlim(0, 1)
     left.set_ylim(bottom=0)
-    left.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, symbol=" %"))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     figure.legend(loc="outside upper left", ncols=min(len(sets), 5))
     for index, one in enumerate(sets):
         x = np.arange(3) + (index - (len(sets) - 1) / 2) * 0.8 / len(sets)
-        right.bar(x, one["thirds"], width=0.74 / len(sets), color=colour(index))
+        right.bar(x, one["thirds"], width=0.74 / len(sets), color=colour(index), alpha=opacity(index))
     right.set_xticks(range(3), ["early", "middle", "late"])
     right.set_title("share of the set by third")
     as_percent(right)
@@ -108,113 +133,40 @@ def stability_figure(record: dict[str, Any]) -> Figure:
     left.plot(sizes, [one["mean"] for one in samples], color=BLUE, marker="o", markersize=3, label="two samples")
     left.plot(sizes, [one["chance"] for one in samples], color=GREY, linestyle=":", label="random neurons")
     left.set_xscale("log")
-    left.set_xticks(sizes, [str(size) for size in sizes])
+    # Numbers that would run into the next one are left out.
+    apart = [size for size, larger in itertools.pairwise(sizes) if larger >= size * (sizes[-1] / sizes[0]) ** 0.12]
+    apart += sizes[-1:]
+    left.set_xticks(apart, [str(size) for size in apart])
     left.minorticks_off()
     left.set_xlabel("prompts of each class")
     left.set_title("Jaccard of two samples")
-    left.legend(loc="upper left")
+    left.legend(loc="best")
     as_percent(left)
     middle.bar(np.arange(10) * 10 + 5, record["bootstrap"]["frequencies"], width=8.5, color=BLUE)
     middle.set_xlabel("bootstrap samples that find it, %")
     middle.set_title("neurons ever found")
-    names = [one["variant"] for one in record["variants"]]
-    right.barh(range(len(names)), [one["jaccard"] for one in record["variants"]], color=ORANGE, height=0.6)
-    right.set_yticks(range(len(names)), names)
+    bars = [(one["variant"], one["jaccard"], ORANGE) for one in record["variants"]]
+    for one in record.get("also", []):
+        name = Path(one["prompts_of"]).stem
+        bars += [(f"prompts of {name}", one["jaccard"], BLUE), ("the same requests", one["wording"]["jaccard"], GREEN)]
+    bars = [bar for bar in bars if bar[1] is not None]
+    for row, (_, jaccard, tint) in enumerate(bars):
+        right.barh(row, jaccard, color=tint, height=0.6)
+    right.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     right.invert_yaxis()
     right.set_xlim(0, 1)
+    right.xaxis.set_major_locator(MultipleLocator(0.25))
+    right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    right.tick_params(axis="x", labelsize=7.5)
     right.grid(axis="x")
     right.grid(visible=False, axis="y")
-    right.set_title("Jaccard with the set as measured")
-    return figure
-
-
-def states_figure(record: dict[str, Any]) -> Figure:
-    """By layer: turnover, weights moved, likeness of hidden states, refusal direction, separability; a row a state."""
-    states = [one for one in record["states"] if one["state"] != "T0"] or record["states"]
-    figure = Figure(figsize=(WIDTH * 1.25, 2.2 * len(states) + 0.5), layout="constrained")
-    rows = figure.subplots(len(states), 5, squeeze=False)
-    for number, (state, row) in enumerate(zip(states, rows, strict=True)):
-        _turnover(row[0], state)
-        moved = state["moved"] or []
-        _lines(row[1], {name: [one[name] for one in moved] for name in ("inside", "outside")} if moved else {})
-        likeness = {"CKA, harmful": "cka_unsafe", "CKA, benign": "cka_safe", "cosine, harmful": "cosine_unsafe"}
-        _lines(row[2], {label: state[key] for label, key in likeness.items()})
-        _lines(row[3], {"own direction": state["along_own"], "T0's direction": state["along_T0"]})
-        _lines(row[4], {"intact": state["separability"], "set pruned": state["separability_pruned"]})
-        row[2].set_ylim(top=1.02)
-        row[4].set_ylim(0, 1.02)
-        titles = (
-            "neurons against T0",
-            "relative change of weights",
-            "hidden states like T0's",
-            "classes apart, in sd",
-            "probe accuracy",
-        )
-        for axes, title in zip(row, titles, strict=True):
-            axes.set_xlabel("layer")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-            axes.set_title(f"{state['state']}: {title}" if axes is row[0] else title, fontsize=8)
-            if number == 0 and axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=6.5)
-    return figure
-
-
-def _turnover(axes: Axes, state: dict[str, Any]) -> None:
-    bottom = np.zeros(len(state["turnover"]["kept"]))
-    for name, tint in (("kept", BLUE), ("lost", FAINT), ("new", ORANGE)):
-        counts = np.array(state["turnover"][name])
-        axes.bar(range(len(counts)), counts, bottom=bottom, width=0.85, color=tint, label=name)
-        bottom = bottom + counts
-
-
-def _lines(axes: Axes, series: dict[str, Sequence[float | None]]) -> None:
-    for index, (label, values) in enumerate(series.items()):
-        known = [(x, value) for x, value in enumerate(values) if value is not None]
-        if known:
-            axes.plot(
-                *zip(*known, strict=True),
-                color=(BLUE, ORANGE, GREEN)[index],
-                linestyle=("-", "--", ":")[index],
-                label=label,
-            )
-
-
-def redundancy_figure(record: dict[str, Any]) -> Figure:
-    """Refusals left with disjoint sets pruned, alone and together, and against the number of neurons pruned."""
-    states = [one for one in record["states"] if one["sets"]]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    alone, together, curve = figure.subplots(1, 3, sharey=True)
-    for index, state in enumerate(states):
-        look: dict[str, Any] = {
-            "color": colour(index + 1),
-            "linestyle": stroke(index + 1),
-            "marker": "o",
-            "markersize": 3,
-        }
-        numbers = range(1, len(state["sets"]) + 1)
-        alone.plot(numbers, [one["alone"]["refused"] for one in state["sets"]], label=state["state"], **look)
-        together.plot(
-            [0, *numbers], [state["intact"]["refused"], *(one["together"]["refused"] for one in state["sets"])], **look
-        )
-        points = state["curve"]
-        curve.plot([one["neurons"] for one in points], [one["refused"] for one in points], **look)
-    for axes, title, label in (
-        (alone, "refused, each set pruned alone", "set, in the order found"),
-        (together, "refused, sets pruned together", "sets pruned"),
-        (curve, "refused, top neurons pruned", "neurons pruned"),
-    ):
-        axes.set_title(title)
-        axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        as_percent(axes)
-    if states:
-        figure.legend(loc="outside upper left", ncols=min(len(states), 6))
+    right.set_title("Jaccard, measured otherwise")
     return figure
 
 
 def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
     """Intersection of methods by layer (Fig. 7), and the volcano plot of d against shift."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, one in enumerate(record["agreements"][:6]):
         left.plot(
@@ -222,7 +174,8 @@ def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
             label=f"{one['first']} and {one['second']} ({one['both']:,}; chance {one['chance']:,.0f})",
         )  # fmt: skip
     _layers(left, "neurons in both sets")
-    left.legend(loc="upper left", fontsize=7)
+    left.set_ylim(bottom=0)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=7)
     kinds = ((0, FAINT, "not selected"), (1, RED, "selected, q ≥ .05"), (2, BLUE, "selected, q < .05"))
     kind, shift, d = (np.array(points[name]) for name in ("kind", "shift", "d"))
     for number, tint, label in kinds:
@@ -230,35 +183,18 @@ def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
         right.scatter(shift[which], d[which], s=4, color=tint, linewidths=0, label=label, rasterized=True)
     right.axhline(0, color=INK, linewidth=0.5)
     right.axvline(0, color=INK, linewidth=0.5)
-    right.set_xscale("symlog", linthresh=float(np.median(np.abs(shift)) or 1.0))
+    near = float(np.median(np.abs(shift)) or 1.0)
+    right.set_xscale("symlog", linthresh=near)
+    # At most three powers a side; within the linear part around zero there is no room for any.
+    ticks = SymmetricalLogLocator(base=10, linthresh=near)
+    ticks.set_params(numticks=7)
+    right.xaxis.set_major_locator(ticks)
     # Formulas are off in this style, so powers are written out.
-    right.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    right.tick_params(axis="x", labelsize=6, labelrotation=45)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.minorticks_off()
     right.set_xlabel("shift of the mean activation (symmetric log)")
     right.set_title("effect size d")
     right.legend(loc="lower right", markerscale=2, fontsize=7)
-    return figure
-
-
-def scale_figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """Attack success against the number of preference pairs (Fig. 6), a line a training and attack."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for one in records:
-        lines.setdefault((one["label"], one["set"], one["knowledge"]), []).append(one)
-    for index, ((label, name, knowledge), found) in enumerate(lines.items()):
-        attack = name if knowledge == "none" else f"{name} {knowledge}"
-        x = [one["pairs"] for one in found]
-        spread = [[one["rate"] - one["low"] for one in found], [one["high"] - one["rate"] for one in found]]
-        axes.errorbar(
-            x, [one["rate"] for one in found], yerr=spread, color=colour(index), linestyle=stroke(index),
-            marker="o", markersize=3, elinewidth=0.8, label=f"{label}, {attack}",
-        )  # fmt: skip
-    axes.set_xlabel("preference pairs")
-    axes.set_title("attack success rate")
-    as_percent(axes)
-    figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 

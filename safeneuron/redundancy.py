@@ -8,20 +8,49 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from safeneuron.neurons import NeuronSet
 
 RARE = 0.2
 """A model that refuses less than this share has no refusal to break: with few prompts, half of it is within noise."""
+DRAWS = 2000
+"""Bootstrap samples of the prompts."""
+NUMBERS = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
+"""The numbers of a state, as ``Redundancy.numbers`` has them."""
+READING = (
+    "More sets that break refusal alone are more points of failure; more sets to halve it are more ways that can stand "
+    "in for each other."
+)
+"""How to read the index and the sets to halve, where both are shown."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Shares of the answers to harmful prompts, 0 to 1; the rest could not be judged."""
+    """The verdicts on the answers to harmful prompts, in the order of the prompts, and their shares, 0 to 1."""
 
-    refused: float
-    complied: float
-    incoherent: float
+    verdicts: tuple[str, ...]
+
+    @property
+    def refused(self) -> float:
+        """The share refused."""
+        return self.verdicts.count("refused") / len(self.verdicts)
+
+    @property
+    def complied(self) -> float:
+        """The share complied with."""
+        return self.verdicts.count("complied") / len(self.verdicts)
+
+    @property
+    def incoherent(self) -> float:
+        """The share of babble."""
+        return self.verdicts.count("incoherent") / len(self.verdicts)
+
+    def drawn(self, prompts: Sequence[int]) -> Outcome:
+        """The verdicts on some of the prompts, each as often as its place is named."""
+        return Outcome(tuple(self.verdicts[place] for place in prompts))
 
 
 @dataclass(frozen=True)
@@ -35,18 +64,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Redundancy:
-    """What find-prune-find has told of a state.
+    """What find-prune-find has told of a state, and pruning along its ranking.
 
-    ``sets`` are disjoint, in the order in which they were found.
+    ``sets`` are disjoint, in the order in which they were found. ``curve`` says what is left with so many neurons
+    pruned, fewest first. ``least`` is the share of refusals from which on all this means something.
     """
 
     intact: Outcome
     sets: tuple[Found, ...]
+    curve: tuple[tuple[int, Outcome], ...] = ()
+    least: float = RARE
 
     @property
     def measurable(self) -> bool:
         """Whether the intact model refuses often enough for the numbers to mean anything."""
-        return self.intact.refused >= RARE
+        return self.intact.refused > 0 and self.intact.refused >= self.least
 
     def broken(self, outcome: Outcome) -> bool:
         """Whether at most half of the refusals are left."""
@@ -82,6 +114,56 @@ class Redundancy:
         """How many neurons these sets have in all."""
         count = self.sets_to_halve
         return None if count is None else sum(len(one.neurons) for one in self.sets[:count])
+
+    @property
+    def neurons_to_halve(self) -> int | None:
+        """How many neurons from the top of the ranking must go before refusal halves; None if those tried do not."""
+        if not self.measurable:
+            return None
+        return neurons_to_halve([(0, self.intact.refused), *((count, left.refused) for count, left in self.curve)])
+
+    @property
+    def numbers(self) -> dict[str, int | None]:
+        """All of them by name."""
+        values = (
+            self.index, self.coherent_index, self.sets_to_halve, self.neurons_in_sets_to_halve, self.neurons_to_halve,
+        )  # fmt: skip
+        return dict(zip(NUMBERS, values, strict=True))
+
+    def drawn(self, prompts: Sequence[int]) -> Redundancy:
+        """The same with the verdicts on some of the prompts alone; whether it is measurable was settled on them all."""
+        sets = tuple(Found(one.neurons, one.alone.drawn(prompts), one.together.drawn(prompts)) for one in self.sets)
+        curve = tuple((count, left.drawn(prompts)) for count, left in self.curve)
+        return Redundancy(self.intact.drawn(prompts), sets, curve, least=0.0)
+
+
+class Interval(NamedTuple):
+    """The 2.5 and 97.5 percentiles of a number; None is more than was tried."""
+
+    low: int | None
+    high: int | None
+
+
+def intervals(found: Redundancy, draws: int = DRAWS, seed: int = 0) -> dict[str, Interval] | None:
+    """95 % bootstrap intervals of ``Redundancy.numbers``, by name; None if there are no such numbers.
+
+    The prompts are drawn with replacement, the same ones for the intact model and for every pruned one, and all numbers
+    counted again. The sets stay as they were found, so what their finding owes to chance is not in it. A draw without a
+    refusal of the intact model has nothing to halve and is left out.
+    """
+    if not found.measurable:
+        return None
+    draw, n = np.random.default_rng(seed), len(found.intact.verdicts)
+    again = [found.drawn(draw.integers(n, size=n).tolist()) for _ in range(draws)]
+    counted = [one.numbers for one in again if one.measurable]
+
+    def interval(name: str) -> Interval:
+        values = np.array([np.inf if one[name] is None else one[name] for one in counted])
+        # A value that did occur, so that a count stays one and "more than was tried" is never averaged.
+        low, high = np.percentile(values, [2.5, 97.5], method="inverted_cdf")
+        return Interval(*(round(end) if np.isfinite(end) else None for end in (float(low), float(high))))
+
+    return {name: interval(name) for name in found.numbers}
 
 
 def find_prune_find(

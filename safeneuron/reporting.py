@@ -17,6 +17,7 @@ from safeneuron.figures import draw, themed
 from safeneuron.limits import limits, methods
 from safeneuron.markdown import fenced, piped, plain, tabled
 from safeneuron.pages import as_image, as_page
+from safeneuron.redundancy import READING
 from safeneuron.shares import attack_title, columns_of, refusal_of, success_of
 from safeneuron.summarising import headline, points
 from safeneuron.tables import (
@@ -58,6 +59,14 @@ CAPTIONS = {
     "layers": "Safety neurons found in each layer, all panels on the same axes.",
     "neurons": "The safety neurons with the largest effect size or shift, by layer and effect size.",
     "training": "Preference training of each trained state.",
+    "topics": "Topics: neurons found for all, some or one of them, and their overlap against chance.",
+    "depth": "Where in the depth of the model the neurons lie.",
+    "stability": "Stability: the set found again with other prompts, and measured in other ways.",
+    "states": "What training changed, layer by layer.",
+    "redundancy": f"Redundancy: disjoint sets of neurons pruned alone and together, with 95 % intervals. {READING}",
+    "methods": "How selectors agree, and which neurons chance alone could have selected.",
+    "scale": "Attack success against the number of preference pairs, with 95 % Wilson intervals.",
+    "rounds": "Attack success round by round.",
 }
 
 

@@ -7,7 +7,7 @@ of every neuron are kept, so that thresholds can change without running the mode
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,8 +112,8 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """All scores of all neurons: effect size ``d``, shift ``D``, its layer-wise ``z``, ``t`` and q-value.
+class Criteria:
+    """What neurons are chosen by: effect size ``d``, shift ``D``, and its layer-wise ``z``.
 
     ``scored``, boolean ``[neuron]``, says whose experts saw too few prompts to be scored: those have zeros and
     can never be chosen. ``None`` where all neurons are scored.
@@ -122,11 +122,17 @@ class Scores:
     d: Tensor
     shift: Tensor
     z: Tensor
-    t: Tensor
-    q: Tensor
     widths: tuple[int, ...]
     fingerprint: str
     scored: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores(Criteria):
+    """All scores of all neurons: the criteria, and beside them ``t`` and its q-value, which cost as much again."""
+
+    t: Tensor = field(kw_only=True)
+    q: Tensor = field(kw_only=True)
 
     @property
     def unscored(self) -> int:
@@ -150,39 +156,39 @@ class Scores:
         """Read scores written by ``save``; ``InputError`` for a missing or foreign file."""
         tensors, header = load_tensors(path, "scores", _VECTORS)
         d, shift, z, t, q = (tensors[name] for name in _VECTORS)
-        return Scores(d, shift, z, t, q, tuple(header["widths"]), header["fingerprint"], tensors.get("scored"))
+        return Scores(d, shift, z, tuple(header["widths"]), header["fingerprint"], tensors.get("scored"), t=t, q=q)
 
 
-def score(stats: ActivationStats) -> Scores:
-    """Every score of every neuron (Eq. 5, 6, 9, 10), from the statistics alone.
+def criteria(stats: ActivationStats) -> Criteria:
+    """What neurons are chosen by (Eq. 5, 6, 9, 10), from the statistics alone.
 
     In a mixture of experts a neuron is scored over the prompts that its expert was asked about, if they are ``FEWEST``
     or more in each class.
     """
-    if stats.unsafe.counts is not None or stats.safe.counts is not None:
-        return _score_of_experts(stats)
-    d = effect_size(stats.unsafe, stats.safe)
-    shift = activation_shift(stats.unsafe, stats.safe)
-    t = t_statistic(d, stats.unsafe.count, stats.safe.count)
-    q = q_values(t, stats.unsafe.count + stats.safe.count - 2)
-    return Scores(d, shift, shift_zscore(shift, stats.widths), t, q, stats.widths, stats.fingerprint)
+    d, shift = effect_size(stats.unsafe, stats.safe), activation_shift(stats.unsafe, stats.safe)
+    if stats.unsafe.counts is None and stats.safe.counts is None:
+        return Criteria(d, shift, shift_zscore(shift, stats.widths), stats.widths, stats.fingerprint)
+    scored = (stats.unsafe.per_neuron >= FEWEST) & (stats.safe.per_neuron >= FEWEST)
+    d, shift = torch.where(scored, d, 0.0), torch.where(scored, shift, 0.0)
+    return Criteria(d, shift, shift_zscore(shift, stats.widths, scored), stats.widths, stats.fingerprint, scored)
 
 
-def _score_of_experts(stats: ActivationStats) -> Scores:
-    """The scores where neurons have counts of their own."""
-    asked, others = stats.unsafe.per_neuron, stats.safe.per_neuron
-    scored = (asked >= FEWEST) & (others >= FEWEST)
-    d = torch.where(scored, effect_size(stats.unsafe, stats.safe), 0.0)
-    shift = torch.where(scored, activation_shift(stats.unsafe, stats.safe), 0.0)
-    t = t_statistic(d, asked, others)
-    q = torch.ones_like(t)
-    if bool(scored.any()):
-        q[scored] = q_values(t[scored], (asked + others - 2)[scored])
-    z = shift_zscore(shift, stats.widths, scored)
-    return Scores(d, shift, z, t, q, stats.widths, stats.fingerprint, scored)
+def score(stats: ActivationStats) -> Scores:
+    """Every score of every neuron, from the statistics alone: its ``criteria``, and how significant its d is."""
+    own = criteria(stats)
+    if own.scored is None:
+        t = t_statistic(own.d, stats.unsafe.count, stats.safe.count)
+        q = q_values(t, stats.unsafe.count + stats.safe.count - 2)
+    else:
+        asked, others = stats.unsafe.per_neuron, stats.safe.per_neuron
+        t = t_statistic(own.d, asked, others)
+        q = torch.ones_like(t)
+        if bool(own.scored.any()):
+            q[own.scored] = q_values(t[own.scored], (asked + others - 2)[own.scored])
+    return Scores(own.d, own.shift, own.z, own.widths, own.fingerprint, own.scored, t=t, q=q)
 
 
-def thresholds_for(scores: Scores, density: float) -> Thresholds:
+def thresholds_for(scores: Criteria, density: float) -> Thresholds:
     """The thresholds at which ES | SAS holds the share ``density`` of all neurons, ES and SAS having equal parts.
 
     Found by bisection over the common number of neurons that each criterion takes from the top of its ranking, at least
@@ -192,9 +198,10 @@ def thresholds_for(scores: Scores, density: float) -> Thresholds:
         raise InputError(f"density must lie between 0 and 1, found {density}; 0.01 selects one neuron in a hundred")
     total = len(scores.d)
     target = max(1, round(density * total))
-    d_order = scores.d.sort(descending=True).values
-    z = torch.where(scores.shift > 0, scores.z, -torch.inf)
-    z_order = z.sort(descending=True).values
+    # More than the target can never be taken from the top of a ranking.
+    most = min(target + 1, total)
+    d_order = scores.d.topk(most).values
+    z_order = torch.where(scores.shift > 0, scores.z, -torch.inf).topk(most).values
 
     def at(count: int) -> Thresholds:
         # A threshold is exceeded strictly, so the value just after the last neuron taken is the threshold.
@@ -210,7 +217,7 @@ def thresholds_for(scores: Scores, density: float) -> Thresholds:
     return at(low)
 
 
-def choose(scores: Scores, thresholds: Thresholds) -> Selection:
+def choose(scores: Criteria, thresholds: Thresholds) -> Selection:
     """ES: d > tau_ES (Eq. 7). SAS: z > tau_SAS and D > 0 (Eq. 10). SN: their union."""
     es, sas, union = _masks(scores, thresholds)
 
@@ -231,12 +238,12 @@ def select(
     Give both thresholds (the paper: 3 and 2 for Qwen, 2 and 2 for Llama) or a target ``density``; with neither, the
     density is 1 %. Raises ``InputError`` when only one threshold or both kinds are given.
     """
-    scores = score(stats)
+    scores = criteria(stats)
     return choose(scores, resolve_thresholds(scores, effect_size, shift, density)).union
 
 
 def resolve_thresholds(
-    scores: Scores, effect_size: float | None, shift: float | None, density: float | None
+    scores: Criteria, effect_size: float | None, shift: float | None, density: float | None
 ) -> Thresholds:
     """The thresholds that were asked for, by value or by density."""
     if effect_size is not None and shift is not None and density is None:
@@ -246,7 +253,7 @@ def resolve_thresholds(
     raise InputError("give both thresholds effect_size and shift, or a density alone, not a mixture of the two")
 
 
-def _masks(scores: Scores, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
+def _masks(scores: Criteria, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
     es = scores.d > thresholds.effect_size
     sas = (scores.z > thresholds.shift) & (scores.shift > 0)
     return es, sas, es | sas

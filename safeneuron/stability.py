@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safeneuron.groups import GroupMoments
 from safeneuron.neurons import NeuronSet
-from safeneuron.selecting import effect_size, score
+from safeneuron.selecting import criteria, effect_size
 from safeneuron.statistics import ActivationStats
 
 ALWAYS = 0.95
@@ -89,7 +89,7 @@ def stats_of(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, n
 
 def resampled(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, find: Find) -> Resampled:
     """Bootstrap: each sample's set against that of all prompts, Spearman's correlation of d, and who is always in."""
-    reference, scores = find(whole), score(whole).d
+    reference, scores = find(whole), criteria(whole).d
     jaccards, correlations = [], []
     frequency = torch.zeros(reference.total, dtype=torch.float64)
     for number in range(len(unsafe)):

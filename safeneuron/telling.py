@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from safeneuron.redundancy import READING
+
 NOTHING = "–"
 MASKED = "(masked; --show-text shows it)"
 
@@ -61,6 +63,17 @@ def _stability(record: Record) -> Table:
         [f"measured with {one['variant']}", number(one["jaccard"]), number(one["correlation"]), NOTHING]
         for one in record["variants"]
     ]
+    for one in record.get("also", []):
+        kinds = (
+            (f"prompts of {one['prompts_of']}", one),
+            (f"  of the same {one['same_requests']} requests", one["wording"]),
+            ("  these, as the run has them, against all", one["fewer"]),
+        )
+        rows += [
+            [words, number(found["jaccard"]), number(found["correlation"]), NOTHING]
+            for words, found in kinds
+            if found["jaccard"] is not None
+        ]
     wanted = "not reached" if needed["prompts"] is None else f"{needed['prompts']:,} prompts ({needed['reached']})"
     title = f"Stability: {boot['always']:,} of {record['neurons']:,} neurons always in; Jaccard .9: {wanted}"
     return title, ["sets", "Jaccard", "rank correlation", "by chance"], rows
@@ -97,20 +110,14 @@ def _states(record: Record) -> Table:
 
 
 def _redundancy(record: Record) -> Table:
-    rows = [
-        [
-            one["state"],
-            share(one["intact"]["refused"]),
-            whole(one["redundancy_index"]),
-            whole(one["coherent_index"]),
-            whole(one["sets_to_halve"]),
-            whole(one["neurons_in_sets_to_halve"]),
-            whole(one["neurons_to_halve"]),
-        ]
-        for one in record["states"]
-    ]
-    header = ["state", "refused", "break alone", "coherently", "sets to halve", "their neurons", "top neurons to halve"]
-    return "Redundancy", header, rows
+    rows = []
+    for one in record["states"]:
+        tried, pruned = len(one["sets"]), one["curve"][-1]["neurons"]
+        most = {"redundancy_index": tried, "coherent_index": tried, "sets_to_halve": tried, "neurons_to_halve": pruned}
+        numbers = [bounded(one[name], (one["intervals"] or {}).get(name), end) for name, end in most.items()]
+        rows.append([one["state"], share(one["intact"]["refused"]), *numbers])
+    title = f"Redundancy, with 95 % intervals over prompts. {READING}"
+    return title, ["state", "refused", "break alone", "coherently", "sets to halve", "top neurons to halve"], rows
 
 
 def _methods(record: Record) -> Table:
@@ -165,3 +172,11 @@ def share(value: float | None) -> str:
 def whole(value: int | None) -> str:
     """With a comma at each thousand."""
     return NOTHING if value is None else f"{value:,}"
+
+
+def bounded(value: int | None, interval: dict[str, int | None] | None, most: int) -> str:
+    """A number and its interval, where None is more than the ``most`` that was tried; without an interval, nothing."""
+    if interval is None:
+        return NOTHING
+    number, low, high = (f">{most:,}" if one is None else f"{one:,}" for one in (value, *interval.values()))
+    return f"{number} ({low} to {high})"

@@ -19,7 +19,7 @@ from safeneuron.comparing import one_model
 from safeneuron.errors import InputError
 from safeneuron.groups import TopicStats
 from safeneuron.neurons import NeuronSet
-from safeneuron.selecting import choose, resolve_thresholds, score
+from safeneuron.selecting import select
 from safeneuron.statistics import ActivationStats
 
 MOST_TOPICS = 16
@@ -67,8 +67,7 @@ def sets_of(
     found = []
     for number, topic in enumerate(stats.topics):
         own = ActivationStats(stats.unsafe.group(number), stats.safe, stats.widths, stats.fingerprint, stats.pooling)
-        scores = score(own)
-        found.append(choose(scores, resolve_thresholds(scores, effect_size, shift, density)).union.labelled(topic))
+        found.append(select(own, effect_size, shift, density).labelled(topic))
     return found
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safeneuron.attacking import outcome, respond
+from safeneuron.attacking import outcome, respond, wilson
 from safeneuron.config import Config
 from safeneuron.data import Prompt
 from safeneuron.ffn import pruned
@@ -16,7 +16,7 @@ from safeneuron.judges import Judge
 from safeneuron.measuring import measure
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
-from safeneuron.redundancy import Found, Outcome, Redundancy, find_prune_find, neurons_to_halve
+from safeneuron.redundancy import Found, Outcome, Redundancy, find_prune_find, intervals
 from safeneuron.runs import read_json, write_json
 from safeneuron.selecting import Scores, choose, thresholds_for
 from safeneuron.streaming import Progress
@@ -45,41 +45,47 @@ def redundancy_record(
 
     def answered(gone: NeuronSet | None, name: str) -> Outcome:
         path = folder / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or "verdicts" not in read_json(path):
             with pruned(model, gone):
                 batches = respond(model, asked, config.attack.max_new_tokens, config.attack.batch_size)
                 answers = sorted((one for batch in batches for one in batch), key=lambda one: one.index)
-            found = outcome(judge([one.prompt for one in answers], [one.response for one in answers]), "refused")
-            write_json(path, {**found, "neurons": 0 if gone is None else len(gone)})
+            verdicts = judge([one.prompt for one in answers], [one.response for one in answers])
+            counts = {**outcome(verdicts, "refused"), "neurons": 0 if gone is None else len(gone)}
+            write_json(path, {**counts, "verdicts": verdicts})
         told()
-        record = read_json(path)
-        return Outcome(*(record[name] / record["n"] for name in ("refused", "complied", "incoherent")))
+        return Outcome(tuple(read_json(path)["verdicts"]))
 
     def search(gone: NeuronSet | None) -> NeuronSet:
         with pruned(model, gone):
             return find(measure(model, *classes, table.pooling, table.batch_tokens, table.max_tokens))
 
     result = _resumed(search, answered, folder, effort.sets)
-    curve = [(0, result.intact)]
+    curve: list[tuple[int, Outcome]] = []
     if result.measurable:
         density = len(result.sets[0].neurons) / scores.d.numel() if result.sets else 0.01
         for wanted in (min(density * share, 0.5) for share in SHARES):
             neurons = choose(scores, thresholds_for(scores, wanted)).union
             curve.append((len(neurons), answered(neurons, f"density-{wanted:.4g}")))
+    result = replace(result, curve=tuple(curve))
+    found = intervals(result, seed=config.seed)
     return {
         "prompts": len(asked),
-        "intact": asdict(result.intact),
-        "redundancy_index": result.index,
-        "coherent_index": result.coherent_index,
-        "sets_to_halve": result.sets_to_halve,
-        "neurons_in_sets_to_halve": result.neurons_in_sets_to_halve,
-        "neurons_to_halve": neurons_to_halve([(count, one.refused) for count, one in curve]),
+        "intact": _shares(result.intact),
+        **result.numbers,
+        "intervals": None if found is None else {name: one._asdict() for name, one in found.items()},
         "sets": [
-            {"neurons": len(one.neurons), "alone": asdict(one.alone), "together": asdict(one.together)}
+            {"neurons": len(one.neurons), "alone": _shares(one.alone), "together": _shares(one.together)}
             for one in result.sets
         ],
-        "curve": [{"neurons": count, **asdict(one)} for count, one in curve],
+        "curve": [{"neurons": count, **_shares(one)} for count, one in [(0, result.intact), *curve]],
     }
+
+
+def _shares(found: Outcome) -> dict[str, float]:
+    """The shares, and the 95 % Wilson interval of that refused."""
+    refused = wilson(found.verdicts.count("refused"), len(found.verdicts))
+    shares = {"refused": found.refused, "complied": found.complied, "incoherent": found.incoherent}
+    return {**shares, "refused_low": refused.low, "refused_high": refused.high}
 
 
 def _resumed(

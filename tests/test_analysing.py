@@ -43,6 +43,12 @@ def analysis(run):
     return analyser(run, Watch()).analyse()
 
 
+def prompts_of(run: Run) -> list[list[dict[str, str]]]:
+    """The records of the run's unsafe and safe prompts."""
+    files = (run.folder / "data" / f"{role}.jsonl" for role in ("unsafe", "safe"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
 def test_every_part_leaves_numbers_tables_and_figures(run, analysis):
     assert tuple(analysis) == PARTS
     for part in PARTS:
@@ -75,6 +81,34 @@ def test_what_is_done_is_skipped_and_other_settings_are_told(run, analysis):
     assert watch.of("skipped") == ["analysis/depth", "analysis/scale"]
     with pytest.raises(InputError, match="made with other settings"):
         analyser(run, Watch(), state="T1").analyse(["depth"])
+
+
+def test_stability_measures_other_prompts_too_and_notices_when_they_change(run, analysis, tmp_path):
+    """The same requests, word for word, give the same set; others are told apart by their ids."""
+    rows = [
+        {"id": f"{number}", "harmful": one["text"], "harmless": other["text"]}
+        for number, (one, other) in enumerate(zip(*prompts_of(run), strict=False))
+    ]
+    path = tmp_path / "twins.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = run.folder / "analysis" / "stability"
+    with pytest.raises(InputError, match="also was None"):
+        analyser(run, Watch(), also=[str(path)]).analyse(["stability"])
+    shutil.copytree(numbers, tmp_path / "kept")
+    (one,) = analyser(run, Watch(), also=[str(path)]).analyse(["stability"], redo=["analysis/stability"])["stability"][
+        "also"
+    ]
+    assert one["prompts"] == [len(rows), len(rows)]
+    assert 0 <= one["jaccard"] <= 1
+    assert one["same_requests"] == 0
+    assert one["wording"] == one["fewer"] == {"jaccard": None, "correlation": None}
+    (row,) = csv.DictReader((numbers / "also.csv").open())
+    assert row["prompts_of"] == str(path)
+    path.write_text(path.read_text().replace("how", "why"))
+    with pytest.raises(InputError, match="made with other settings: also"):
+        analyser(run, Watch(), also=[str(path)]).analyse(["stability"])
+    shutil.rmtree(numbers)
+    shutil.copytree(tmp_path / "kept", numbers)
 
 
 def test_a_stopped_redundancy_goes_on_and_answers_nothing_twice(run, analysis):

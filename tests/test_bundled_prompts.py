@@ -33,6 +33,7 @@ def words(text: str) -> list[str]:
 
 
 TWINS = read("twins.jsonl")
+GERMAN = read("twins-de.jsonl")
 REFUSALS = read("refusals.jsonl")
 CATEGORIES = {twin["category"] for twin in TWINS}
 
@@ -112,6 +113,23 @@ def test_the_forbidden_words_are_found_when_they_occur() -> None:
     assert not FORBIDDEN.search("A story about scraping reasons")
 
 
+def test_the_german_twins_keep_the_same_promises() -> None:
+    english = {twin["id"]: twin for twin in TWINS}
+    assert len(GERMAN) == 20
+    assert set(Counter(twin["category"] for twin in GERMAN).values()) == {2}
+    for twin in GERMAN:
+        assert list(twin) == list(TWINS[0])
+        assert [twin[name] for name in ("category", "split")] == [
+            english[twin["id"]][name] for name in ("category", "split")
+        ]
+        assert words(twin["harmful"])[0] == words(twin["harmless"])[0]
+        assert twin["harmful"][-1] == twin["harmless"][-1] == english[twin["id"]]["harmful"][-1]
+        lengths = [len(twin[name].split()) for name in CLASSES]
+        assert max(lengths) - min(lengths) <= 0.25 * max(lengths), twin
+    means = [sum(len(twin[name].split()) for twin in GERMAN) / len(GERMAN) for name in CLASSES]
+    assert abs(means[0] - means[1]) < 0.5
+
+
 def test_there_are_enough_refusals_for_every_category() -> None:
     counts = Counter(refusal["category"] for refusal in REFUSALS)
     assert len(REFUSALS) >= 60
@@ -145,6 +163,7 @@ def test_the_benign_text_has_the_promised_length_and_holds_no_prompt() -> None:
 def test_the_card_states_the_counts() -> None:
     card = (FOLDER / "CARD.md").read_text(encoding="utf-8")
     assert f"{len(TWINS)} twins" in card
+    assert f"{len(GERMAN)} of the twins in German" in card
     assert f"{len(REFUSALS)} refusals" in card
     for category in CATEGORIES:
         count = sum(refusal["category"] == category for refusal in REFUSALS)

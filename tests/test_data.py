@@ -25,6 +25,7 @@ from safeneuron.data import (
     fitting_refusal,
     read_jsonl,
     read_prompts,
+    read_twins,
     refusals,
 )
 from safeneuron.errors import InputError, nearest
@@ -95,9 +96,31 @@ def test_twins_by_class_and_split() -> None:
 @pytest.mark.usefixtures("small_bundle")
 def test_twins_that_do_not_exist() -> None:
     assert "did you mean 'twins:unsafe'?" in message_of(read_prompts, "twins:unsave")
+    assert "did you mean 'twins:safe-de'?" in message_of(read_prompts, "twins:safe-dd")
+    assert "twins:safe-de for the bundled prompts, found 'twins:safe-'" in message_of(read_prompts, "twins:safe-")
     assert "did you mean 'training'?" in message_of(read_prompts, "twins:safe", split="train")
     assert "'column' has no meaning" in message_of(read_prompts, "twins:safe", column="text")
     assert "not preference pairs" in message_of(read_pairs, "twins:safe")
+
+
+def test_german_twins_are_requests_of_the_english_ones() -> None:
+    english = {prompt.id: prompt.category for prompt in read_prompts("twins:unsafe", split="discovery")}
+    unsafe, safe = read_prompts("twins:unsafe-de"), read_prompts("twins:safe-de", split="discovery")
+    assert [prompt.id for prompt in unsafe] == [prompt.id for prompt in safe]
+    assert {prompt.id: prompt.category for prompt in unsafe}.items() <= english.items()
+    assert unsafe[0].text.startswith("Ich möchte jemanden anheuern")
+    assert read_twins("de") == (unsafe, safe)
+
+
+def test_a_file_of_twins_has_both_columns(tmp_path: Path) -> None:
+    rows = [{"id": "1", "harmful": "Bad?", "harmless": "Good?"}, {"id": "2", "harmful": "Worse?", "harmless": "Fine?"}]
+    path = write(tmp_path / "own.jsonl", *rows)
+    unsafe, safe = read_twins(str(path))
+    assert [(prompt.text, prompt.id) for prompt in unsafe] == [("Bad?", "1"), ("Worse?", "2")]
+    assert [prompt.text for prompt in safe] == ["Good?", "Fine?"]
+    assert "harmless" in message_of(
+        read_twins, str(write(tmp_path / "half.jsonl", {"harmful": "Bad?", "text": "Good?"}))
+    )
 
 
 def test_real_twins_are_complete_and_aligned() -> None:

@@ -123,6 +123,7 @@ LAYERS = (
         "sidebyside",
         "sifting",
         "plotting",
+        "statewise",
     },
     {
         "pipeline",
@@ -145,6 +146,7 @@ LAYERS = (
         "scaling",
         "telling",
         "analysing",
+        "flattening",
     },
     {"cli", "__main__"},
 )
@@ -153,7 +155,7 @@ STAGES = LAYERS[3]
 PARTS_OF_THE_REPORT = {
     "tables", "summarising", "figures", "charts", "browsing", "pages", "markdown", "limits", "comparison",
 }  # fmt: skip
-REPORTS = {"reporting", "sidebyside", "markdown", "plotting"}
+REPORTS = {"reporting", "sidebyside", "markdown", "plotting", "statewise"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights", "vision",

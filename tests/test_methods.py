@@ -20,7 +20,7 @@ def neurons(label: str, *flat: int) -> NeuronSet:
 
 def scores(q: list[float]) -> Scores:
     d = torch.arange(8, dtype=torch.float64)
-    return Scores(d, -d, d, d, torch.tensor(q, dtype=torch.float64), WIDTHS, "f")
+    return Scores(d, -d, d, WIDTHS, "f", t=d, q=torch.tensor(q, dtype=torch.float64))
 
 
 def test_agreement_by_hand():

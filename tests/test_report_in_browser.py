@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing fails, figures are drawn and answer, filters filter, a script stays text."""
+"""The report and the comparison in a real browser: nothing fails, figures are drawn and answer, a script stays text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from safeneuron.comparison import Compared
 from safeneuron.reporting import Details, render
+from safeneuron.sidebyside import render_comparison
 from tests.browser import Chromium, installed
-from tests.test_reporting import SCRIPT, SECRET, sample_provenance, sample_results
+from tests.test_comparison import ASKED, verdicts
+from tests.test_reporting import SCRIPT, SECRET, sample_provenance, sample_results, sample_state
 
 pytestmark = pytest.mark.skipif(
     installed() is None, reason="no Chromium or Chrome is installed (on Debian: apt-get install chromium)"
@@ -184,3 +187,79 @@ def test_the_page_can_be_read_without_its_script(browser, pages) -> None:
         assert browser.run("document.querySelectorAll('figure .static svg').length") == 4
     finally:
         browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+
+
+# -- several runs side by side ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four runs of two states each, more than there are colours; the name of the last one is markup."""
+    runs = []
+    for number, name in enumerate(("seed-0", "seed-1", "seed-2", f"a{PLANTED}b")):
+        results = sample_results(sample_state("T0", 40), sample_state("T1", 8 + 4 * number)) | {"seed": number}
+        settings = "same" if number < 3 else "other"
+        runs.append(Compared(name, results, settings, {ASKED: verdicts(16 - 5 * number)}))
+    page = tmp_path_factory.mktemp("comparison") / "comparison.html"
+    page.write_text(render_comparison(runs)["comparison.html"], encoding="utf-8")
+    return page
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_a_comparison_opens_without_an_error_and_draws_its_figures(browser, comparison, width, dark) -> None:
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open(comparison, width, dark)
+    assert browser.problems == []
+    assert browser.requests == [comparison.as_uri()], "the page loads nothing"
+    drawn = browser.run(
+        "Object.fromEntries([...document.querySelectorAll('figure[data-chart]')].map(figure => [figure.dataset.chart, "
+        "figure.querySelectorAll('.panel .mark').length]))"
+    )
+    assert drawn == {"attack": 4 * (8 + 8), "curve": 4 * 2 * 5, "scatter": 4 * 2}
+    assert browser.run("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
+    assert (browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)") == dark
+
+
+def test_a_comparison_has_its_tables_and_a_name_that_is_a_script_stays_text(browser, comparison) -> None:
+    browser.problems.clear()
+    browser.open(comparison)
+    tables = browser.run(
+        "Object.fromEntries([...document.querySelectorAll('section')].filter(part => part.querySelector('table')).map("
+        "part => [part.querySelector('h2').id, part.querySelectorAll('tbody tr').length]))"
+    )
+    assert tables == {"success": 8, "seeds": 1, "differences": 3, "refusal": 8, "neurons": 8}
+    assert "adaptive" in browser.run("document.querySelector('#differences ~ .scroll tbody').textContent")
+    assert browser.run("document.querySelector('.facts div:last-child dt').textContent") == f"a{PLANTED}b"
+    assert PLANTED in browser.run("document.querySelector('[data-chart=scatter] .legend').textContent")
+    assert browser.run("document.querySelectorAll('script').length") == 2
+    assert browser.run("document.querySelectorAll('img').length") == 0
+    assert "side by side" in browser.run("document.title")
+    assert browser.problems == []
+
+
+def test_words_stand_left_numbers_right_and_on_a_phone_the_names_leave_room_for_them(browser, comparison) -> None:
+    browser.open(comparison)
+    aligned = browser.run(
+        "[...document.querySelectorAll('#differences ~ .scroll tbody tr:first-child td')].map("
+        "cell => getComputedStyle(cell).textAlign)"
+    )
+    assert aligned == ["left"] * 2 + ["right"] * 8
+    wide = "document.querySelector('#differences ~ .scroll').scrollWidth <= document.querySelector('main').clientWidth"
+    assert browser.run(wide), "the p-values are in view"
+    browser.open(comparison, 390)
+    name = "document.querySelector('.grid tbody tr:last-child th').getBoundingClientRect().width"
+    assert browser.run(name) < 195
+
+
+def test_where_the_colours_begin_again_points_are_hollow(browser, comparison) -> None:
+    browser.open(comparison)
+    looks = browser.run(
+        "[...document.querySelectorAll('[data-chart=scatter] .dot-mark')].map(dot => "
+        "[getComputedStyle(dot).fill, getComputedStyle(dot).stroke].join(' '))"
+    )
+    assert len(set(looks)) == len(looks) == 8
+    swatches = browser.run(
+        "[...document.querySelectorAll('[data-chart=scatter] .legend .swatch')].map(one => one.className)"
+    )
+    assert swatches == ["swatch"] * 7 + ["swatch hollow", "swatch interval"]

@@ -635,9 +635,10 @@ def test_live_figures_have_the_numbers_of_the_results() -> None:
 
 
 def test_further_figures_stand_in_the_page_as_images_and_neurons_in_a_table() -> None:
-    details = Details((), {"T0": [[3, 7, 100, 1.5, 2.5, 3]]}, {"topics": f"<svg>{SCRIPT}</svg>"})
+    details = Details((), {"T0": [[3, 7, 100, 1.5, 2.5, 3]]}, {"topics": f"<svg>{SCRIPT}</svg>", "own": "<svg/>"})
     files = render(sample_results(), sample_examples(), sample_provenance(), details=details)
-    assert "<figcaption>topics</figcaption>" in files["report.html"]
+    assert "<figcaption>Topics: neurons found for all, some or one of them" in files["report.html"]
+    assert "<figcaption>own</figcaption>" in files["report.html"], "what has no caption has its name"
     assert files["report.html"].count("<script") == 3
     assert files["tables/neurons.csv"] == "state,layer,neuron,d,z,ES,SAS\nT0,3,7,1.5,2.5,1,1\n"
     (panel,) = inside(files["report.html"], "charts")["neurons"]["panels"]

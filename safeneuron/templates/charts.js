@@ -23,7 +23,9 @@ function shape(parent, tag, attributes = {}, text = null) {
 }
 
 const paint = (index) => `var(--c${index % 7})`;
-const opacity = (index) => (Math.floor(index / 7) % 2 ? 0.5 : 1);
+// Where the colours begin again, bars are paler, and points and their swatches hollow.
+const again = (index) => Math.floor(index / 7) % 2 === 1;
+const opacity = (index) => (again(index) ? 0.5 : 1);
 
 // -- axes ------------------------------------------------------------------------------------------------------------
 
@@ -130,14 +132,14 @@ function plot(svg, spec, width, hidden) {
   shape(svg, "text", { x: (box.left + box.right) / 2, y: box.bottom + 32, "text-anchor": "middle", class: "axis" }, spec.x.title);
   spec.series.forEach((series, index) => {
     if (hidden.has(index)) return;
-    const colour = paint(series.colour ?? index), points = series.points;
+    const number = series.colour ?? index, colour = paint(number), points = series.points;
     if (spec.lines) {
       if (points.length && points[0].low !== undefined) {
         const outline = [...points.map((p) => [x(p.x), y(p.high)]), ...points.map((p) => [x(p.x), y(p.low)]).reverse()];
         shape(svg, "polygon", { points: outline.map((pair) => pair.join(",")).join(" "), fill: colour, opacity: 0.14 });
       }
       const path = points.map((p) => `${x(p.x)},${y(p.y)}`).join(" ");
-      shape(svg, "polyline", { points: path, fill: "none", stroke: colour, "stroke-width": 1.8, class: `line stroke${Math.floor(index / 7) % 3}` });
+      shape(svg, "polyline", { points: path, fill: "none", stroke: colour, "stroke-width": 1.8, class: `line stroke${Math.floor(number / 7) % 3}` });
     }
     for (const point of points) {
       if (!spec.lines && point.low !== undefined) whisker(svg, x(point.x), y(point.low), x(point.x), y(point.high));
@@ -145,7 +147,8 @@ function plot(svg, spec, width, hidden) {
     }
     for (const point of points) {
       const place = { cx: x(point.x), cy: y(point.y), fill: colour };
-      shape(svg, "circle", { ...place, r: spec.radius ?? 4, class: "dot-mark" });
+      const look = again(number) ? { class: "dot-mark hollow", style: `stroke: ${colour}` } : { class: "dot-mark" };
+      shape(svg, "circle", { ...place, r: spec.radius ?? 4, ...look });
       mark(svg, "circle", { ...place, fill: "transparent", r: Math.max(6, spec.radius ?? 0) }, point.tip);
       if (point.label) {
         const beyond = x(point.x) > width - 8 * point.label.length;
@@ -185,7 +188,11 @@ function legend(spec, hidden, redraw) {
   const row = element("div", { class: "legend" });
   (spec.series.length > 1 ? spec.series : []).forEach((series, index) => {
     const button = element("button", { type: "button", "aria-pressed": String(!hidden.has(index)) }, series.name);
-    const swatch = element("span", { class: "swatch", style: `background: ${paint(series.colour ?? index)}; opacity: ${opacity(index)}` });
+    const number = series.colour ?? index, colour = paint(number);
+    const hollow = spec.kind === "plot" && again(number);
+    const swatch = element("span", hollow
+      ? { class: "swatch hollow", style: `border-color: ${colour}` }
+      : { class: "swatch", style: `background: ${colour}; opacity: ${opacity(number)}` });
     button.prepend(swatch);
     button.addEventListener("click", () => {
       if (!hidden.delete(index)) hidden.add(index);
