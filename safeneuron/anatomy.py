@@ -315,7 +315,7 @@ def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tup
     layer = unwrapped(layer)
     leaves, stacks = _parts(layer, hidden)
     found = _told_apart(
-        [(leaf, one) for leaf in leaves if (one := _feed_forward(index, layer, leaf, leaves, hidden, interleaved))]
+        [(leaf, ffn) for leaf in leaves if (ffn := _feed_forward(index, layer, leaf, leaves, hidden, interleaved))]
     )
     experts = _routed(layer, found)
     found = [replace(block, expert=experts.get(block.name)) for block in found]

@@ -209,9 +209,9 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     first = max(before, key=lambda key: float(before[key].abs().amax()))
     channel = int(before[first].abs().amax(dim=0).argmax())
     name = f"layer {layer.index} {block.name}".strip()
-    if isinstance(block, FeedForward):
-        _prove_order(network, layer, block)
     if not in_the_open(block):
+        if isinstance(block, FeedForward):
+            _prove_order(network, layer, block)
         return [f"the weights of {name}, which are quantised or spread"]
     expert = (first - block.first) // block.width
     _prove_column(network, layer, block, first, channel, expert)
