@@ -105,7 +105,9 @@ def measure_towers(
 def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str) -> Tensor:
     """One value for each neuron of the eyes, ``[neuron]``."""
     if prompt.image is None:
-        raise InputError(f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images")
+        raise InputError(
+            f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images, or as_image"
+        )
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
