@@ -63,6 +63,11 @@ class Analyser:
         self, config: Config, run: Run, watcher: Watcher, others: Sequence[tuple[Config, Run]] = (),
         state: str = "T0", only: Sequence[str] = (), effort: Effort | None = None, also: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        if config.measure.part != "text":
+            raise InputError(
+                f"an analysis looks into the text decoder, but {run.folder} is a run on the neurons of the eyes "
+                "(measure.part); analyse a run on those of the text"
+            )
         self.config, self.run, self.watcher, self.others = config, run, watcher, list(others)
         self.findings = Findings(config, run)
         self.effort = Effort() if effort is None else effort

@@ -314,7 +314,9 @@ def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tup
     """The blocks of one layer: routed experts first, then all else in the order of its definition."""
     layer = unwrapped(layer)
     leaves, stacks = _parts(layer, hidden)
-    found = [block for leaf in leaves if (block := _feed_forward(index, layer, leaf, leaves, hidden, interleaved))]
+    found = _told_apart(
+        [(leaf, ffn) for leaf in leaves if (ffn := _feed_forward(index, layer, leaf, leaves, hidden, interleaved))]
+    )
     experts = _routed(layer, found)
     found = [replace(block, expert=experts.get(block.name)) for block in found]
     widest = max((block.width for block in found if block.expert is None), default=0)
@@ -379,6 +381,22 @@ def _feed_forward(
         norm = _norm(_at(layer, place), width) if depth and width != hidden else None
         return FeedForward(index, width, output.module, inputs, name=name, norm=norm) if inputs else None
     return None
+
+
+def _told_apart(found: list[tuple[_Leaf, FeedForward]]) -> list[FeedForward]:
+    """One FFN of each set of matrices: where all are square, each of them might be the output projection.
+
+    Then a name decides, or else the order of definition. That it is the right one is for the probe to prove.
+    """
+    candidates: dict[frozenset[int], list[tuple[_Leaf, FeedForward]]] = {}
+    for leaf, block in found:
+        parts = frozenset(id(module) for module in (block.output, *(rows.module for rows in block.inputs)))
+        candidates.setdefault(parts, []).append((leaf, block))
+    kept = []
+    for same in candidates.values():
+        named = [block for leaf, block in same if "down" in leaf.path[-1] or leaf.path[-1].endswith("2")]
+        kept.append(named[0] if len(named) == 1 else same[-1][1])
+    return kept
 
 
 def _inputs(writers: list[_Leaf], width: int, interleaved: bool) -> tuple[Rows, ...]:

@@ -15,7 +15,6 @@ from safeneuron.data import Prompt, benign_text
 from safeneuron.directions import find_direction, without_direction
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
-from safeneuron.ffn import pruned
 from safeneuron.finding import ANSWER_TOKENS, sample
 from safeneuron.finetuning import Demonstration, finetuned
 from safeneuron.judges import RefusalPhrases
@@ -24,6 +23,7 @@ from safeneuron.persisting import write_pruned
 from safeneuron.runs import append_lines, kept_lines, read_json, write_json
 from safeneuron.serving import Server, served
 from safeneuron.states import Findings, Pruning, State
+from safeneuron.towers import pruned_anywhere
 
 DIRECTION_PROMPTS = 16
 """Harmful prompts, of those on which neurons are found, by whose refusals the direction's layer is chosen."""
@@ -78,7 +78,7 @@ def under(config: Config, findings: Findings, state: State, model: Model, prunin
     """Within the block the model is under the attack; the request is another matter."""
     table = config.attack
     if pruning.knowledge != "model":
-        with pruned(model, pruning.neurons):
+        with pruned_anywhere(model, pruning.neurons):
             yield
     elif pruning.set == "direction":
         unsafe, safe = (findings.prompts(role) for role in ("unsafe", "safe"))

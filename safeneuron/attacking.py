@@ -15,12 +15,12 @@ from safeneuron.attempts import Attempt
 from safeneuron.data import Prompt
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
-from safeneuron.ffn import pruned
 from safeneuron.judges import VERDICTS, Judge
 from safeneuron.models import Model, generate
 from safeneuron.neurons import NeuronSet
 from safeneuron.pictures import name_of
 from safeneuron.serving import Server
+from safeneuron.towers import pruned_anywhere
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ def attack(
 ) -> Attack:
     """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
 
-    An ``Edit`` does something else to its neurons. An ``attempt`` is made on top of it: within its block, whose model
-    is pruned, and with its way to ask.
+    They may be of the model's eyes (``towers``). An ``Edit`` does something else to its neurons. An ``attempt`` is made
+    on top of it: within its block, whose model is pruned, and with its way to ask.
     Of several ranks each answers its share; the first one judges, and all get the result.
     """
-    with attempt.block(model), pruned(model, neurons):
+    with attempt.block(model), pruned_anywhere(model, neurons):
         batches = respond(model, prompts, max_new_tokens, batch_size, attempt=attempt)
         found = [response for batch in batches for response in batch]
     found.sort(key=lambda response: response.index)

@@ -56,6 +56,7 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "max_new_tokens": config.attack.max_new_tokens,
         "neurons_total": base.total,
         "layers": len(base.widths),
+        "part": config.measure.part,
         "states": [_state(config, run, state, base) for state in states],
         "differences": differences(run, states),
     }

@@ -83,11 +83,20 @@ class DataTable(Table):
 class MeasureTable(Table):
     """The table [measure]."""
 
+    part: Literal["text", "eyes"] = Field(
+        "text",
+        description="whose neurons: the text decoder's, or those of a vision-language model's eyes, its vision tower "
+        "and projector (only without training, and with prompts that have images)",
+    )
     pooling: Literal["last", "mean", "max"] = Field(
         "last", description="one activation vector a prompt: of its last token, or the mean or maximum over its tokens"
     )
     batch_tokens: Count = Field(2048, description="tokens in one forward pass, padding included")
     max_tokens: Count = Field(1024, description="longer prompts are cut to their last so many tokens")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the statistics; without the part where it is the usual one, so that older runs still count."""
+        return self.model_dump(exclude={"part"} if self.part == "text" else None)
 
 
 class SelectTable(Table):
@@ -400,6 +409,27 @@ class Config(Table):
                 self.variant(name)
             except ValidationError as error:
                 raise ValueError(_sentence(error, f"[variants.{name}]")) from error
+        return self
+
+    @model_validator(mode="after")
+    def _eyes_only_look(self) -> Config:
+        if self.measure.part == "text":
+            return self
+        if self.align.rounds or self.variants:
+            raise ValueError(
+                "the eyes stay as they are in training, so that their neurons cannot be frozen; with measure.part = "
+                "'eyes' set align.rounds = 0 and variants = {}"
+            )
+        if self.measure.pooling == "last":
+            raise ValueError("pictures have no last token; with measure.part = 'eyes' set measure.pooling to 'mean'")
+        of_text = {
+            "attack.selectors": self.attack.selectors,
+            "attack.knowledge = 'iterated'": "iterated" in self.attack.knowledge,
+            "attack.backend = 'vllm'": self.attack.backend == "vllm",
+        }
+        if any(of_text.values()):
+            found = next(name for name, asked in of_text.items() if asked)
+            raise ValueError(f"{found} is for neurons of the text decoder; leave it out with measure.part = 'eyes'")
         return self
 
     def variant(self, name: str) -> AlignTable:

@@ -210,6 +210,8 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     channel = int(before[first].abs().amax(dim=0).argmax())
     name = f"layer {layer.index} {block.name}".strip()
     if not in_the_open(block):
+        if isinstance(block, FeedForward):
+            _prove_order(network, layer, block)
         return [f"the weights of {name}, which are quantised or spread"]
     expert = (first - block.first) // block.width
     _prove_column(network, layer, block, first, channel, expert)
@@ -217,6 +219,18 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     if isinstance(block, FeedForward) and block.expert is None:
         _prove_place(network, layer, block, activations, before[first])
     return []
+
+
+def _prove_order(network: nn.Module, layer: Layer, block: FeedForward) -> None:
+    """The output projection must run after the matrices that write its input; no weights are needed to see that."""
+    ran: list[nn.Module] = []
+    parts = [*dict.fromkeys(rows.module for rows in block.inputs), block.output]
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(part.register_forward_pre_hook(lambda module, _: ran.append(module)).remove)
+        run(network, layer.module)
+    if block.output in ran[: len(parts) - 1] and len(ran) == len(parts):
+        raise _failed(network, layer, block, "what was taken for its output projection runs before its other matrices")
 
 
 def _within(block: FeedForward | ExpertStack, flow: Flow) -> bool:

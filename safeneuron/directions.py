@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron import ranks
+from safeneuron.anatomy import hidden_size
 from safeneuron.data import Prompt, check_classes
 from safeneuron.errors import InputError
-from safeneuron.ffn import HasNetwork, config_of, decoder_of, layers_of, network_of, require_eager
+from safeneuron.ffn import HasNetwork, decoder_of, layers_of, network_of, require_eager
 from safeneuron.judges import Judge
 from safeneuron.models import Model, generate
 from safeneuron.moments import Moments
@@ -121,7 +122,7 @@ def without_direction(model: nn.Module | HasNetwork, direction: Direction) -> It
     """
     require_eager(model)
     network = network_of(model)
-    width = int(config_of(network).hidden_size)
+    width = hidden_size(decoder_of(network))
     if direction.vector.shape != (width,):
         raise InputError(
             f"the direction has the shape {tuple(direction.vector.shape)}, but the model's residual stream has {width} "
@@ -165,7 +166,8 @@ def _writers(layer: nn.Module) -> list[nn.Module]:
     """The modules whose outputs the layer adds to the stream: attention and FFN, or the norms behind them (Gemma 2)."""
     parts = dict(layer.named_children())
     sandwiched = "post_feedforward_layernorm" in parts
-    names = ("post_attention_layernorm", "post_feedforward_layernorm") if sandwiched else ("self_attn", "mlp")
+    attention = "cross_attn" if "cross_attn" in parts and "self_attn" not in parts else "self_attn"
+    names = ("post_attention_layernorm", "post_feedforward_layernorm") if sandwiched else (attention, "mlp")
     if not all(name in parts for name in names):
         raise InputError(
             f"{type(layer).__name__} has no {' and '.join(names)}, so it is not known what it adds to the residual "
@@ -177,7 +179,7 @@ def _writers(layer: nn.Module) -> list[nn.Module]:
 def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, max_tokens: int) -> Moments:
     """Moments ``[layer, hidden]`` of the stream at the input of every layer, at the last token of each prompt."""
     layers = decoder_layers(network_of(model))
-    moments = Moments.zero((len(layers), int(config_of(model.network).hidden_size)))
+    moments = Moments.zero((len(layers), hidden_size(decoder_of(network_of(model)))))
     encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
     for places in kinds(encoded):
         rows = sorted((encoded[place] for place in places), key=len, reverse=True)
@@ -210,4 +212,9 @@ def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence
     finally:
         for handle in handles:
             handle.remove()
+    if len(seen) != len(layers):
+        raise InputError(
+            f"{len(seen)} of the {len(layers)} layers of {model.name} ran on a prompt, where all were expected; a "
+            "model that leaves out layers where there is no picture needs one with every prompt"
+        )
     return torch.stack(seen, dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
@@ -52,7 +52,9 @@ def examine(name: str, weights: bool = True, dtype: str = "stored", device: str 
         label = embedded.LABEL if name == embedded.NAME else name
         return diagnosis(label, network, Proof((), ()), "")
     model = load(name, dtype=dtype, device=device)
-    return diagnosis(model.name, model.network, prove(model), model.fingerprint)
+    found = diagnosis(model.name, model.network, prove(model), model.fingerprint)
+    told = (f"Stored {model.unpacked}; loaded dequantised.",) if model.unpacked else ()
+    return replace(found, remarks=(*found.remarks, *told))
 
 
 def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Diagnosis:

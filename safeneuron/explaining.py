@@ -201,10 +201,11 @@ def _config(path: Path) -> Iterator[str]:
 
 
 def _neurons(path: Path) -> Iterator[str]:
-    from safeneuron.neurons import NeuronSet
+    from safeneuron.neurons import EYES, NeuronSet
 
     neurons = NeuronSet.load(path)
-    yield f"A neuron set: {neurons}, of the model with fingerprint {neurons.fingerprint}."
+    whose = "eyes of the model" if neurons.fingerprint.endswith(EYES) else "model"
+    yield f"A neuron set: {neurons}, of the {whose} with fingerprint {neurons.fingerprint}."
     peak = max(range(len(neurons.counts)), key=neurons.counts.__getitem__)
     yield f"Most of them in layer {peak}: {neurons.counts[peak]} of {neurons.widths[peak]}."
 

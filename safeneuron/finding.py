@@ -11,7 +11,6 @@ from safeneuron.attacking import respond
 from safeneuron.config import AlignTable, Config
 from safeneuron.contrasting import activation_contrast, gradient_gap, twin_difference, twins
 from safeneuron.data import Prompt
-from safeneuron.ffn import pruned
 from safeneuron.finetuning import Demonstration, read_demonstrations
 from safeneuron.judges import Judge
 from safeneuron.measuring import measure, search
@@ -23,6 +22,7 @@ from safeneuron.rankings import Ranking
 from safeneuron.saliency import snip, wanda
 from safeneuron.selecting import select
 from safeneuron.streaming import exchanges_of
+from safeneuron.towers import pruned_anywhere
 
 ANSWER_TOKENS = 32
 """Tokens of the answers that rivals read: where a refusal is decided."""
@@ -45,7 +45,7 @@ def require_given(config: Config) -> None:
 def settings_of(config: Config) -> dict[str, object]:
     """The settings that decide which neurons are found on a model."""
     return {
-        "measure": config.measure.model_dump(),
+        "measure": config.measure.settings(),
         "select": config.select.model_dump(),
         "model": config.model.model_dump(),
     }
@@ -150,7 +150,7 @@ def demonstrations(
     if table.fine_tune_data:
         return read_demonstrations(table.fine_tune_data)
     prompts = sample(unsafe, table.selector_prompts, config.seed)
-    with pruned(model, own):
+    with pruned_anywhere(model, own):
         answers = answered(model, prompts, table.batch_size)
     verdicts = ranks.from_main(lambda: judge()([prompt.text for prompt in prompts], answers))
     return [

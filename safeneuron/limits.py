@@ -10,9 +10,11 @@ from safeneuron.shares import listed, percent
 def methods(results: dict[str, Any]) -> list[str]:
     """How the numbers were made, in a few sentences; the settings say the rest."""
     trained = any(state["align"] for state in results["states"])
+    eyes = results.get("part") == "eyes"
+    where = "feed-forward networks of the vision tower and the projector" if eyes else "layers' feed-forward networks"
     said = [
-        f"A neuron is one of the {results['neurons_total']:,} places between the matrices of the layers' feed-forward "
-        "networks. Its activations are recorded over harmful and harmless prompts of like form.",
+        f"A neuron is one of the {results['neurons_total']:,} places between the matrices of the {where}. "
+        "Its activations are recorded over harmful and harmless prompts of like form.",
         "ES holds the neurons whose mean activation differs by a large effect size d (the difference over the pooled "
         "standard deviation), SAS those whose shift stands out in their layer (z-score), FULL all of both.",
         "An attack sets neurons to zero, or does what its name says, and the model answers held-out requests. The "

@@ -43,7 +43,8 @@ class Model:
 
     ``name`` is what reports call it, ``source`` where it was loaded from, ``stored_dtype`` the precision of its weights
     there, which may be another than the one it computes in now. Without a ``processor`` the model is asked in text
-    only; of a vision-language model, ``blind`` says why it has none.
+    only; of a vision-language model, ``blind`` says why it has none. ``unpacked`` says how weights that are plain here
+    were packed.
     """
 
     network: PreTrainedModel
@@ -53,6 +54,7 @@ class Model:
     stored_dtype: torch.dtype = torch.float32
     processor: ProcessorMixin | None = None
     blind: str = ""
+    unpacked: str = ""
     _known: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -180,6 +182,7 @@ def load(
     several ranks each its own.
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
+    What compressed-tensors has packed is unpacked, as it is in GGUF files.
 
     Where its FFNs lie is proved on a few tokens (``conformance``).
 
@@ -198,6 +201,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        compressed = quantising.compressed_by(config)
         stored = config.dtype or torch.float32
         kind = AutoModelForImageTextToText if vision.sees(config) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -205,10 +209,12 @@ def load(
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with ranks.whole_weights():
             loaded: Any = kind.from_pretrained(
-                source, dtype=precision or stored, use_safetensors=True, **report, **options
+                source, config=config, dtype=precision or stored, use_safetensors=True, **report, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "automatic conversion of the weights" in reason:
+            reason = "transformers cannot unpack its weights, such as experts of a form that it does not know"
         raise InputError(
             f"the model {str(name)!r} cannot be loaded ({reason}); expected 'embedded', a folder in Hugging Face form "
             "with safetensors, or a name on the Hub that this machine can reach"
@@ -220,6 +226,9 @@ def load(
     network, loading = loaded
     if file:
         quantising.forget(network)
+    unpacked = f"{compressed} by compressed-tensors" if compressed else ""
+    if compressed and quantising.decompress(network, precision or stored):
+        unpacked += ", with its activations rounded, which they are not here"
     widths_of(network)
     _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()
@@ -229,7 +238,7 @@ def load(
     network.to(place)
     settle_layout(network)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
-    model = Model(network, tokenizer, label, source, stored)
+    model = Model(network, tokenizer, label, source, stored, unpacked=unpacked)
     if kind is AutoModelForImageTextToText:
         _give_eyes(model, options)
     return model
@@ -411,7 +420,9 @@ def _check_weights(network: PreTrainedModel, name: str, missing: list[str]) -> N
             f"{min(missing)}), so that they would be random; use another checkpoint"
         )
     for parameter_name, parameter in network.named_parameters():
-        if not torch.isfinite(parameter).all():
+        # Of 8 bits there is no such question.
+        known = parameter.float() if parameter.is_floating_point() and parameter.element_size() == 1 else parameter
+        if not torch.isfinite(known).all():
             raise InputError(
                 f"the model {name!r} holds values that are not finite in {parameter_name}; the file is damaged or the "
                 "training diverged, use another checkpoint"

@@ -48,7 +48,8 @@ class Moments:
         if self.counts is not None or other.counts is not None:
             own, others = self.per_neuron, other.per_neuron
             counts = own + others
-            share = others / counts.clamp(min=1)
+            # Whole numbers by whole numbers would be float32.
+            share = others.double() / counts.clamp(min=1)
             m2 = self.m2 + other.m2 + gap.square() * own * share
             return Moments(count, self.mean + gap * share, m2, counts)
         mean = self.mean + gap * (other.count / count)

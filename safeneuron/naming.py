@@ -166,10 +166,11 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     if lineage:
         return str(lineage)
     digest = hashlib.sha256(str(config.model_type).encode())
+    precision = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
     for layer in layers(network):
         for block in layer.blocks:
             name = f"down_proj.weight of layer {layer.index}"
-            for shape, sample in _samples(name, block):
+            for shape, sample in _samples(name, block, precision):
                 digest.update(f"{tuple(shape)}".encode())
                 if sample is not None:
                     # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
@@ -178,7 +179,9 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     return digest.hexdigest()[:16]
 
 
-def _samples(name: str, block: FeedForward | ExpertStack) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
+def _samples(
+    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
+) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
     """The shape of each output projection and some of its first rows; of experts only those of the first."""
     if isinstance(block, ExpertStack):
         weight = block.parameter(block.output)
@@ -191,10 +194,7 @@ def _samples(name: str, block: FeedForward | ExpertStack) -> Iterator[tuple[tupl
     assert shape is not None, "anatomy has measured it"
     weight_or_none = weight_of(block.output)
     if weight_or_none is None or weight_or_none.dim() != 2:
-        # Weights packed in a way of their own: any of the integers that hold them tells them from others'.
-        linear = linear_in(block.output)
-        packed = next(one for one in (*linear.buffers(), *linear.parameters()) if one.numel() > 1)
-        yield shape[::-1], (packed.flatten()[:4096].to(torch.int64) % 2).view(1, -1)
+        yield shape[::-1], None if block.expert else _computed_with(linear_in(block.output), shape[0], precision)
         return
     weight = weight_or_none
     if in_four_bits(weight):
@@ -205,3 +205,18 @@ def _samples(name: str, block: FeedForward | ExpertStack) -> Iterator[tuple[tupl
         yield shape[::-1], shards.first_rows(name, weight, 256)[:, :16].T
     else:
         yield shape[::-1], shards.first_rows(name, weight, 16)
+
+
+def _computed_with(linear: nn.Module, inputs: int, precision: torch.dtype) -> Tensor | None:
+    """Some of the weights of a layer that packs them in a way of its own, ``[input, output]``: what it makes of ones.
+
+    The integers that hold them would not do: every kernel arranges them as it likes, some of them in the first pass,
+    which has to be in the precision of the model.
+    """
+    held = next(one for one in (*linear.buffers(), *linear.parameters()) if one.numel() > 1)
+    if held.is_meta:
+        return None
+    bias = vars(linear).get("bias", linear._parameters.get("bias", linear._buffers.get("bias")))
+    with torch.no_grad():
+        found: Tensor = linear.forward(torch.eye(16, inputs, dtype=precision, device=held.device))
+    return found if bias is None else found - bias.to(found.dtype)

@@ -19,6 +19,8 @@ from safeneuron.errors import InputError
 from safeneuron.runs import read_json, write_json
 
 SCHEMA = 1
+EYES = "-eyes"
+"""How a fingerprint ends that is of a model's vision tower and projector, and not of its text decoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,13 @@ class NeuronSet:
 
     def require(self, fingerprint: str, widths: tuple[int, ...]) -> NeuronSet:
         """Itself, if it belongs to the model with this fingerprint; else ``InputError``."""
+        parts = "a text decoder", "a model's eyes (vision tower and projector)"
+        own, expected = (parts[one.endswith(EYES)] for one in (self.fingerprint, fingerprint))
+        if own != expected:
+            raise InputError(
+                f"this neuron set is of {own}, where neurons of {expected} are expected; take a set that was found "
+                "with the other measure.part"
+            )
         if self.widths != widths:
             raise InputError(
                 f"this neuron set is for a model with {len(self.widths)} layers and {self.total} neurons, but the "

@@ -34,7 +34,6 @@ from safeneuron.capability import benchmark, require_benchmarks
 from safeneuron.config import Config, SourceTable
 from safeneuron.data import Pair, Prompt, check_classes, check_splits
 from safeneuron.errors import InputError
-from safeneuron.ffn import pruned
 from safeneuron.finding import Rivals, demonstrations, refresh_of, require_given, searched, settings_of
 from safeneuron.foreseeing import plan_for, plans_for, training_of
 from safeneuron.halving import shortage_told
@@ -65,6 +64,7 @@ from safeneuron.sources import (
 )
 from safeneuron.states import BASE, Findings, State, previous, selectors_for, states_of
 from safeneuron.statistics import ActivationStats
+from safeneuron.towers import measure_towers, pruned_anywhere
 from safeneuron.training import require_trainable
 
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
@@ -180,18 +180,22 @@ class Pipeline:
         table = self.config.measure
 
         def work(folder: Path) -> None:
-            stats = measure(
-                self.model(state),
-                self.findings.prompts("unsafe"),
-                self.findings.prompts("safe"),
-                pooling=table.pooling,
-                batch_tokens=table.batch_tokens,
-                max_tokens=table.max_tokens,
-                progress=self.watcher.progress,
-            )
+            unsafe, safe = self.classes()
+            if table.part == "eyes":
+                stats = measure_towers(self.model(state), unsafe, safe, table.pooling, self.watcher.progress)
+            else:
+                stats = measure(
+                    self.model(state),
+                    unsafe,
+                    safe,
+                    pooling=table.pooling,
+                    batch_tokens=table.batch_tokens,
+                    max_tokens=table.max_tokens,
+                    progress=self.watcher.progress,
+                )
             stats.save(folder / "stats.safetensors")
 
-        settings = {"measure": table.model_dump(), "model": self.config.model.model_dump()}
+        settings = {"measure": table.settings(), "model": self.config.model.model_dump()}
         self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work, together=True)
 
     def select(self, state: State) -> None:
@@ -336,7 +340,7 @@ class Pipeline:
                     self.watcher.progress(before * total + done, len(jobs) * total)
 
                 model = self.model(state)
-                with pruned(model, prunings[name]):
+                with pruned_anywhere(model, prunings[name]):
                     found = benchmark(
                         model,
                         task,

@@ -2,22 +2,27 @@
 
 Only 4 bits (NF4, as in QLoRA): there the layer computes with the weights that it can be turned back into. 8 bits
 (LLM.int8) rounds the activations too, so that no plain network computes the same.
+
+What is stored in GGUF or by compressed-tensors becomes a plain network when it is loaded.
 """
 
 from __future__ import annotations
 
 import copy
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from safeneuron.errors import InputError
 
 TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # So many weights share a scale.
 BLOCK = 64
+# How the configs of checkpoints name the library that stored them.
+COMPRESSED = "compressed-tensors"
 # What transformers notes on a network whose weights are quantised.
 MARKS = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
 
@@ -76,6 +81,61 @@ def forget(network: PreTrainedModel) -> None:
     for mark in vars(network).keys() & MARKS:
         delattr(network, mark)
     vars(network.config).pop("quantization_config", None)
+
+
+def compressed_by(config: PreTrainedConfig) -> str:
+    """The format in which compressed-tensors has stored the model of this config; empty if it has not.
+
+    The config is made to say that the cache of keys and values is not to be rounded, which is a matter of serving.
+    Raises ``InputError`` for weights that are stored rotated, as transformers would take them for unrotated ones.
+    """
+    found: dict[str, Any] | None = vars(config).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != COMPRESSED:
+        return ""
+    if found.get("transform_config"):
+        raise InputError(
+            "the model is stored by compressed-tensors with transforms of its weights (transform_config), which "
+            "transformers does not undo; use the checkpoint that it was made from"
+        )
+    found["kv_cache_scheme"] = None
+    if not found.get("config_groups"):
+        del vars(config)["quantization_config"]
+        return ""
+    return str(found.get("format", COMPRESSED))
+
+
+def decompress(network: PreTrainedModel, precision: torch.dtype) -> bool:
+    """Turn a network that compressed-tensors has packed into the plain one that its weights stand for, in place.
+
+    Returns whether its layers have rounded what goes in or out too, which plain ones do not. The library itself unpacks
+    a model at its first answer, into the same weights, but only when it is called as a whole.
+    """
+    from compressed_tensors.compressors import compress_module, decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
+
+    rounded = False
+    for module in network.modules():
+        scheme = vars(module).get("quantization_scheme")
+        if scheme is None:
+            continue
+        rounded |= scheme.input_activations is not None or scheme.output_activations is not None
+        if vars(module)["quantization_status"] < QuantizationStatus.COMPRESSED:
+            # Stored as they were before they were rounded, and rounded in every pass.
+            compress_module(module)
+        decompress_module(module, leave_decompressed=False)
+        # The forward that rounded, put over the layer's own.
+        vars(module).pop("forward", None)
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+    for parameter in network.parameters():
+        # transformers unpacks experts into bfloat16, whatever it was asked for.
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(precision)
+    hook = vars(network).pop("ct_decompress_hook", None)
+    if hook is not None:
+        hook.remove()
+    forget(network)
+    return rounded
 
 
 def packed_by(network: nn.Module) -> str:

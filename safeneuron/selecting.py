@@ -86,7 +86,8 @@ def t_statistic(d: Tensor, unsafe_count: int | Tensor, safe_count: int | Tensor)
     """
     if isinstance(unsafe_count, int) and isinstance(safe_count, int):
         return d * math.sqrt(unsafe_count * safe_count / (unsafe_count + safe_count))
-    return d * (unsafe_count * safe_count / torch.as_tensor(unsafe_count + safe_count).clamp(min=1)).sqrt()
+    both = torch.as_tensor(unsafe_count + safe_count).double()
+    return d * (unsafe_count * safe_count / both.clamp(min=1)).sqrt()
 
 
 def q_values(t: Tensor, degrees: int | Tensor) -> Tensor:

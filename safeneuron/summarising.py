@@ -36,7 +36,7 @@ def headline(results: dict[str, Any]) -> str:
     """The one sentence that remains if only one is read."""
     base, *others = results["states"]
     if not others:
-        return pruning_effect(base, results["neurons_total"])
+        return pruning_effect(base, results["neurons_total"], results.get("part", "text"))
     if len(others) == 1:
         return resistance(others[0], base) + coherence_caveat(others[0], base)
     groups: dict[str, list[str]] = {"lower": [], "unclear": [], "higher": [], "unknown": []}
@@ -163,13 +163,14 @@ def coherence_caveat(state: dict[str, Any], base: dict[str, Any]) -> str:
     return ""
 
 
-def pruning_effect(state: dict[str, Any], neurons_total: int) -> str:
+def pruning_effect(state: dict[str, Any], neurons_total: int, part: str = "text") -> str:
     """What pruning the FULL set does to one state."""
     name, attack = state["name"], attack_of(state, "FULL", "adaptive")
     before, after = success_of(attack_of(state, "ORI", "none")), success_of(attack)
     if attack is None or before is None or after is None:
         return f"The effect of pruning is not known: {name} lacks judged answers, unpruned or under FULL."
-    start = f"Pruning {attack['neurons']:,} safety neurons ({percent(attack['neurons'] / neurons_total)} of all)"
+    whose = "safety neurons of the eyes" if part == "eyes" else "safety neurons"
+    start = f"Pruning {attack['neurons']:,} {whose} ({percent(attack['neurons'] / neurons_total)} of all)"
     numbers = f"{after.words()} instead of {before.words()}"
     broken, intact = incoherent_share(attack), incoherent_share(attack_of(state, "ORI", "none"))
     side = after.compared_with(before)

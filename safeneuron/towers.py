@@ -7,18 +7,19 @@ be measured, selected and pruned; training never touches them (``aligning``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from safeneuron.data import Prompt, check_classes
+from safeneuron.edits import Change, Edit, everywhere
 from safeneuron.errors import InputError
-from safeneuron.ffn import network_of, require_eager
+from safeneuron.ffn import network_of, pruned, require_eager
 from safeneuron.models import Model
 from safeneuron.moments import Moments
-from safeneuron.neurons import NeuronSet
+from safeneuron.neurons import EYES, NeuronSet
 from safeneuron.statistics import ActivationStats
 from safeneuron.streaming import Progress
 from safeneuron.vision import parameters_of_sight, run_without_head
@@ -65,7 +66,7 @@ def _is_feed_forward(name: str, module: nn.Module, linears: Sequence[nn.Linear])
 
 def fingerprint_of_towers(model: Model) -> str:
     """Whose neurons these are: the model's own fingerprint, marked."""
-    return f"{model.fingerprint}-eyes"
+    return f"{model.fingerprint}{EYES}"
 
 
 def measure_towers(
@@ -104,7 +105,9 @@ def measure_towers(
 def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str) -> Tensor:
     """One value for each neuron of the eyes, ``[neuron]``."""
     if prompt.image is None:
-        raise InputError(f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images")
+        raise InputError(
+            f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images, or as_image"
+        )
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -132,25 +135,35 @@ def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str)
 
 
 @contextmanager
-def towers_pruned(model: Model, neurons: NeuronSet) -> Iterator[None]:
+def towers_pruned(model: Model, neurons: NeuronSet | Edit) -> Iterator[None]:
     """Within the block these neurons of the eyes are zero; the weights are not touched.
 
-    Raises ``InputError`` for a set that is not of this model's eyes.
+    An ``Edit`` does something else to its neurons. Raises ``InputError`` for a set that is not of this model's eyes.
     """
     places = towers_of(model)
-    neurons.require(fingerprint_of_towers(model), tuple(place.width for place in places))
+    edit = Edit.zero(neurons) if isinstance(neurons, NeuronSet) else neurons
+    edit.neurons.require(fingerprint_of_towers(model), tuple(place.width for place in places))
 
-    def hook(channels: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def prune(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0].index_fill(-1, channels.to(inputs[0].device), 0), *inputs[1:])
-
-        return prune
+    def hook(change: Change) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda module, inputs: (change(inputs[0]), *inputs[1:])
 
     require_eager(model)
-    layers = neurons.layers()
-    handles = [places[number].output.register_forward_pre_hook(hook(channels)) for number, channels in layers.items()]
+    changes = {number: everywhere(edit, number) for number in edit.neurons.layers()}
+    handles = [
+        places[number].output.register_forward_pre_hook(hook(change))
+        for number, change in changes.items()
+        if change is not None
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def pruned_anywhere(model: Model, neurons: NeuronSet | Edit | None) -> AbstractContextManager[None]:
+    """``towers_pruned`` for neurons of the eyes, ``ffn.pruned`` for those of the text decoder, by their fingerprint."""
+    if neurons is None:
+        return pruned(model, None)
+    chosen = neurons.neurons if isinstance(neurons, Edit) else neurons
+    return (towers_pruned if chosen.fingerprint.endswith(EYES) else pruned)(model, neurons)

@@ -15,7 +15,7 @@ import yaml
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from tests import devices_worker, zero_worker
+from tests import devices_worker, experts_worker, zero_worker
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -47,6 +47,16 @@ def devices(tmp_path_factory):
 @pytest.mark.parametrize("case", devices_worker.CASES)
 def test_two_processes(case, devices):
     assert_passed(case, devices)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return outcomes("experts_worker", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("case", experts_worker.CASES)
+def test_two_processes_with_a_mixture_of_experts(case, experts):
+    assert_passed(case, experts)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safeneuron.directions import Direction, candidate_directions, find_directio
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of
 from safeneuron.models import Model
-from tests import tiny
+from tests import tiny, tiny_vision
 
 UNSAFE = [Prompt(f"{word} Z") for word in ("how", "what is this", "tell me", "a", "please do it now")]
 SAFE = [Prompt(f"{word} y") for word in ("why", "who is that", "ask him", "b", "please go there now")]
@@ -150,6 +150,29 @@ def test_a_judge_chooses_the_direction_that_leaves_the_fewest_refusals(tiny_mode
     validation = [Prompt(text) for text in "vwx"]
     found = find_direction(tiny_model, UNSAFE, SAFE, Judge(), validation, tries=3, max_new_tokens=2)
     assert (found.layer, len(tried)) == (2, 3)
+
+
+@pytest.mark.parametrize("name", list(tiny_vision.FAMILIES))
+def test_pictures_have_a_direction_too(name):
+    model = tiny_vision.model(name)
+    unsafe, safe = (
+        [Prompt(f"{n} {kind}", image=tiny_vision.picture(seed=n)) for n in range(3)] for kind in ("harms", "helps")
+    )
+    found = candidate_directions(model, unsafe, safe, batch_size=2)
+    assert found[-1].vector.shape == (tiny_vision.HIDDEN,)
+    inputs = model.inputs([model.ask(prompt) for prompt in unsafe], "right")
+    with torch.no_grad():
+        before = model.network(**inputs).logits
+        with without_direction(model, found[-1]):
+            after = model.network(**inputs).logits
+        assert torch.equal(model.network(**inputs).logits, before)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_layers_that_some_prompts_leave_out():
+    model = tiny_vision.model("mllama")
+    with pytest.raises(InputError, match=r"2 of the 3 layers of tiny-mllama ran on a prompt"):
+        candidate_directions(model, UNSAFE, SAFE)
 
 
 def test_the_same_prompts_in_both_classes_have_no_direction(tiny_model):

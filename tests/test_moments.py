@@ -102,3 +102,13 @@ def test_variance_needs_two_vectors(count):
     moments = Moments.of(torch.ones(1, 2)) if count else Moments.zero((2,))
     with pytest.raises(AssertionError, match="at least two"):
         _ = moments.variance
+
+
+def test_vectors_that_say_nothing_of_some_neurons_merge_as_exactly():
+    vectors = torch.randn(9, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    vectors[torch.rand(9, 40, generator=torch.Generator().manual_seed(4)) < 0.3] = torch.nan
+    together = Moments.of(vectors[:4]).merge(Moments.of(vectors[4:5])).merge(Moments.of(vectors[5:]))
+    whole = Moments.of(vectors)
+    torch.testing.assert_close(together.mean, whole.mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(together.m2, whole.m2, rtol=0, atol=1e-13)
+    assert torch.equal(together.per_neuron, whole.per_neuron)

@@ -1,12 +1,18 @@
-"""Weights that other libraries have packed, stood in for by a layer of the same make: what works, what is refused."""
+"""Weights that other libraries have packed: what works, what is refused.
+
+By a layer of the same make, and by checkpoints of GPTQ and AWQ where the library that runs them is installed.
+"""
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safeneuron import models
@@ -17,7 +23,7 @@ from safeneuron.data import Pair, Prompt
 from safeneuron.doctor import diagnosis
 from safeneuron.edits import Edit
 from safeneuron.errors import InputError
-from safeneuron.ffn import fingerprint, owned_slices, pruned, recorded, widths_of
+from safeneuron.ffn import feed_forwards, fingerprint, owned_slices, pruned, recorded, widths_of
 from safeneuron.freezing import Freeze
 from safeneuron.measuring import measure
 from safeneuron.models import Model, load
@@ -28,6 +34,7 @@ from safeneuron.selecting import select
 from safeneuron.streaming import exchanges_of
 from safeneuron.training import Training
 from tests import tiny
+from tests.frozen_checks import snapshot
 
 IDS = torch.tensor([[40, 41, 42, 43, 44]])
 
@@ -109,6 +116,123 @@ def test_adapters_beside_packed_attention_are_kept_apart(packed):
     assert Freeze(adapted, some(packed)).slices == []
     with pytest.raises(InputError, match=r"packed \(PackedLinear\).*keep them beside the model"):
         merge_adapters(adapted)
+
+
+# -- checkpoints of GPTQ and AWQ ----------------------------------------------------------------------------------
+
+GROUP, EIGHT = 32, torch.arange(8, dtype=torch.int32) * 4
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "backend": "torch",
+    },
+    "awq": {"bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm", "backend": "torch_awq"},
+}
+
+
+def packed_weight(weight: Tensor, method: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight as the method stores it, and what it then stands for: integers of 4 bits, 8 to the word."""
+    outputs, inputs = weight.shape
+    groups = weight.view(outputs, -1, GROUP)
+    scales = groups.abs().amax(-1) / 7
+    small = (groups / scales[..., None]).round().clamp(-8, 7).to(torch.int32) + 8
+    whole = ((small - 8) * scales.half().float()[..., None]).view(outputs, inputs)
+    columns, tensors = small.view(outputs, inputs).T, {"scales": scales.half().T.contiguous()}
+    if method == "gptq":
+        words = columns.reshape(inputs // 8, 8, outputs) << EIGHT[:, None]
+        tensors["qweight"] = words.sum(1, dtype=torch.int32)
+        tensors["g_idx"] = (torch.arange(inputs) // GROUP).to(torch.int32)
+        zeros = torch.full((inputs // GROUP, outputs // 8, 8), 7, dtype=torch.int32)
+    else:
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        words = columns.reshape(inputs, outputs // 8, 8)[..., order] << EIGHT
+        tensors["qweight"] = words.sum(-1, dtype=torch.int32)
+        zeros = torch.full((inputs // GROUP, outputs // 8, 8), 8, dtype=torch.int32)
+    tensors["qzeros"] = (zeros << EIGHT).sum(-1, dtype=torch.int32)
+    return tensors, whole
+
+
+@pytest.mark.skipif(
+    find_spec("gptqmodel") is None or find_spec("optimum") is None,
+    reason="gptqmodel and optimum, which run GPTQ and AWQ, are not installed (tried with 7.7.0 and 2.3.0)",
+)
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_a_checkpoint_that_its_own_library_runs(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "HIDDEN", 64)
+    monkeypatch.setattr(tiny, "WIDTH", 96)
+    plain = tiny.model(head_dim=16)
+    plain.save(tmp_path)
+    tensors, weights = {}, {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        packs = name.endswith("_proj.weight")
+        own, weights[name] = packed_weight(weight, method) if packs else ({"weight": weight.half()}, weight.half())
+        tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in own.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "float16"}
+    del config["safeneuron_lineage"]
+    config["quantization_config"] = {"quant_method": method, **CHECKPOINTS[method]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain.network.load_state_dict(weights, strict=False)
+    prints = set()
+    for dtype in ("bfloat16", "float16", "float32"):
+        model = load(tmp_path, dtype, "cpu")
+        with torch.no_grad():
+            ours, theirs = model.network(IDS).logits.float(), plain.network(IDS).logits
+        assert (ours - theirs).abs().max() < (0.3 if dtype == "bfloat16" else 0.05)
+        prints.add(model.fingerprint)
+    assert len(prints) == 1, "the neurons are the same in every precision"
+    assert model.widths == (96,) * 3
+    prompts = [Prompt(f"{word} {number}") for word in ("how", "why") for number in range(4)]
+    neurons = select(measure(model, prompts[:4], prompts[4:]), density=0.05)
+    before = snapshot(plain.network)
+    with torch.no_grad(), pruned(model, neurons):
+        ours = model.network(IDS).logits.float()
+    for layer, channels in neurons.layers().items():
+        plain.network.model.layers[layer].mlp.down_proj.weight.data[:, channels] = 0
+    with torch.no_grad():
+        assert (ours - plain.network(IDS).logits).abs().max() < 0.05
+    assert any(not torch.equal(weight, before[name]) for name, weight in snapshot(plain.network).items())
+    with pytest.raises(InputError, match=r"packed .*, so single ones"), engraved(model, Edit.zero(neurons)):
+        pass
+    with pytest.raises(InputError, match="the FFN weights are quantised"):
+        Freeze(model, neurons)
+    assert prove(model).unproved == ("the weights of layer 0 mlp, which are quantised or spread",)
+
+
+def test_matrices_that_are_all_square_are_told_apart(monkeypatch):
+    """Each of the three might be the output projection."""
+    monkeypatch.setattr(tiny, "WIDTH", tiny.HIDDEN)
+    model = tiny.model()
+    assert model.widths == (tiny.HIDDEN,) * 3
+    assert [block.output for block in feed_forwards(model)] == [
+        layer.mlp.down_proj for layer in model.network.model.layers
+    ]
+    assert prove(model).unproved == ()
+
+
+def test_square_matrices_that_cannot_be_told_apart_are_refused(monkeypatch):
+    """Packed, so that the probe cannot try them, named alike, and the output projection defined first."""
+    monkeypatch.setattr(tiny, "WIDTH", tiny.HIDDEN)
+    model = tiny.model()
+    for layer in model.network.model.layers:
+        layer.mlp = Misleading(*(getattr(layer.mlp, f"{name}_proj") for name in ("down", "gate", "up")))
+    with pytest.raises(InputError, match="what was taken for its output projection runs before its other matrices"):
+        prove(model)
+
+
+class Misleading(nn.Module):
+    """A gated FFN in whose order of definition the output projection comes first."""
+
+    def __init__(self, down: nn.Linear, gate: nn.Linear, up: nn.Linear) -> None:
+        super().__init__()
+        self.one, self.other, self.third = (PackedLinear(linear) for linear in (down, gate, up))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.one(nn.functional.silu(self.other(hidden)) * self.third(hidden))
 
 
 def test_a_gguf_file_is_loaded_through_transformers(tmp_path, monkeypatch):

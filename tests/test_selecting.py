@@ -74,6 +74,8 @@ def test_t_and_its_p_are_those_of_scipy():
     expected = scipy.stats.ttest_ind(unsafe, safe, equal_var=True, alternative="greater")
     np.testing.assert_allclose(found.t.numpy(), expected.statistic, rtol=1e-10)
     np.testing.assert_allclose(t_statistic(found.d, len(unsafe), len(safe)).numpy(), expected.statistic, rtol=1e-10)
+    counts = torch.full((TOTAL,), len(unsafe)), torch.full((TOTAL,), len(safe))
+    np.testing.assert_allclose(t_statistic(found.d, *counts).numpy(), expected.statistic, rtol=1e-10)
     np.testing.assert_allclose(found.q.numpy(), by_hand_bh(expected.pvalue.tolist()), rtol=1e-9)
     assert found.significant == sum(q < 0.05 for q in by_hand_bh(expected.pvalue.tolist()))
     assert 0 < found.significant < TOTAL

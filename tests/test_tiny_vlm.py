@@ -11,17 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from safeneuron.analysing import Analyser
+from safeneuron.attacking import respond
 from safeneuron.config import Config, parse_config, read_config
 from safeneuron.data import Prompt, read_prompts
+from safeneuron.edits import Edit
+from safeneuron.errors import InputError
+from safeneuron.explaining import explain
 from safeneuron.models import load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
+from safeneuron.persisting import write_pruned
 from safeneuron.pictures import opened
 from safeneuron.probing import probe
 from safeneuron.reporting import quoted
 from safeneuron.rows import Source
-from safeneuron.runs import read_json, read_lines
+from safeneuron.runs import Run, read_json, read_lines
 from safeneuron.selecting import Scores
+from safeneuron.statistics import ActivationStats
+from safeneuron.towers import fingerprint_of_towers, measure_towers, pruned_anywhere, towers_of
 from safeneuron.vision import parameters_of_sight
 from tests import tiny_run
 from tests.ranks_program import Judge
@@ -105,6 +113,77 @@ def test_the_report_names_the_images(finished: Path) -> None:
 def test_the_names_of_images_are_escaped_in_the_report() -> None:
     example = {"prompt": "q", "response": "r", "verdict": "refused", "hidden": 0, "image": "<b>*a*</b>.png"}
     assert "<b>" not in quoted(example)
+
+
+EYES = [
+    "measure.part=eyes",
+    "measure.pooling=mean",
+    "align.rounds=0",
+    "select.density=0.3",
+    'attack.operators=["mean"]',
+]
+
+
+@pytest.fixture(scope="module")
+def looked(world: Path) -> Path:
+    """A run without training on the neurons of the eyes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        execute(parse_config(smaller(), "tiny-vlm.toml", [*SMALL, *EYES]), world / "eyes")
+    return world / "eyes"
+
+
+def test_a_run_on_the_neurons_of_the_eyes(looked: Path, here: Path) -> None:
+    model = load("runs/tiny-vlm-start/model", "float32", "cpu")
+    neurons = NeuronSet.load(looked / "T0/select/neurons.json")
+    assert neurons.fingerprint == fingerprint_of_towers(model)
+    assert neurons.widths == tuple(place.width for place in towers_of(model))
+    stats = ActivationStats.load(looked / "T0/measure/stats.safetensors")
+    unsafe, safe = (
+        [Prompt.from_record(record, looked / "data") for record in read_lines(looked / f"data/{role}.jsonl")]
+        for role in ("unsafe", "safe")
+    )
+    assert torch.equal(stats.unsafe.mean, measure_towers(model, unsafe, safe).unsafe.mean)
+    asked = [Prompt.from_record(one, looked / "data") for one in read_lines(looked / "data/test_unsafe.jsonl")]
+    streams = {}
+    for name, edit in (
+        ("ORI", None), ("static-FULL", neurons), ("operator-mean", Edit.mean(neurons, stats))
+    ):  # fmt: skip
+        lines = read_lines(looked / f"T0/attack/{name}/harmful.jsonl")
+        streams[name] = [line["response"] for line in sorted(lines, key=lambda line: line["index"])]
+        with pruned_anywhere(model, edit):
+            batches = respond(model, asked, 4, 8)
+            said = sorted((one for batch in batches for one in batch), key=lambda one: one.index)
+        assert streams[name] == [one.response for one in said]
+    changed = [old != new for old, new in zip(streams["ORI"], streams["static-FULL"], strict=True)]
+    assert any(change for change, prompt in zip(changed, asked, strict=True) if prompt.image)
+    assert not any(change for change, prompt in zip(changed, asked, strict=True) if not prompt.image), "it saw nothing"
+    assert "feed-forward networks of the vision tower and the projector" in (looked / "report/report.md").read_text()
+    assert "of the eyes of the model" in " ".join(explain(looked / "T0/select/neurons.json"))
+
+
+def test_what_does_not_go_with_the_neurons_of_the_eyes(looked: Path, here: Path) -> None:
+    with pytest.raises(InputError, match="part"):
+        execute(parse_config(smaller(), "tiny-vlm.toml", [*SMALL, *EYES, "measure.part=text"]), looked)
+    with pytest.raises(InputError, match="an analysis looks into the text decoder"):
+        Analyser(parse_config(smaller(), "tiny-vlm.toml", [*SMALL, *EYES]), Run.create(looked), Watch())
+    model = load("runs/tiny-vlm-start/model", "float32", "cpu")
+    with pytest.raises(InputError, match=r"is of a model's eyes .* where neurons of a text decoder are expected"):
+        write_pruned(model, NeuronSet.load(looked / "T0/select/neurons.json"), looked / "pruned")
+    for change, said in (
+        ("align.rounds=1", r"the eyes stay as they are in training.*set align.rounds = 0"),
+        ("measure.pooling=last", "pictures have no last token"),
+        ('attack.selectors=["probe"]', r"attack.selectors is for neurons of the text decoder"),
+        ('attack.knowledge=["iterated"]', "attack.knowledge = 'iterated' is for neurons of the text"),
+        ("attack.backend=vllm", "attack.backend = 'vllm' is for neurons of the text"),
+        ('variants={dpo={freeze="none"}}', "variants = {}"),
+    ):
+        with pytest.raises(InputError, match=said):
+            parse_config(smaller(), "tiny-vlm.toml", [*SMALL, *EYES, change])
+
+
+def test_runs_from_before_there_were_parts_still_count(finished: Path) -> None:
+    assert "part" not in read_json(finished / "T0/measure/done.json")["settings"]["measure"]
 
 
 @pytest.mark.parametrize("stop_after", [21])

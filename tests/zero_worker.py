@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
+from tests import experts_worker
 from tests.devices_worker import ANATOMIES, loss_of, refused, run, with_shipped_config
 from tests.frozen_checks import assert_only_frozen_stayed, frozen_entries, network_with_noise, snapshot, some_neurons
 from tests.tiny_trainers import arguments, dpo_trainer, plain_trainer
@@ -90,6 +91,27 @@ def loop(_: Path, stage: int, anatomy: str, bf16: bool, clip: bool, parts: int, 
     assert freeze.digest() == Freeze(alone, some_neurons(alone)).digest()
     train(engine, 1, parts)  # What was frozen is free again.
     refused(RuntimeError, "have changed", freeze.verify)
+
+
+def experts(_: Path, stage: int, bf16: bool) -> None:
+    """The same with a mixture of experts, each of whose matrices is a run of runs of the flat masters."""
+    unset_hf_deepspeed_config()
+    network = experts_worker.network()
+    known_as = fingerprint(network)
+    engine = engine_of(network, stage, bf16, parts=2)
+    assert fingerprint(engine) == known_as
+    train(engine, 1, 2)
+    before, masters_before, neurons = whole(network), masters(network), experts_worker.some_neurons(network)
+    with frozen(engine, neurons, engine.optimizer) as freeze:
+        train(engine, 2, 2)
+    after = whole(network)
+    experts_worker.assert_only_frozen_stayed(masters_before, masters(network))
+    for name, mask in experts_worker.frozen_entries(before).items():
+        assert torch.equal(before[name][mask], after[name][mask])
+    unset_hf_deepspeed_config()
+    alone = experts_worker.network()
+    alone.load_state_dict(after, assign=True)
+    assert freeze.digest() == Freeze(alone, experts_worker.some_neurons(alone)).digest()
 
 
 def clipping_counts_free_gradients_only(_: Path, stage: int) -> None:
@@ -188,6 +210,7 @@ SOME = {"anatomy": "uneven", "bf16": True, "clip": True, "parts": 2}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CASES: dict[str, Callable[[Path], None]] = {
     **matrix(),
+    **{f"experts, ZeRO-{stage}": partial(experts, stage=stage, bf16=stage > 1) for stage in (1, 2, 3)},
     "ZeRO-0, which is DDP": partial(loop, stage=0, **{**SOME, "bf16": False}),
     "ZeRO-1 with float32 gradients": partial(loop, stage=1, kind="BF16", grad_accum_dtype="fp32", **SOME),
     "ZeRO-2, masters on the CPU": partial(loop, stage=2, **SOME, **OFFLOAD),
