@@ -66,6 +66,7 @@ LAYERS = (
         "stacks",
         "watching",
         "touching",
+        "offloading",
         "conformance",
         "doctor",
         "adapters",
