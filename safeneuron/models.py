@@ -31,7 +31,7 @@ from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
-from safeneuron.offloading import DeviceMap, at_hand, device_of_inputs, is_offloaded, placed
+from safeneuron.offloading import DeviceMap, at_hand, device_of_inputs, is_offloaded, meta_explained, placed
 from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
 
@@ -329,7 +329,8 @@ def generate(
     def texts_of(batch: Sequence[int]) -> list[str]:
         inputs = model.inputs([prompts[i] for i in batch], "left")
         around = nullcontext() if within is None else within(batch)
-        with torch.inference_mode(), _seeded(sampling, batch[0], model.device), around:
+        seeded = _seeded(sampling, batch[0], model.device)
+        with torch.inference_mode(), meta_explained(model.network), seeded, around:
             out = answer(**inputs, generation_config=settings)
         width = inputs["input_ids"].shape[1]
         texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)

@@ -93,6 +93,20 @@ def device_of_inputs(network: nn.Module) -> torch.device | None:
 
 
 @contextmanager
+def meta_explained(network: nn.Module) -> Iterator[None]:
+    """Within the block a computation with weights that are not at hand is an ``InputError`` that says what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "meta tensor" not in str(error) or not is_offloaded(network):
+            raise
+        raise InputError(
+            f"{type(network).__name__} cannot compute with these weights offloaded, since its code looks at where they "
+            "are; keep the vision tower and the embeddings in memory with a table as device_map"
+        ) from error
+
+
+@contextmanager
 def at_hand(*modules: nn.Module) -> Iterator[None]:
     """Within the block the modules' offloaded weights are where they are computed with, as copies; then away again.
 

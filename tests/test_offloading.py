@@ -25,6 +25,7 @@ from safeneuron.ffn import fingerprint, owned_slices, pruned
 from safeneuron.finetuning import Demonstration, finetuned
 from safeneuron.freezing import Freeze
 from safeneuron.measuring import measure
+from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, resident_memory
 from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.offloading import at_hand, is_offloaded
@@ -33,8 +34,9 @@ from safeneuron.portraits import token_effects
 from safeneuron.probing import probe
 from safeneuron.saliency import snip, wanda
 from safeneuron.streaming import exchanges_of
+from safeneuron.towers import measure_towers
 from tests import tiny, tiny_experts, tiny_vision
-from tests.tiny_run import execute, results, write_world
+from tests.tiny_run import execute, write_world
 
 UNSAFE = [Prompt(f"how do I break {word}?") for word in ("a lock", "it", "this very old window")]
 SAFE = [Prompt(f"how do I mend {word}?") for word in ("a lock", "it", "this very old window")]
@@ -152,6 +154,34 @@ def test_experts_on_disk_are_as_they_are_in_memory(family, tmp_path):
     assert torch.equal(mine.unsafe.per_neuron, its.unsafe.per_neuron)
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", "gemma3"])
+def test_pictures_are_seen_the_same(family, tmp_path):
+    unsafe, safe = ([Prompt(one.text, image=tiny_vision.picture()) for one in some] for some in (UNSAFE, SAFE))
+    plain, other = tiny_vision.model(family), tiny_vision.model(family)
+    other.network = disk_offload(other.network, str(tmp_path), execution_device=torch.device("cpu"))
+    for look in (measure, measure_towers):
+        mine, its = (look(model, unsafe, safe, pooling="mean") for model in (plain, other))
+        assert torch.equal(mine.unsafe.mean, its.unsafe.mean)
+    assert list(respond(plain, unsafe, 3)) == list(respond(other, unsafe, 3))
+
+
+def test_modelling_code_that_asks_weights_where_they_are_is_told(tmp_path):
+    """Idefics3 and Mllama look at a weight's device; with their eyes and embeddings in memory they work."""
+    prompts = [Prompt(one.text, image=tiny_vision.picture()) for one in UNSAFE]
+    plain, other = tiny_vision.model("idefics3"), tiny_vision.model("idefics3")
+    other.network = disk_offload(other.network, str(tmp_path / "all"), execution_device=torch.device("cpu"))
+    for act in (lambda: measure(other, prompts, prompts), lambda: list(respond(other, prompts, 2))):
+        with pytest.raises(InputError, match="Idefics3.* cannot compute .*vision tower and the embeddings in memory"):
+            act()
+    other = tiny_vision.model("idefics3")
+    places = dict.fromkeys(("model.vision_model", "model.connector", "model.text_model.embed_tokens"), "cpu")
+    places |= dict.fromkeys(("model.text_model.layers", "model.text_model.norm", "lm_head"), "disk")
+    places["model.text_model.rotary_emb"] = "cpu"
+    other.network = dispatch_model(other.network, places, offload_dir=str(tmp_path / "some"))
+    mine, its = (measure(model, prompts, prompts) for model in (plain, other))
+    assert torch.equal(mine.unsafe.mean, its.unsafe.mean)
+
+
 def test_what_changes_weights_or_goes_back_through_them_is_refused(pair):
     _, other = pair
     neurons, exchanges = chosen(other), exchanges_of(other, UNSAFE, ["no, never"] * 3)
@@ -251,17 +281,22 @@ def test_several_processes_are_refused(stored, monkeypatch):
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
 
-AUDIT = ("align.rounds=0", "variants={}", 'model.dtype="float32"', 'attack.selectors=["wanda", "probe", "twins"]')
+AUDIT = ("align.rounds=0", "variants={}", 'model.dtype="float32"', 'attack.selectors=["wanda", "probe"]')
 SPREAD = ('model.device_map="auto"', "model.max_memory={cpu='90KB'}")
 
 
 def test_a_run_with_layers_on_disk_has_the_same_results_and_goes_on_as_the_same_run(tmp_path):
     config = write_world(tmp_path)
     for name, changes in (("plain", AUDIT), ("spread", (*AUDIT, *SPREAD))):
-        execute(config, tmp_path / name, changes=changes)
-    assert results(tmp_path / "plain") == results(tmp_path / "spread")
+        for verb in ("measure", "select", "attack"):
+            execute(config, tmp_path / name, verb=verb, changes=changes)
+    made = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain" / "T0").rglob("*.json*"))
+    assert len(made) > 20
+    for path in made:
+        if path.name != "done.json":
+            assert (tmp_path / "plain" / path).read_bytes() == (tmp_path / "spread" / path).read_bytes(), path
     # Where layers wait is no setting of a stage, so that another machine may go on.
-    again = execute(config, tmp_path / "plain", changes=(*AUDIT, *SPREAD))
+    again = execute(config, tmp_path / "plain", verb="attack", changes=(*AUDIT, *SPREAD))
     assert again.of("began") == []
 
 
@@ -298,3 +333,20 @@ def test_capability_is_the_same(tmp_path):
     other.network = cpu_offload(other.network, execution_device=torch.device("cpu"))
     mine, its = (benchmark(model, "arc_challenge", str(tmp_path), shots=0) for model in (plain, other))
     assert mine == its
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_stays_that_of_a_layer_however_many_there_are(tmp_path):
+    """Ten layers of 25 MB each are measured in the memory of two or three."""
+    network = tiny.network(layers=10, hidden_size=512, intermediate_size=4096, head_dim=64)
+    weight = sum(one.nbytes for one in network.model.layers[0].parameters())
+    Model(network, tiny.tokenizer(), "mid", "mid").save(tmp_path / "model")
+    del network
+    model = load(tmp_path / "model", "float32", device_map={"": "disk"})
+    hand_back_memory()
+    reset_peak_memory()
+    before = resident_memory()
+    measure(model, UNSAFE, SAFE, batch_tokens=256)
+    assert 0.5 * weight < peak_memory_mb() * 2**20 - before < 3 * weight
