@@ -103,7 +103,8 @@ def align(
     (FSDP2, when accelerate says so); all of them get the whole result.
 
     Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a model in 4 bits without
-    ``lora_rank``, a model of which weights are offloaded, a loss or weights that are not finite, or training that changed nothing.
+    ``lora_rank``, a model of which weights are offloaded, a loss or weights that are not finite, or training that
+    changed nothing.
     """
     from safeneuron.dpo import answers_scored_alone
 

@@ -43,7 +43,8 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
 
     Takes a few forward passes over twelve tokens, most of them through the first layers only. Weights that are
     quantised or spread over processes are not touched, and what cannot be tried on them is named in the result; those
-    that are offloaded are brought to hand. Raises ``InputError`` that says what was found where the model does not behave as its anatomy says.
+    that are offloaded are brought to hand. Raises ``InputError`` that says what was found where the model does not
+    behave as its anatomy says.
     """
     network = network_of(model)
     found = layers(network)

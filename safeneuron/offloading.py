@@ -41,8 +41,8 @@ def placed(device_map: DeviceMap, max_memory: Mapping[str, int | str], folder: s
         )
     if ranks.world() > 1:
         raise InputError(
-            f"device_map spreads a model over all devices, so it is for one process, not {ranks.world()}; start one, or "
-            "leave it out"
+            f"device_map spreads a model over all devices, so it is for one process, not {ranks.world()}; start one, "
+            "or leave it out"
         )
     if not isinstance(device_map, str):
         for place in device_map.values():
@@ -78,8 +78,8 @@ def require_whole(network: nn.Module, what: str) -> None:
     """Raise ``InputError`` for a model of which weights are offloaded; ``what`` is what cannot be done with one."""
     if is_offloaded(network):
         raise InputError(
-            f"{what} needs all weights in memory, but those of this model are offloaded to main memory or disk; load it "
-            "without device_map, on a device that holds it"
+            f"{what} needs all weights in memory, but those of this model are offloaded to main memory or disk; load "
+            "it without device_map, on a device that holds it"
         )
 
 

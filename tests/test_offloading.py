@@ -99,7 +99,9 @@ def test_answers_are_the_same_pruned_or_not(pair):
         for model in pair:
             with pruned(model, neurons):
                 batches = list(respond(model, UNSAFE, max_new_tokens=6, batch_size=2))
-                answers.append(([one.response for batch in batches for one in batch], perplexity(model, "a plain text")))
+                answers.append(
+                    ([one.response for batch in batches for one in batch], perplexity(model, "a plain text"))
+                )
         assert answers[0] == answers[1]
 
 
@@ -118,7 +120,11 @@ def test_selectors_that_read_weights_read_the_true_ones(pair):
     for model in pair:
         exchanges = exchanges_of(model, UNSAFE, ["no, never"] * 3)
         found.append(
-            [wanda(model, exchanges).values, probe(model, UNSAFE, SAFE).values, token_effects(model, 1, torch.tensor([3]))]
+            [
+                wanda(model, exchanges).values,
+                probe(model, UNSAFE, SAFE).values,
+                token_effects(model, 1, torch.tensor([3])),
+            ]
         )
     for mine, its in zip(*found, strict=True):
         assert torch.equal(mine, its)
@@ -312,7 +318,9 @@ def test_a_run_with_layers_on_disk_has_the_same_results_and_goes_on_as_the_same_
 )
 def test_what_needs_all_weights_is_refused_before_anything_is_loaded(tmp_path, change):
     config = write_world(tmp_path)
-    with pytest.raises(InputError, match=r"model\.device_map is for measuring and attacking, but all weights in memory"):
+    with pytest.raises(
+        InputError, match=r"model\.device_map is for measuring and attacking, but all weights in memory"
+    ):
         read_config(config, ["align.rounds=0", "variants={}", *SPREAD, change])
 
 
