@@ -100,13 +100,13 @@ class Clock:
             parts.append(self._amount(len(found.all), [(asked(one), one.image) for one in shown], most))
         return _together(parts)
 
-    def pairs(self, tables: Sequence[Any], most: int) -> Amount:
-        """The same of pairs, each as long as the longer of its two sequences."""
+    def pairs(self, tables: Sequence[Any], most: int, wanted: int | None) -> Amount:
+        """The same of pairs, each as long as the longer of its two sequences; unseen there are as many as ``wanted``."""
         parts = []
         for table in tables:
             found = pairs_at_hand(Source(**table.model_dump()))
             if found is None:
-                parts.append(self._unseen(table, most))
+                parts.append(self._unseen(table, most, wanted))
                 continue
             shown = found.pictured or list(some_of(found.all))
             part = self._amount(len(found.all), [(one.prompt, one.image) for one in shown], most)
@@ -116,18 +116,15 @@ class Clock:
 
     def _amount(self, count: int, shown: Sequence[tuple[Any, Any]], most: int) -> Amount:
         lengths = [self.paper.lengths.of(messages, image) or most for messages, image in shown]
-        patches = [
-            self.paper.lengths.patches(self.paper.eyes, messages, image)
-            if image is not None and self.paper.eyes is not None
-            else 0
-            for messages, image in shown
-        ]
-        return Amount(count, sum(min(one, most) for one in lengths) / len(lengths), sum(patches) / len(patches))
+        seen = [(messages, image) for messages, image in shown if image is not None]
+        eyes = self.paper.eyes
+        patches = [self.paper.lengths.patches(eyes, *one) for one in seen] if eyes is not None else []
+        return Amount(count, sum(min(one, most) for one in lengths) / len(lengths), sum(patches) / len(shown))
 
-    def _unseen(self, table: Any, most: int) -> Amount:
+    def _unseen(self, table: Any, most: int, wanted: int | None = None) -> Amount:
         if table.path not in self.fetched:
             self.fetched.append(table.path)
-        return Amount(table.count or ROWS, min(most, TOKENS), 0)
+        return Amount(table.count or wanted or ROWS, min(most, TOKENS), 0)
 
 
 def asked(prompt: Prompt) -> tuple[dict[str, str], ...]:
@@ -223,7 +220,7 @@ def _pairs(config: Config, clock: Clock) -> tuple[Amount, Amount]:
             # Harmful prompts are answered twice, pruned and intact.
             made += own[name] + ([unsafe] if name == "safety" else [])
         else:
-            found[name] = clock.pairs(sources, most)
+            found[name] = clock.pairs(sources, most, table.count)
     safety, general = found["safety"], found["general"]
     if general.count:
         whole = min(safety.count / table.safety_share, general.count / max(1e-9, 1 - table.safety_share))
@@ -271,12 +268,25 @@ def table_of_times(config: Config, clock: Clock) -> list[str]:
     lines += [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]) for row in rows
     ]
+    beyond = _beyond(config, clock)
+    if beyond:
+        lines.append(
+            f"each pass also moves {beyond / 1e9:,.0f} GB to the device (model.device_map), which is not counted"
+        )
     if clock.fetched:
         lines.append(
             f"guessed, since they have yet to be fetched ({ROWS:,} rows of {TOKENS} tokens, or their count): "
             f"{', '.join(clock.fetched)}"
         )
     return [line.rstrip() for line in [*lines, LEFT_OUT]]
+
+
+def _beyond(config: Config, clock: Clock) -> float:
+    """Bytes of weights that the devices do not hold and that have to wait elsewhere."""
+    memory = clock.device.memory
+    if not config.model.device_map or memory is None or clock.device.kind == "cpu":
+        return 0.0
+    return max(0.0, bytes_of(config.model.dtype, clock.device) * clock.paper.shape.parameters - 0.9 * memory)
 
 
 def between(seconds: float) -> str:
