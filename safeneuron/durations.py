@@ -101,7 +101,7 @@ class Clock:
         return _together(parts)
 
     def pairs(self, tables: Sequence[Any], most: int, wanted: int | None) -> Amount:
-        """The same of pairs, each as long as the longer of its two sequences; unseen there are as many as ``wanted``."""
+        """The same of pairs, each as long as the longer of its sequences; unseen there are as many as ``wanted``."""
         parts = []
         for table in tables:
             found = pairs_at_hand(Source(**table.model_dump()))

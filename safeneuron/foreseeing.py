@@ -43,7 +43,7 @@ TEMPLATE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Paper:
-    """A model as it is on paper: its sizes, those of its vision tower if it has one, and how long texts are in tokens."""
+    """A model as it is on paper: its sizes, those of its vision tower if it has one, and what counts its tokens."""
 
     shape: Shape
     eyes: Eyes | None
@@ -148,7 +148,9 @@ def table_of_needs(config: Config, device: Device, paper: Paper | None = None) -
     rows = [["", *needs]]
     rows += [[kind, *(f"{need[kind] / GB:.2f}" if kind in need else "-" for need in needs.values())] for kind in kinds]
     rows.append(["in all", *(f"{total(need) / GB:.2f}" for need in needs.values())])
-    rows.append(["fits", *("yes" if fits(need, device) else "no" for need in needs.values())])
+    spread = {"measure", "attack"} if config.model.device_map else set()
+    says = {name: "yes" if fits(need, device) else "spread" if name in spread else "no" for name, need in needs.items()}
+    rows.append(["fits", *says.values()])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
@@ -156,7 +158,7 @@ def table_of_needs(config: Config, device: Device, paper: Paper | None = None) -
     ]
     told = [f"{name}: {_told(made)}" for name, made in plans.items()]
     if config.model.device_map:
-        told.insert(0, "measure, attack: what does not fit waits in main memory or on disk (model.device_map)")
+        told.insert(0, "spread: what does not fit waits in main memory or on disk (model.device_map)")
     told += _of_pictures(config, paper)
     return [
         f"{shape.name}: {shape.parameters:,} parameters in {shape.layers} layers",

@@ -50,8 +50,9 @@ def measured(place: torch.device, dtype: torch.dtype, shape: Shape) -> Speed:
     first = torch.ones(tokens, shape.hidden, device=place, dtype=dtype)
     second = torch.ones(shape.hidden, width, device=place, dtype=dtype)
     flops = 2 * tokens * shape.hidden * width / _fastest(lambda: first @ second, place)
-    rows = torch.ones(4096, BUFFER // dtype.itemsize // 4096, device=place, dtype=dtype)
-    vector = torch.ones(rows.shape[1], device=place, dtype=dtype)
+    # Bytes are bytes, and in float32 every device has a product that does nothing but read.
+    rows = torch.ones(4096, BUFFER // 4 // 4096, device=place)
+    vector = torch.ones(rows.shape[1], device=place)
     return Speed(flops, rows.nbytes / _fastest(lambda: rows @ vector, place))
 
 
@@ -140,7 +141,8 @@ def bandwidth_said(text: str) -> float:
 
 def in_words(seconds: float) -> str:
     """A time to two figures, in the unit that suits it."""
-    for unit, size, least in (("days", 86400, 3 * 86400), ("h", 3600, 2 * 3600), ("min", 60, 120)):
+    for unit, size, least in (("days", 86400, 3 * 86400), ("h", 3600, 2 * 3600), ("min", 60, 120), ("s", 1, 0)):
         if seconds >= least:
-            return f"{seconds / size:.2g} {unit}" if seconds / size < 100 else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
+            break
+    number = seconds / size
+    return f"{number:.1f} {unit}" if number < 9.95 else f"{number:,.0f} {unit}"
