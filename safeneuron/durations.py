@@ -202,7 +202,9 @@ def _training(config: Config, table: AlignTable, clock: Clock, pairs: Amount, cl
     if table.refresh:
         found = 1 + training.epochs * pairs.count // training.batch_size // table.refresh
         searched = classes._replace(count=min(classes.count, 2 * table.refresh_prompts))
-        seconds += found * table.refresh_searches * clock.reading(searched, config.measure.batch_tokens, b)
+        # All processes search together, and share the prompts.
+        again = found * table.refresh_searches * clock.reading(searched, config.measure.batch_tokens, b)
+        return seconds / clock.device.count + again
     return seconds / clock.device.count
 
 
@@ -264,7 +266,7 @@ def table_of_times(config: Config, clock: Clock) -> list[str]:
     told = f"{speed.flops / 1e12:.3g} TFLOP/s and {speed.bandwidth / 1e9:.3g} GB/s"
     many = f" on each of {clock.device.count} devices" if clock.device.count > 1 else ""
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"time, from full speed ({told}{many}) to a third of it"]
+    lines = [f"time, from full speed ({told}{many}) to a quarter of it"]
     lines += [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]) for row in rows
     ]

@@ -21,8 +21,8 @@ from safeneuron.training import Training
 
 CALL = 5e-4
 """Seconds of Python in each layer of each pass, on any device: dozens of small operations that have to be started."""
-SLOWER = 3.0
-"""Real work reaches a third of a device's speed or more: there are norms, softmax, padding and small matrices."""
+SLOWER = 4.0
+"""Real work reaches a quarter of a device's speed or more: there are norms, softmax, padding and small matrices."""
 ADAM_BYTES = 40
 """What an optimizer step reads and writes of each trained weight: gradient, weight, two moments, clipping, zeroing."""
 SECONDS = 0.4
@@ -141,8 +141,7 @@ def bandwidth_said(text: str) -> float:
 
 def in_words(seconds: float) -> str:
     """A time to two figures, in the unit that suits it."""
-    for unit, size, least in (("days", 86400, 3 * 86400), ("h", 3600, 2 * 3600), ("min", 60, 120), ("s", 1, 0)):
-        if seconds >= least:
-            break
-    number = seconds / size
+    units = {"days": (86400, 3 * 86400), "h": (3600, 2 * 3600), "min": (60, 120), "s": (1, 0)}
+    unit = next(name for name, (_, least) in units.items() if seconds >= least)
+    number = seconds / units[unit][0]
     return f"{number:.1f} {unit}" if number < 9.95 else f"{number:,.0f} {unit}"
