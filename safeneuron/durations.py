@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from safeneuron.config import AlignTable, AttackTable, Config, SourceTable
 from safeneuron.data import Prompt
 from safeneuron.errors import InputError
@@ -251,7 +249,7 @@ def clock_for(config: Config, paper: Paper, device: Device, flops: float, bandwi
         return None
     place = device_named(config.model.device)
     precisions = [bytes_of(config.model.dtype, device), bytes_of(config.align.precision, device)]
-    speeds = {b: measured(place, torch.bfloat16 if b == 2 else torch.float32, paper.shape) for b in set(precisions)}
+    speeds = {b: measured(place, b, paper.shape) for b in set(precisions)}
     return Clock(paper, device, *(speeds[b] for b in precisions))
 
 

@@ -43,8 +43,9 @@ class Speed:
         return max(flops / self.flops, traffic / self.bandwidth)
 
 
-def measured(place: torch.device, dtype: torch.dtype, shape: Shape) -> Speed:
+def measured(place: torch.device, b: int, shape: Shape) -> Speed:
     """The speed of this device, from products of matrices as large as the model's; takes about a second."""
+    dtype = torch.bfloat16 if b == 2 else torch.float32
     width = max(1, min(shape.width, 2**26 // shape.hidden))
     tokens = 512 if place.type == "cpu" else 4096
     first = torch.ones(tokens, shape.hidden, device=place, dtype=dtype)

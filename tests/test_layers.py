@@ -162,7 +162,8 @@ REPORTS = {"reporting", "sidebyside", "markdown", "plotting"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights", "vision",
-    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "shapes",
+    "lengths",
     "sentences", "guard_models", "guards", "serving", "finetuning", "anatomy", "adapters",
 }  # fmt: skip
 
