@@ -261,7 +261,8 @@ def table_of_times(config: Config, clock: Clock) -> list[str]:
     rows += [[job.stage, str(job.times), between(job.seconds), job.work] for job in found]
     rows.append(["in all", "", between(whole), ""])
     speed = clock.computing
-    told = f"{speed.flops / 1e12:.3g} TFLOP/s and {speed.bandwidth / 1e9:.3g} GB/s"
+    memory = f"{speed.bandwidth / 1e12:.3g} TB/s" if speed.bandwidth >= 1e12 else f"{speed.bandwidth / 1e9:.3g} GB/s"
+    told = f"{speed.flops / 1e12:.3g} TFLOP/s and {memory}"
     many = f" on each of {clock.device.count} devices" if clock.device.count > 1 else ""
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"time, from full speed ({told}{many}) to a quarter of it"]

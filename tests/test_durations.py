@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from safeneuron.answering import asked
+from safeneuron.cli import app
 from safeneuron.config import read_config
 from safeneuron.durations import ROWS, Clock, clock_for, jobs, streams, table_of_times
 from safeneuron.errors import InputError
@@ -97,7 +101,7 @@ def test_a_large_model_is_timed_without_weights_in_seconds(tmp_path):
     clock = clock_for(config, paper, device, 400e12, "3.3TB", here=False)
     lines = table_of_times(config, clock)
     assert time.process_time() - begun < 10
-    assert lines[0] == "time, from full speed (400 TFLOP/s and 3.3e+03 GB/s on each of 8 devices) to a quarter of it"
+    assert lines[0] == "time, from full speed (400 TFLOP/s and 3.3 TB/s on each of 8 devices) to a quarter of it"
     training = next(job for job in jobs(config, clock) if job.stage == "align")
     # Three epochs, a pass forward again for each layer, and the reference: 13 times 2 P T; and 10,313 steps of AdamW.
     computing, moving = 13 * 2 * 70.5e9 * (2 * 55_000 * 256) / 400e12, 10_313 * 40 * 70.5e9 / 3.3e12
@@ -124,3 +128,16 @@ def test_base_is_attacked_by_fewer():
     table = read_config("demo").attack
     assert streams(table, BASE) == (5, 5)
     assert streams(table, states_of(read_config("demo"))[1]) == (8, 8)
+
+
+def test_the_print_in_the_documentation_is_the_commands_own(tmp_path, monkeypatch):
+    """And takes seconds, with no weights to read."""
+    seventy_billion(tmp_path / "llama-70b")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    command, *printed = page.partition("$ safeneuron ")[2].partition("\n```")[0].splitlines()
+    begun = time.process_time()
+    result = CliRunner().invoke(app, shlex.split(command))
+    assert time.process_time() - begun < 10
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == printed
