@@ -253,6 +253,16 @@ def test_placed_automatically_what_memory_does_not_hold_goes_to_disk(stored):
     assert not is_offloaded(load(stored, "float32", device_map="auto").network)
 
 
+def test_experts_that_the_checkpoint_holds_one_by_one_are_written_to_the_folder(tmp_path):
+    plain = tiny_experts.model("qwen3-moe")
+    plain.save(tmp_path / "model")
+    with pytest.raises(InputError, match="cannot be loaded .*offload"):
+        load(tmp_path / "model", "float32", device_map={"": "disk"})
+    other = load(tmp_path / "model", "float32", device_map={"": "disk"}, offload_folder=tmp_path / "away")
+    mine, its = (measure(model, UNSAFE, SAFE) for model in (plain, other))
+    assert torch.equal(mine.unsafe.mean, its.unsafe.mean)
+
+
 def test_an_offloaded_model_is_saved_whole(stored, tmp_path):
     load(stored, "float32", device_map=ON_DISK).save(tmp_path / "again")
     first, second = (load(folder, "float32").network.state_dict() for folder in (stored, tmp_path / "again"))
