@@ -51,7 +51,7 @@ class Job(NamedTuple):
 class Amount(NamedTuple):
     """How many prompts or pairs there are, their mean length in tokens, and the mean number of patches of each."""
 
-    count: int
+    number: int
     length: float
     patches: float
 
@@ -71,20 +71,20 @@ class Clock:
 
     def reading(self, amount: Amount, batch_tokens: int, b: int) -> float:
         """Seconds of measuring so many prompts once."""
-        found = reading_seconds(self.paper.shape, self.computing, amount.count, amount.length, batch_tokens, b)
+        found = reading_seconds(self.paper.shape, self.computing, amount.number, amount.length, batch_tokens, b)
         return (found + self.looking(amount)) / self.device.count
 
     def answering(self, amount: Amount, new_tokens: int, batch_size: int, b: int) -> float:
         """Seconds of answering so many prompts once."""
         found = answering_seconds(
-            self.paper.shape, self.computing, amount.count, amount.length, new_tokens, batch_size, b
+            self.paper.shape, self.computing, amount.number, amount.length, new_tokens, batch_size, b
         )
         return (found + self.looking(amount)) / self.device.count
 
     def looking(self, amount: Amount) -> float:
         """Seconds that the vision tower has for the pictures."""
         weights = 0 if self.paper.eyes is None else self.paper.eyes.parameters
-        return 2 * weights * amount.count * amount.patches / self.computing.flops
+        return 2 * weights * amount.number * amount.patches / self.computing.flops
 
     def prompts(self, tables: Sequence[SourceTable], most: int) -> Amount:
         """What these sources hold, each prompt cut to ``most`` tokens."""
@@ -131,13 +131,13 @@ def asked(prompt: Prompt) -> tuple[dict[str, str], ...]:
 
 
 def _together(parts: Sequence[Amount]) -> Amount:
-    count = sum(part.count for part in parts)
+    count = sum(part.number for part in parts)
     if not count:
         return Amount(0, 0, 0)
     return Amount(
         count,
-        sum(part.count * part.length for part in parts) / count,
-        sum(part.count * part.patches for part in parts) / count,
+        sum(part.number * part.length for part in parts) / count,
+        sum(part.number * part.patches for part in parts) / count,
     )
 
 
@@ -148,7 +148,7 @@ def jobs(config: Config, clock: Clock) -> Iterator[Job]:
     b = bytes_of(config.model.dtype, clock.device)
     classes = clock.prompts([*config.data.unsafe, *config.data.safe], table.max_tokens)
     once = clock.reading(classes, table.batch_tokens, b)
-    yield Job("measure", len(states), once, f"{classes.count:,} prompts of {classes.length:.0f} tokens")
+    yield Job("measure", len(states), once, f"{classes.number:,} prompts of {classes.length:.0f} tokens")
     if "iterated" in attack.knowledge:
         searches = attack.searches - 1
         yield Job("iterate", len(states), searches * once, f"{searches} more searches")
@@ -159,7 +159,7 @@ def jobs(config: Config, clock: Clock) -> Iterator[Job]:
             many * clock.answering(amount, attack.max_new_tokens, attack.batch_size, b)
             for amount, many in ((unsafe, harmful), (safe, harmless))
         )
-        answers = harmful * unsafe.count + harmless * safe.count
+        answers = harmful * unsafe.number + harmless * safe.number
         name = "attack T0" if state == BASE else "attack"
         if times:
             yield Job(name, times, seconds, f"{answers:,} answers of {attack.max_new_tokens} tokens")
@@ -181,25 +181,25 @@ def streams(table: AttackTable, state: State) -> tuple[int, int]:
 def _training_jobs(config: Config, clock: Clock, b: int, classes: Amount) -> Iterator[Job]:
     """The making of pairs, and each training."""
     pairs, made = _pairs(config, clock)
-    if made.count:
+    if made.number:
         seconds = clock.answering(made, config.pairs.max_new_tokens, config.attack.batch_size, b)
-        yield Job("pairs", 1, seconds, f"{made.count:,} answers of {config.pairs.max_new_tokens} tokens")
+        yield Job("pairs", 1, seconds, f"{made.number:,} answers of {config.pairs.max_new_tokens} tokens")
     for name in ["", *config.variants]:
         table = config.variant(name)
         if table.rounds:
             seconds = _training(config, table, clock, pairs, classes, b)
-            work = f"{table.epochs:g} x {pairs.count:,} pairs of 2 x {pairs.length:.0f} tokens"
+            work = f"{table.epochs:g} x {pairs.number:,} pairs of 2 x {pairs.length:.0f} tokens"
             yield Job(f"align {name}" if name else "align", table.rounds, seconds, work)
 
 
 def _training(config: Config, table: AlignTable, clock: Clock, pairs: Amount, classes: Amount, b: int) -> float:
     training = training_of(config, table)
     share = table.refresh_share if table.refresh and table.kl_weight else 0.0
-    seconds = training_seconds(clock.paper.shape, clock.training, training, pairs.count, pairs.length, share)
+    seconds = training_seconds(clock.paper.shape, clock.training, training, pairs.number, pairs.length, share)
     seconds += (1 + training.epochs) * 2 * clock.looking(pairs)
     if table.refresh:
-        found = 1 + training.epochs * pairs.count // training.batch_size // table.refresh
-        searched = classes._replace(count=min(classes.count, 2 * table.refresh_prompts))
+        found = 1 + training.epochs * pairs.number // training.batch_size // table.refresh
+        searched = classes._replace(number=min(classes.number, 2 * table.refresh_prompts))
         # All processes search together, and share the prompts.
         again = found * table.refresh_searches * clock.reading(searched, config.measure.batch_tokens, b)
         return seconds / clock.device.count + again
@@ -222,13 +222,13 @@ def _pairs(config: Config, clock: Clock) -> tuple[Amount, Amount]:
         else:
             found[name] = clock.pairs(sources, most, table.count)
     safety, general = found["safety"], found["general"]
-    if general.count:
-        whole = min(safety.count / table.safety_share, general.count / max(1e-9, 1 - table.safety_share))
+    if general.number:
+        whole = min(safety.number / table.safety_share, general.number / max(1e-9, 1 - table.safety_share))
         whole = min(whole, table.count or whole)
-        safety = safety._replace(count=round(whole * table.safety_share))
-        general = general._replace(count=round(whole) - safety.count)
+        safety = safety._replace(number=round(whole * table.safety_share))
+        general = general._replace(number=round(whole) - safety.number)
     together = _together([safety, general])
-    return together._replace(count=min(together.count, table.count or together.count)), _together(made)
+    return together._replace(number=min(together.number, table.count or together.number)), _together(made)
 
 
 def clock_for(config: Config, paper: Paper, device: Device, flops: float, bandwidth: str, here: bool) -> Clock | None:
@@ -250,7 +250,8 @@ def clock_for(config: Config, paper: Paper, device: Device, flops: float, bandwi
     place = device_named(config.model.device)
     precisions = [bytes_of(config.model.dtype, device), bytes_of(config.align.precision, device)]
     speeds = {b: measured(place, b, paper.shape) for b in set(precisions)}
-    return Clock(paper, device, *(speeds[b] for b in precisions))
+    computing, training = (speeds[b] for b in precisions)
+    return Clock(paper, device, computing, training)
 
 
 def table_of_times(config: Config, clock: Clock) -> list[str]:

@@ -87,7 +87,7 @@ def test_what_has_yet_to_be_fetched_is_guessed_and_said():
     config = read_config("paper-llama", ['model.name="embedded"', "data.test_unsafe=[{path='strongreject'}]"])
     clock = clock_of(config)
     lines = table_of_times(config, clock)
-    assert clock.prompts(config.data.test_unsafe, 2000).count == ROWS
+    assert clock.prompts(config.data.test_unsafe, 2000).number == ROWS
     assert any(line.startswith("guessed") and "strongreject" in line for line in lines)
     # The pairs that are asked for are taken to be there.
     assert any("3 x 55,000 pairs" in line for line in lines)
