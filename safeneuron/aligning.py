@@ -25,6 +25,7 @@ from safeneuron.freezing import Freeze, FreezeNeurons
 from safeneuron.memory import hand_back_memory
 from safeneuron.models import Model, quiet
 from safeneuron.neurons import NeuronSet
+from safeneuron.offloading import require_whole
 from safeneuron.quantising import dequantised, has_four_bits
 from safeneuron.training import (
     Progress,
@@ -102,7 +103,8 @@ def align(
     (FSDP2, when accelerate says so); all of them get the whole result.
 
     Raises ``InputError`` for pairs that cannot be trained on, a neuron set of another model, a model in 4 bits without
-    ``lora_rank``, a loss or weights that are not finite, or training that changed nothing.
+    ``lora_rank``, a model of which weights are offloaded, a loss or weights that are not finite, or training that
+    changed nothing.
     """
     from safeneuron.dpo import answers_scored_alone
 
@@ -225,6 +227,7 @@ def _trainer(
 
 def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest: bool) -> None:
     _check_pairs(model, pairs)
+    require_whole(model.network, "align")
     if has_four_bits(model.network) and not training.lora_rank:
         raise InputError(
             f"the weights of {model.name} are in 4 bits, so they cannot be trained; set lora_rank to train adapters on "

@@ -34,13 +34,13 @@ from safeneuron.flattening import by_layer, finite, flat, with_intervals
 from safeneuron.inspecting import Effort, portraits_record, stability_record, topic_stats, topics_record
 from safeneuron.memory import peak_memory_mb, reset_peak_memory
 from safeneuron.methods import agreements, discoveries, volcano
-from safeneuron.models import Model, load
+from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
 from safeneuron.pipeline import Watcher
 from safeneuron.runs import Run, key_of, read_json, write_bytes, write_json, write_text
 from safeneuron.scaling import data_scale, iterations, results_of
 from safeneuron.selecting import Scores
-from safeneuron.sources import judge_of
+from safeneuron.sources import judge_of, model_of
 from safeneuron.states import BASE, Findings, State
 from safeneuron.tables import as_csv
 from safeneuron.weakening import redundancy_record
@@ -287,10 +287,8 @@ class Analyser:
         return self.findings.prompts("unsafe"), self.findings.prompts("safe")
 
     def _load(self, state: State, dtype: str) -> Model:
-        table = self.config.model
-        if state == BASE:
-            return load(table.name, dtype, table.device, table.revision, table.trust_remote_code)
-        return load(self.run.folder / state.name / "align" / "model", dtype, table.device)
+        trained = None if state == BASE else self.run.folder / state.name / "align" / "model"
+        return model_of(self.config.model, dtype, trained=trained)
 
     def _model(self, state: State) -> Model:
         """The state's model; the last one loaded is kept."""

@@ -202,6 +202,8 @@ def _told(harness: Any, model: Model, batch_size: int, progress: Progress | None
         backend="causal",
     )
     told.set_cache_hook(told)
+    # Of a model whose weights are elsewhere until they are needed, it takes that for the place of its inputs.
+    told._device = model.device
     return told
 
 

@@ -401,13 +401,29 @@ def plan(
         bool,
         typer.Option("--sharded/--replicated", help="Do they share what is trained (FSDP2), or each hold it (DDP)?"),
     ] = True,
+    device_flops: Annotated[
+        float,
+        typer.Option("--device-flops", min=0, help="Operations a second of each GPU, such as 400e12; else measured."),
+    ] = 0.0,
+    device_bandwidth: Annotated[
+        str,
+        typer.Option("--device-bandwidth", help="Bytes a second that each GPU's memory gives, such as 3.3TB."),
+    ] = "",
 ) -> None:
-    """What each stage will need in memory, and whether it fits; reads the model's config, not its weights."""
+    """What each stage will need in memory and time, and whether it fits; reads the model's config, not its weights."""
     from safeneuron.config import read_config
-    from safeneuron.foreseeing import device_asked, table_of_needs
+    from safeneuron.durations import clock_for, table_of_times
+    from safeneuron.foreseeing import Paper, device_asked, table_of_needs
 
     settings = read_config(config, changes or [])
-    _print_lines(table_of_needs(settings, device_asked(settings, device_memory, devices, sharded)))
+    device = device_asked(settings, device_memory, devices, sharded)
+    paper = Paper.of(settings, words=True)
+    _print_lines([*table_of_needs(settings, device, paper), ""])
+    clock = clock_for(settings, paper, device, device_flops, device_bandwidth, here=not device_memory)
+    if clock is None:
+        _print_lines(["time: give --device-flops and --device-bandwidth of a device that is not here"])
+    else:
+        _print_lines(table_of_times(settings, clock))
 
 
 @app.command()

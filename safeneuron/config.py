@@ -62,6 +62,21 @@ class ModelTable(Table):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; leave it off if you can")
+    device_map: Literal["", "auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] = Field(
+        "",
+        description="auto spreads a model that one device does not hold over the GPUs, main memory and disk, to be "
+        "measured and attacked there; or a table of modules and devices; empty: on one device",
+    )
+    max_memory: dict[str, str] = Field(
+        {}, description="device_map: what may be taken of each device, as in { 0 = '70GB', cpu = '200GB' }"
+    )
+    offload_folder: str = Field(
+        "", description="device_map: where weights on disk are written that the checkpoint holds in another form"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the results: where the layers wait until it is their turn does not."""
+        return self.model_dump(exclude={"device_map", "max_memory", "offload_folder"})
 
 
 Sources = tuple[SourceTable, ...]
@@ -432,6 +447,24 @@ class Config(Table):
             raise ValueError(f"{found} is for neurons of the text decoder; leave it out with measure.part = 'eyes'")
         return self
 
+    @model_validator(mode="after")
+    def _spread_models_are_not_changed(self) -> Config:
+        if not self.model.device_map:
+            return self
+        attack = self.attack
+        asked = {
+            "align.rounds > 0": any(self.variant(name).rounds for name in ["", *self.variants]),
+            "snip or gradient in attack.selectors": bool({"snip", "gradient"} & set(attack.selectors)),
+            "fine-tune in attack.attempts": "fine-tune" in attack.attempts,
+            'attack.backend = "vllm"': attack.backend == "vllm",
+        }
+        if found := [name for name, wanted in asked.items() if wanted]:
+            raise ValueError(
+                "model.device_map is for measuring and attacking, but all weights in memory are needed for "
+                f"{', '.join(found)}; leave out the one or the other"
+            )
+        return self
+
     def variant(self, name: str) -> AlignTable:
         """The [align] table of a variant; the empty name is the main one."""
         if not name:
@@ -552,7 +585,7 @@ def _table_lines(table: BaseModel, prefix: str, comments: bool) -> Iterator[str]
     deeper: list[tuple[str, Any, str]] = []
     for name, field in type(table).model_fields.items():
         value = getattr(table, name)
-        if isinstance(value, BaseModel | dict):
+        if isinstance(value, BaseModel) or name == "variants":
             deeper.append((name, value, field.description or ""))
             continue
         if comments:
@@ -581,6 +614,8 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         # The escapes of JSON are those of TOML, but for one character that JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_value(name)} = {_value(item)}" for name, item in value.items()) + " }"
     if isinstance(value, BaseModel):
         told = value.model_dump().items()
         given = {name: item for name, item in told if item not in ("", None) and item is not False}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from safeneuron.anatomy import INTERLEAVED, TIME_FIRST, FeedForward, Layer, decoder_of
 from safeneuron.errors import InputError
 from safeneuron.ffn import HasNetwork, config_of, layers, network_of, recorded
+from safeneuron.offloading import at_hand, device_of_inputs, is_offloaded
 from safeneuron.stacks import ExpertStack
 from safeneuron.touching import biases, changed, column, in_the_open, rows_of
 from safeneuron.watching import Flow, watched
@@ -41,8 +42,9 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
     """Probe one layer of each kind that the model has; see the module.
 
     Takes a few forward passes over twelve tokens, most of them through the first layers only. Weights that are
-    quantised, offloaded or spread over processes are not touched, and what cannot be tried on them is named in the
-    result. Raises ``InputError`` that says what was found where the model does not behave as its anatomy says.
+    quantised or spread over processes are not touched, and what cannot be tried on them is named in the result; those
+    that are offloaded are brought to hand. Raises ``InputError`` that says what was found where the model does not
+    behave as its anatomy says.
     """
     network = network_of(model)
     found = layers(network)
@@ -50,7 +52,7 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
     for layer in found:
         if layer.blocks:
             kinds.setdefault(_kind(layer), layer)
-    if any(parameter.is_meta for parameter in network.parameters()):
+    if any(parameter.is_meta for parameter in network.parameters()) and not is_offloaded(network):
         return Proof((), ("weights that are not in memory",))
     unproved: list[str] = []
     with _resting(network), torch.no_grad():
@@ -60,10 +62,11 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
         if silent:
             unproved.append(f"layer {', '.join(silent)}, which text alone does not run")
         for layer in kinds.values():
-            for block in layer.blocks:
-                unproved += _prove_block(network, layer, block)
-            if not layer.is_plain:
-                _prove_routes(network, layer)
+            with at_hand(layer.module):
+                for block in layer.blocks:
+                    unproved += _prove_block(network, layer, block)
+                if not layer.is_plain:
+                    _prove_routes(network, layer)
     return Proof(tuple(layer.index for layer in kinds.values()), tuple(dict.fromkeys(unproved)))
 
 
@@ -127,7 +130,7 @@ def _ids(network: nn.Module) -> Tensor:
     embedding = next((module for module in decoder_of(network).modules() if isinstance(module, nn.Embedding)), None)
     if embedding is not None:
         device = embedding.weight.device
-    return ids.to(device)
+    return ids.to(device_of_inputs(network) or device)
 
 
 def _vocabulary(network: nn.Module) -> int:

@@ -127,7 +127,7 @@ def _ending(model: Model, part: Sequence[Exchange], count: int, gradients: bool)
     slopes: dict[int, Tensor] = {}
 
     def at_the_end(values: Tensor) -> Tensor:
-        return values.detach()[rows, places].double().sum(dim=0).cpu()
+        return values.detach()[rows.to(values.device), places.to(values.device)].double().sum(dim=0).cpu()
 
     def look(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

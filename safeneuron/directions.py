@@ -203,7 +203,7 @@ def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence
     last, rows, seen = mask.sum(dim=1) - 1, torch.arange(len(batch), device=mask.device), list[Tensor]()
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0][rows, last].double().cpu())
+        seen.append(inputs[0][rows.to(inputs[0].device), last.to(inputs[0].device)].double().cpu())
 
     handles = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:

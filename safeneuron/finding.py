@@ -47,7 +47,7 @@ def settings_of(config: Config) -> dict[str, object]:
     return {
         "measure": config.measure.settings(),
         "select": config.select.model_dump(),
-        "model": config.model.model_dump(),
+        "model": config.model.settings(),
     }
 
 

@@ -24,6 +24,7 @@ from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.ffn import has_adapters
 from safeneuron.models import Model, quiet
+from safeneuron.offloading import require_whole
 from safeneuron.rows import Row, Source, as_source, read_rows, text_at
 from safeneuron.training import Progress, Training, Watch, borrowed
 from safeneuron.vision import answer_ids
@@ -76,9 +77,10 @@ def finetuned(
     from the base alone, so prune inside it. Several ranks share each batch.
 
     Raises ``InputError`` without demonstrations, for a model that has adapters already or no chat template, for a
-    number below 1, or if training diverges.
+    number below 1, a model of which weights are offloaded, or if training diverges.
     """
     _check(model, demonstrations, steps, rank)
+    require_whole(model.network, "fine-tuning")
     from peft import get_peft_model
 
     quiet()

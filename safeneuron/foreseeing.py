@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from safeneuron import ranks
+from safeneuron import embedded, ranks
 from safeneuron.config import AlignTable, Config, SourceTable
-from safeneuron.data import Pair, read_prompts
+from safeneuron.data import Pair
 from safeneuron.errors import InputError
 from safeneuron.fitting import Plan, fits, gigabytes, plan, require_fit, ways
-from safeneuron.models import Model, device_named
+from safeneuron.lengths import SAMPLE, Eyes, Lengths, pairs_at_hand, prompts_at_hand, some_of
+from safeneuron.models import Message, Model, device_named
 from safeneuron.neurons import NeuronSet
-from safeneuron.pairs import read_pairs
 from safeneuron.planning import (
     GB,
     Device,
@@ -23,8 +23,10 @@ from safeneuron.planning import (
     Shape,
     align_need,
     attack_need,
+    bytes_of,
     longest_pair,
     measure_need,
+    pairs_at_once,
     total,
 )
 from safeneuron.rows import Source
@@ -39,6 +41,38 @@ TEMPLATE_TOKENS = 64
 """About what a chat template adds to a prompt."""
 
 
+@dataclass(frozen=True)
+class Paper:
+    """A model as it is on paper: its sizes, those of its vision tower if it has one, and what counts its tokens."""
+
+    shape: Shape
+    eyes: Eyes | None
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, config: Config, words: bool = False) -> Paper:
+        """What a config's model is, without its weights; with a tokenizer for pictures alone, or for ``words`` too.
+
+        Raises ``InputError`` where the model's config cannot be read.
+        """
+        table = config.model
+        network = Shape.network(table.name, table.revision, table.trust_remote_code)
+        shape = Shape.of(network, embedded.LABEL if table.name == embedded.NAME else table.name)
+        eyes = Eyes.of(network)
+        known = words or eyes is not None
+        lengths = Lengths.read(table.name, table.revision, table.trust_remote_code) if known else Lengths()
+        return cls(shape, eyes, lengths)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What some pictures take: the fewest and the most tokens of a prompt with one, and the most patches."""
+
+    fewest: int
+    most: int
+    patches: int
+
+
 def training_of(config: Config, table: AlignTable) -> Training:
     """The settings of a training in its table."""
     return Training(**table.model_dump(include=TRAINING), seed=config.seed)
@@ -49,9 +83,13 @@ def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: Ne
 
     Raises ``InputError`` if it may be changed and there is no way.
     """
-    shape, device = Shape.of(model.network, model.name), Device.of(model.device)
+    paper = Paper(
+        Shape.of(model.network, model.name), Eyes.of(model.network), Lengths(model.tokenizer, model.processor)
+    )
     length = longest_pair(model, pairs, training.max_length)
-    made = _plan(shape, device, training, length, len(frozen) if frozen is not None else 0, change)
+    seen = _pictures(paper, [(pair.prompt, pair.image) for pair in some_of([p for p in pairs if p.image is not None])])
+    count = len(frozen) if frozen is not None else 0
+    made = _plan(paper, Device.of(model.device), training, length, count, change, seen)
     if change:
         require_fit(made, "the training")
     return replace(made, training=_of_all_ranks(made.training))
@@ -69,15 +107,15 @@ def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
 
     Raises ``InputError`` if even one pair of a few words at a time would not fit, for training that may be changed.
     """
-    shape = _shape(config)
+    paper = Paper.of(config)
     device = Device.of(device_named(config.model.device))
     found = {}
     for state in states:
         table = config.variant(state.variant)
         if table.fit_memory:
             few_words = min(TEMPLATE_TOKENS, table.max_length)
-            require_fit(_planned(config, table, shape, device, few_words), f"{state.name}/align")
-        found[state.name] = _planned(config, table, shape, device, _pair_length(config, table))
+            require_fit(_planned(config, table, paper, device, (few_words, None)), f"{state.name}/align")
+        found[state.name] = _planned(config, table, paper, device, _pair_length(config, table, paper))
     return found
 
 
@@ -96,25 +134,32 @@ def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Devi
     return replace(device, count=count, sharded=sharded and count > 1)
 
 
-def table_of_needs(config: Config, device: Device) -> list[str]:
+def table_of_needs(config: Config, device: Device, paper: Paper | None = None) -> list[str]:
     """What each stage needs, by what it is for, as lines of text.
 
-    Tokens are guessed from the texts' characters where these are at hand; where they are not, the caps are taken.
+    Tokens are guessed from the texts' characters where these are at hand, and pictures counted by the model's own
+    processor where that is; where they are not, the caps are taken.
     """
-    shape = _shape(config)
-    plans = dict(_plans(config, shape, device))
-    needs = _needs(config, shape, device) | {name: made.need for name, made in plans.items()}
+    paper = paper or Paper.of(config)
+    shape = paper.shape
+    plans = dict(_plans(config, paper, device))
+    needs = _needs(config, paper, device) | {name: made.need for name, made in plans.items()}
     kinds = list(dict.fromkeys(kind for need in needs.values() for kind in need))
     rows = [["", *needs]]
     rows += [[kind, *(f"{need[kind] / GB:.2f}" if kind in need else "-" for need in needs.values())] for kind in kinds]
     rows.append(["in all", *(f"{total(need) / GB:.2f}" for need in needs.values())])
-    rows.append(["fits", *("yes" if fits(need, device) else "no" for need in needs.values())])
+    spread = {"measure", "attack"} if config.model.device_map else set()
+    says = {name: "yes" if fits(need, device) else "spread" if name in spread else "no" for name, need in needs.items()}
+    rows.append(["fits", *says.values()])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
     told = [f"{name}: {_told(made)}" for name, made in plans.items()]
+    if config.model.device_map:
+        told.insert(0, "spread: what does not fit waits in main memory or on disk (model.device_map)")
+    told += _of_pictures(config, paper)
     return [
         f"{shape.name}: {shape.parameters:,} parameters in {shape.layers} layers",
         *_about(device),
@@ -125,43 +170,69 @@ def table_of_needs(config: Config, device: Device) -> list[str]:
     ]
 
 
-def _plans(config: Config, shape: Shape, device: Device) -> Iterator[tuple[str, Plan]]:
+def _plans(config: Config, paper: Paper, device: Device) -> Iterator[tuple[str, Plan]]:
     """The main training, and each variant that needs another amount of memory than those before it."""
     seen: set[str] = set()
     for name in ["", *config.variants]:
         table = config.variant(name)
-        made = _planned(config, table, shape, device, _pair_length(config, table))
+        made = _planned(config, table, paper, device, _pair_length(config, table, paper))
         if table.rounds and gigabytes(total(made.need)) not in seen:
             seen.add(gigabytes(total(made.need)))
             yield name or "align", made
 
 
-def _needs(config: Config, shape: Shape, device: Device) -> dict[str, Need]:
+def _needs(config: Config, paper: Paper, device: Device) -> dict[str, Need]:
     measure, attack, dtype = config.measure, config.attack, config.model.dtype
-    asked = _prompt_tokens([*config.data.test_unsafe, *config.data.test_safe], measure.max_tokens)
+    b, most = bytes_of(dtype, device), measure.max_tokens
+    _, read = _prompt_tokens([*config.data.unsafe, *config.data.safe], most, paper)
+    asked, seen = _prompt_tokens([*config.data.test_unsafe, *config.data.test_safe], most, paper)
+    together = max(1, measure.batch_tokens // read.fewest) if read else 0
     return {
-        "measure": measure_need(shape, device, measure.batch_tokens, measure.max_tokens, dtype),
-        "attack": attack_need(shape, device, attack.batch_size, asked, attack.max_new_tokens, dtype),
+        "measure": measure_need(
+            paper.shape, device, measure.batch_tokens, most, dtype, sight=_sight(paper, read, together, b)
+        ),
+        "attack": attack_need(
+            paper.shape,
+            device,
+            attack.batch_size,
+            asked,
+            attack.max_new_tokens,
+            dtype,
+            sight=_sight(paper, seen, attack.batch_size, b),
+        ),
     }
 
 
-def _planned(config: Config, table: AlignTable, shape: Shape, device: Device, length: int) -> Plan:
+def _planned(
+    config: Config, table: AlignTable, paper: Paper, device: Device, longest: tuple[int, Pictures | None]
+) -> Plan:
+    shape, (length, seen) = paper.shape, longest
     frozen = round((config.select.density or 0.01) * shape.width * shape.layers) if table.freeze != "none" else 0
-    return _plan(shape, device, training_of(config, table), length, frozen, table.fit_memory)
+    return _plan(paper, device, training_of(config, table), length, frozen, table.fit_memory, seen)
 
 
-def _plan(shape: Shape, device: Device, training: Training, length: int, frozen: int, change: bool) -> Plan:
-    return plan(
-        training,
-        device,
-        length,
-        lambda tried: align_need(shape, device, tried, length, frozen, tried.lora_rank),
-        change,
-    )
+def _plan(
+    paper: Paper,
+    device: Device,
+    training: Training,
+    length: int,
+    frozen: int,
+    change: bool,
+    seen: Pictures | None,
+) -> Plan:
+    b = bytes_of(training.precision, device)
+
+    def need(tried: Training) -> Need:
+        # Both sequences of a pair show its picture.
+        sight = _sight(paper, seen, 2 * pairs_at_once(tried, device), b)
+        return align_need(paper.shape, device, tried, length, frozen, tried.lora_rank, sight=sight)
+
+    return plan(training, device, length, need, change)
 
 
-def _shape(config: Config) -> Shape:
-    return Shape.read(config.model.name, config.model.revision, config.model.trust_remote_code)
+def _sight(paper: Paper, seen: Pictures | None, count: int, b: int) -> float:
+    """Bytes that the vision tower has at once of so many pictures."""
+    return paper.eyes.need(count * seen.patches, b) if paper.eyes is not None and seen is not None else 0.0
 
 
 def _told(made: Plan) -> str:
@@ -178,34 +249,74 @@ def _about(device: Device) -> list[str]:
     return [f"on each of {device.count} devices with {has}, {how}; figures in GB"]
 
 
-def _pair_length(config: Config, table: AlignTable) -> int:
-    """Tokens of the longest pair, about; the cap where texts are not at hand yet."""
-    pairs = config.pairs
+def _pair_length(config: Config, table: AlignTable, paper: Paper) -> tuple[int, Pictures | None]:
+    """Tokens of the longest pair, about, and what pictures take; the cap where texts are not at hand yet."""
+    pairs, most = config.pairs, table.max_length
     parts: tuple[Any, ...] = (pairs.safety, pairs.general)
-    sources = [source for part in parts if part != "on-policy" for source in part]
-    # How many tokens an image takes is the processor's to say.
-    if any(source.path.startswith("hub:") or source.as_image for source in sources):
-        return table.max_length
-    read = [pair for source in sources for pair in read_pairs(Source(**source.model_dump()))]
-    if any(pair.image is not None for pair in read):
-        return table.max_length
-    lengths = [
-        _tokens_in("".join(message["content"] for message in pair.prompt) + answer)
-        for pair in read
-        for answer in (pair.chosen, pair.rejected)
-    ]
+    found = [pairs_at_hand(Source(**one.model_dump())) for part in parts if part != "on-policy" for one in part]
+    lengths, seen = [], []
+    for one in found:
+        if one is None:
+            return most, None
+        texts = [pair for pair in one.all if pair.image is None or paper.eyes is None]
+        lengths += [_tokens_in(_text(pair.prompt) + max(pair.chosen, pair.rejected, key=len)) for pair in texts]
+        seen += [(pair.prompt, pair.image) for pair in one.pictured]
+    answers = [len(text.encode()) for one in found if one for p in one.pictured for text in (p.chosen, p.rejected)]
+    pictures = _pictures(paper, seen)
+    if seen:
+        lengths.append(pictures.most + math.ceil(max(answers) / 3) if pictures else most)
     if "on-policy" in parts:
-        lengths.append(_prompt_tokens([*pairs.unsafe, *pairs.safe], table.max_length) + pairs.max_new_tokens)
-    return min(table.max_length, max(lengths, default=table.max_length))
+        asked, more = _prompt_tokens([*pairs.unsafe, *pairs.safe], most, paper)
+        lengths.append(asked + pairs.max_new_tokens)
+        pictures = pictures or more
+    return min(most, max(lengths, default=most)), pictures
 
 
-def _prompt_tokens(sources: Sequence[SourceTable], most: int) -> int:
-    if any(source.path.startswith("hub:") or source.as_image for source in sources):
-        return most
-    prompts = [prompt for source in sources for prompt in read_prompts(Source(**source.model_dump()))]
-    if any(prompt.image is not None for prompt in prompts):
-        return most
-    return max((_tokens_in(prompt.text) for prompt in prompts), default=most)
+def _prompt_tokens(sources: Sequence[SourceTable], most: int, paper: Paper) -> tuple[int, Pictures | None]:
+    """Tokens of the longest prompt, about, and what pictures take; ``most`` where texts are not at hand yet."""
+    found = [prompts_at_hand(Source(**source.model_dump())) for source in sources]
+    lengths, seen = [], []
+    for one in found:
+        if one is None:
+            return most, None
+        lengths += [_tokens_in(prompt.text) for prompt in one.all if not one.pictured or prompt.image is None]
+        seen += [(({"role": "user", "content": prompt.written},), prompt.image) for prompt in one.pictured]
+    pictures = _pictures(paper, seen)
+    if seen:
+        lengths.append(pictures.most if pictures else most)
+    return max(lengths, default=most), pictures
+
+
+def _pictures(paper: Paper, seen: Sequence[tuple[Sequence[Message], Any]]) -> Pictures | None:
+    """What these conversations with a picture take; ``None`` where there are none, or nobody here can count them."""
+    if not seen or paper.eyes is None or paper.lengths.processor is None:
+        return None
+    tokens = [paper.lengths.of(messages, picture) or 0 for messages, picture in seen]
+    patches = [paper.lengths.patches(paper.eyes, messages, picture) for messages, picture in seen]
+    return Pictures(min(tokens), max(tokens), max(patches))
+
+
+def _of_pictures(config: Config, paper: Paper) -> list[str]:
+    """What is known of the pictures, as lines."""
+    if paper.eyes is None:
+        return []
+    tests = [*config.data.test_unsafe, *config.data.test_safe]
+    _, seen = _prompt_tokens(tests, config.measure.max_tokens, paper)
+    if seen is not None:
+        return [
+            f"pictures: {seen.fewest} to {seen.most} tokens a prompt and up to {seen.patches:,} patches each, by the "
+            f"model's processor, of up to {SAMPLE} test prompts of each source"
+        ]
+    if paper.lengths.processor is None:
+        return [
+            "pictures: the model's processor is not at hand, so prompts with one are taken to be as long as they may "
+            "be, and the vision tower's own memory is left out"
+        ]
+    return []
+
+
+def _text(messages: Sequence[Message]) -> str:
+    return "".join(message["content"] for message in messages)
 
 
 def _tokens_in(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
+from safeneuron.offloading import DeviceMap, at_hand, device_of_inputs, is_offloaded, meta_explained, placed
 from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
 
@@ -70,7 +71,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs belong."""
-        return self.network.device
+        return device_of_inputs(self.network) or self.network.device
 
     @property
     def has_template(self) -> bool:
@@ -173,6 +174,9 @@ def load(
     revision: str = "",
     trust_remote_code: bool = False,
     quantise: str = "none",
+    device_map: DeviceMap = "",
+    max_memory: Mapping[str, int | str] | None = None,
+    offload_folder: str | Path = "",
 ) -> Model:
     """Load a chat model from the Hub, from a folder or GGUF file (dequantised), or the embedded one (``"embedded"``).
 
@@ -183,6 +187,11 @@ def load(
     ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
     (NF4, by bitsandbytes); its neurons stay those of the model as stored.
     What compressed-tensors has packed is unpacked, as it is in GGUF files.
+
+    With a ``device_map``, ``auto`` or a table of modules and devices, accelerate spreads the layers over the GPUs, main
+    memory (``cpu``) and ``disk``, and brings what does not fit on a GPU there when it is its turn. ``max_memory`` says
+    how much of each may be taken (``{"0": "70GB", "cpu": "100GB"}``); weights on disk are read from the checkpoint, but
+    those of experts, which are first written to ``offload_folder``. Such a model is for measuring and attacking.
 
     Where its FFNs lie is proved on a few tokens (``conformance``).
 
@@ -198,6 +207,9 @@ def load(
     precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
         raise InputError(f"quantise {quantise!r} is unknown; expected none or 4bit")
+    placing = placed(device_map, max_memory or {}, offload_folder)
+    if placing and (device != "auto" or quantise != "none"):
+        raise InputError("device_map itself says where a model computes; use device = 'auto' and quantise = 'none'")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -209,7 +221,13 @@ def load(
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with ranks.whole_weights():
             loaded: Any = kind.from_pretrained(
-                source, config=config, dtype=precision or stored, use_safetensors=True, **report, **options
+                source,
+                config=config,
+                dtype=precision or stored,
+                use_safetensors=True,
+                **report,
+                **options,
+                **placing,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -235,7 +253,11 @@ def load(
     if quantise == "4bit":
         setattr(network.config, LINEAGE, fingerprint(network))
         quantising.quantise(network, decoder_of(network), place)
-    network.to(place)
+    if not placing:
+        network.to(place)
+    elif is_offloaded(network):
+        # So that whose neurons these are need not be read from its weights again and again.
+        setattr(network.config, LINEAGE, fingerprint(network))
     settle_layout(network)
     label = embedded.LABEL if str(name) == embedded.NAME else str(name)
     model = Model(network, tokenizer, label, source, stored, unpacked=unpacked)
@@ -322,7 +344,8 @@ def generate(
     def texts_of(batch: Sequence[int]) -> list[str]:
         inputs = model.inputs([prompts[i] for i in batch], "left")
         around = nullcontext() if within is None else within(batch)
-        with torch.inference_mode(), _seeded(sampling, batch[0], model.device), around:
+        seeded = _seeded(sampling, batch[0], model.device)
+        with torch.inference_mode(), meta_explained(model.network), seeded, around:
             out = answer(**inputs, generation_config=settings)
         width = inputs["input_ids"].shape[1]
         texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)
@@ -419,11 +442,15 @@ def _check_weights(network: PreTrainedModel, name: str, missing: list[str]) -> N
             f"the model {name!r} lacks {len(missing)} of its weights, or has them in another size (first: "
             f"{min(missing)}), so that they would be random; use another checkpoint"
         )
-    for parameter_name, parameter in network.named_parameters():
-        # Of 8 bits there is no such question.
-        known = parameter.float() if parameter.is_floating_point() and parameter.element_size() == 1 else parameter
-        if not torch.isfinite(known).all():
-            raise InputError(
-                f"the model {name!r} holds values that are not finite in {parameter_name}; the file is damaged or the "
-                "training diverged, use another checkpoint"
-            )
+    for module_name, module in network.named_modules():
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        with at_hand(module) if own else nullcontext():
+            for key in own:
+                found = module.get_parameter(key)
+                # Of 8 bits there is no such question.
+                known = found.float() if found.is_floating_point() and found.element_size() == 1 else found
+                if not torch.isfinite(known).all():
+                    raise InputError(
+                        f"the model {name!r} holds values that are not finite in {module_name}.{key}; the file is "
+                        "damaged or the training diverged, use another checkpoint"
+                    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,14 @@ from safeneuron.anatomy import (
 )
 from safeneuron.errors import InputError
 from safeneuron.neurons import NeuronSet
+from safeneuron.offloading import at_hand, is_offloaded
 from safeneuron.quantising import dense, in_four_bits
 from safeneuron.stacks import ExpertStack
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
+# The fingerprints of models with offloaded weights.
+_KNOWN: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 # What activation checkpointing and torch.compile put into the names of parameters.
 _IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -165,6 +169,15 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     lineage = vars(config).get(LINEAGE)
     if lineage:
         return str(lineage)
+    if not is_offloaded(network):
+        return _digest_of(network, config)
+    # To read the weights of every layer again and again would take minutes, and nobody can change them meanwhile.
+    if network not in _KNOWN:
+        _KNOWN[network] = _digest_of(network, config)
+    return _KNOWN[network]
+
+
+def _digest_of(network: nn.Module, config: Any) -> str:
     digest = hashlib.sha256(str(config.model_type).encode())
     precision = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
     for layer in layers(network):
@@ -183,6 +196,13 @@ def _samples(
     name: str, block: FeedForward | ExpertStack, precision: torch.dtype
 ) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
     """The shape of each output projection and some of its first rows; of experts only those of the first."""
+    with at_hand(block.module if isinstance(block, ExpertStack) else linear_in(block.output)):
+        yield from _samples_here(name, block, precision)
+
+
+def _samples_here(
+    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
+) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
     if isinstance(block, ExpertStack):
         weight = block.parameter(block.output)
         (first,) = shards.first_rows(name, weight, 1)

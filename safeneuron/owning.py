@@ -13,6 +13,7 @@ from safeneuron.anatomy import FeedForward, is_transposed, linear_in, size_of, u
 from safeneuron.errors import InputError
 from safeneuron.naming import HasNetwork, fingerprint, layers, names_in, network_of, widths_of
 from safeneuron.neurons import NeuronSet
+from safeneuron.offloading import require_whole
 from safeneuron.quantising import is_quantised
 from safeneuron.stacks import ExpertStack
 
@@ -37,9 +38,10 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
     """Every part of every parameter that the neurons own: gate and up rows, their biases, down columns.
 
     Within a model of PEFT these are the weights that adapters are added to. Quantised weights, which do not change, are
-    left out. Raises ``InputError`` for a neuron set of another model.
+    left out. Raises ``InputError`` for a neuron set of another model, and for a model of which weights are offloaded.
     """
     network = network_of(model)
+    require_whole(network, "a look at the weights that neurons own")
     neurons.require(fingerprint(network), widths_of(network))
     names = names_in(network)
     slices = []
@@ -137,6 +139,7 @@ def require_trainable(model: nn.Module | HasNetwork) -> None:
     Where there are adapters, which are trained in their place, the weights may be quantised.
     """
     network = network_of(model)
+    require_whole(network, "training")
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

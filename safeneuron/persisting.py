@@ -25,6 +25,7 @@ from safeneuron.ffn import (
 )
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
+from safeneuron.offloading import require_whole
 from safeneuron.quantising import is_quantised, packed_by
 from safeneuron.runs import whole_folder, write_json
 from safeneuron.stacks import ExpertStack
@@ -58,7 +59,7 @@ def engraved(model: Model, edit: Edit) -> Iterator[None]:
     A factor multiplies the neuron's column of the output projection. A value v, of a clamp or a mean, adds v times the
     column as it was to the projection's bias. Most models have no such bias, and no other weight gives a constant, so
     for them only ``zero`` and ``scale`` can be held, and others are an ``InputError``; so are weights that are
-    quantised, have adapters, or are spread over processes.
+    quantised, have adapters, are offloaded, or are spread over processes.
     """
     network = network_of(model)
     edit.neurons.require(fingerprint(network), model.widths)
@@ -196,6 +197,7 @@ def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor,
 
 def _require_plain(network: nn.Module) -> None:
     """Raise ``InputError`` for weights that are not what the model computes with, or not all here."""
+    require_whole(network, "a change of single weights")
     if has_adapters(network):
         raise InputError(
             "the model has adapters, so its weights are not what it computes with; merge them first with merge_adapters"

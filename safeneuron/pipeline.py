@@ -40,7 +40,7 @@ from safeneuron.halving import shortage_told
 from safeneuron.judging import judged
 from safeneuron.measuring import measure
 from safeneuron.memory import hand_back_memory, peak_memory_mb, reset_peak_memory, reuse_memory
-from safeneuron.models import Model, load
+from safeneuron.models import Model
 from safeneuron.pairs import mix
 from safeneuron.panel import agreement
 from safeneuron.runs import (
@@ -57,6 +57,7 @@ from safeneuron.sources import (
     judge_of,
     judges_of,
     leaks,
+    model_of,
     pairs_made,
     pairs_of,
     prompts_of,
@@ -195,7 +196,7 @@ class Pipeline:
                 )
             stats.save(folder / "stats.safetensors")
 
-        settings = {"measure": table.settings(), "model": self.config.model.model_dump()}
+        settings = {"measure": table.settings(), "model": self.config.model.settings()}
         self.stage(f"{state.name}/measure", settings, ["data", *self.made_by(state)], work, together=True)
 
     def select(self, state: State) -> None:
@@ -283,7 +284,7 @@ class Pipeline:
         settings = {
             "attack": table.model_dump(mode="json"),
             "seed": self.config.seed,
-            "model": self.config.model.model_dump(),
+            "model": self.config.model.settings(),
         }
 
         def work(folder: Path) -> None:
@@ -353,7 +354,7 @@ class Pipeline:
                     )
                 write_json(path, found.to_record())
 
-        settings = {"capability": table.model_dump(mode="json"), "model": self.config.model.model_dump()}
+        settings = {"capability": table.model_dump(mode="json"), "model": self.config.model.settings()}
         settings["files"] = question_hashes(table)
         inputs = [*self.made_by(state), *([f"{state.name}/select"] if table.pruned else [])]
         self.stage(f"{state.name}/capability", settings, inputs, work)
@@ -447,7 +448,7 @@ class Pipeline:
             # So that what was trained before there was such a switch still counts.
             apart.add("freeze_routers")
         settings = {"align": table.model_dump(exclude=apart), "seed": self.config.seed}
-        settings["model"] = self.config.model.model_dump()
+        settings["model"] = self.config.model.settings()
         inputs = ["T0/pairs", *self.made_by(before), *(f"{one.name}/select" for one in chain)]
         if table.refresh:
             settings |= settings_of(self.config)
@@ -512,12 +513,11 @@ class Pipeline:
     def model(self, state: State, dtype: str = "", quantise: str = "none") -> Model:
         """The state's model in the given precision, or the config's; the last one loaded is kept."""
         table = self.config.model
-        source = table.name if state.round == 0 else str(self.run.folder / state.name / "align" / "model")
-        key = (source, dtype or table.dtype, quantise)
+        key = (state.name, dtype or table.dtype, quantise)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
-            revision = table.revision if state.round == 0 else ""
-            self._loaded = (key, load(source, key[1], table.device, revision, table.trust_remote_code, quantise))
+            trained = self.run.folder / state.name / "align" / "model" if state.round else None
+            self._loaded = (key, model_of(table, dtype, quantise, trained))
         return self._loaded[1]
 
     def has_rivals(self, state: State) -> bool:
@@ -530,8 +530,7 @@ class Pipeline:
 
     def another(self) -> Model:
         """T0's model beside the one that is loaded."""
-        table = self.config.model
-        return load(table.name, table.dtype, table.device, table.revision, table.trust_remote_code)
+        return model_of(self.config.model)
 
     def warn(self, folder: Path, warnings: Sequence[str]) -> None:
         """Tell the user, and keep the warnings for the report."""

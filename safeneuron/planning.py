@@ -10,20 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from safeneuron import embedded, ranks
+from safeneuron import ranks
 from safeneuron.data import Pair
-from safeneuron.errors import InputError
-from safeneuron.ffn import decoder_of, layers_of, widths_of
 from safeneuron.memory import available_memory, resident_memory
 from safeneuron.models import Model, bfloat16_pays
+from safeneuron.shapes import Shape as Shape
 from safeneuron.training import Training, is_sharded
-from safeneuron.vision import sees
 
 GB = 2**30
 Need = dict[str, float]
@@ -37,98 +32,6 @@ WASTE = 0.05
 
 # TRL's fused LM head computes logits in tiles of so many tokens by so many entries of the vocabulary.
 TILE_TOKENS, TILE_ENTRIES = 4096, 32768
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model, in numbers, not bytes; those of a layer are the largest layer's.
-
-    ``norms``, ``inputs`` and ``outputs`` are how many numbers of a token go into all norms, and into and out of all
-    linear layers of a layer, and ``linear`` is how many weights the latter have. ``stored`` is the bytes of a weight in
-    the checkpoint.
-    """
-
-    name: str
-    parameters: int
-    largest: int
-    layers: int
-    layer: int
-    linear: int
-    hidden: int
-    width: int
-    queries: int
-    keys: int
-    heads: int
-    norms: int
-    inputs: int
-    outputs: int
-    vocabulary: int
-    tied: bool
-    eager: bool
-    stored: int
-
-    @classmethod
-    def of(cls, network: PreTrainedModel, name: str) -> Shape:
-        """The shape of a network, whose weights may be on the meta device. Raises ``InputError`` like ``ffn``."""
-        config: Any = network.config.get_text_config()
-        heads = int(config.num_attention_heads)
-        size = int(vars(config).get("head_dim") or config.hidden_size // heads)
-        queries = heads * size
-        keys = int(vars(config).get("num_key_value_heads") or heads) * size
-        width = max(widths_of(network))
-        blocks: Any = layers_of(decoder_of(network))
-        layer = max(blocks, key=_parameters)
-        linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        embeddings: Any = network.get_input_embeddings()
-        head: Any = network.get_output_embeddings()  # type: ignore[no-untyped-call]
-        stored: Any = network.config.dtype or torch.float32
-        return cls(
-            name=name,
-            parameters=_parameters(network),
-            largest=max(parameter.numel() for parameter in network.parameters()),
-            layers=len(blocks),
-            layer=_parameters(layer),
-            linear=sum(module.weight.numel() for module in linear),
-            hidden=int(config.hidden_size),
-            width=width,
-            queries=queries,
-            keys=keys,
-            heads=heads,
-            norms=sum(_normed(module, config.hidden_size, queries, keys) for module in layer.modules()),
-            inputs=sum(module.in_features for module in linear),
-            outputs=sum(module.out_features for module in linear),
-            vocabulary=len(embeddings.weight),
-            tied=head is not None and head.weight is embeddings.weight,
-            eager=config._attn_implementation == "eager",
-            stored=stored.itemsize,
-        )
-
-    @classmethod
-    def read(cls, name: str, revision: str = "", trust_remote_code: bool = False) -> Shape:
-        """The shape that a model's config describes; no weights are read, so that they need not be there.
-
-        Raises ``InputError`` when there is no config, or it is of a model that ``ffn`` does not know.
-        """
-        network = cls.network(name, revision, trust_remote_code)
-        return cls.of(network, embedded.LABEL if name == embedded.NAME else name)
-
-    @staticmethod
-    def network(name: str, revision: str = "", trust_remote_code: bool = False) -> PreTrainedModel:
-        """The network that a model's config describes, on the meta device; raises ``InputError`` as ``read`` does."""
-        source = str(embedded.embedded_folder()) if name == embedded.NAME else name
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
-            kind: Any = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
-            with torch.device("meta"):
-                network: PreTrainedModel = kind.from_config(config, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"the config of the model {name!r} cannot be read ({reason}); expected 'embedded', a folder with a "
-                "config.json in Hugging Face form, or a name on the Hub that this machine can reach"
-            ) from error
-        return network
 
 
 @dataclass(frozen=True)
@@ -178,6 +81,7 @@ def align_need(
     frozen: int = 0,
     lora_rank: int = 0,
     given_bytes: float = 4.0,
+    sight: float = 0.0,
 ) -> Need:
     """At the peak of training with pairs of at most ``length`` tokens, on each device.
 
@@ -191,12 +95,13 @@ def align_need(
         after the last step          24 bytes of each weight of the largest parameter: how far it has moved
         over N sharded devices       the weights whole: before they are spread, and again once they are put together
 
-    The reference's log-probabilities are computed before, with nothing in memory that is not there later. With gradient
+    ``sight`` is what the vision tower has in memory of the pictures of a pass, before the decoder begins. The
+    reference's log-probabilities are computed before, with nothing in memory that is not there later. With gradient
     checkpointing the first of these is the input of every layer, 4 H a token, and the most of one layer or the LM head.
     With adapters of ``lora_rank`` only these have gradients and moments; the weights are 2 P where they are stored and
     computed in bfloat16, and once they are merged there is the model again in float32.
     """
-    rows = 2 * _pairs_at_once(training, device)
+    rows = 2 * pairs_at_once(training, device)
     tokens = rows * length
     half = training.precision == "bfloat16" or (training.precision == "auto" and device.bfloat16)
     c = 2 if half else 4
@@ -237,6 +142,7 @@ def align_need(
             {"gradients": before, **everything, "activations": everything["activations"] + working},
             {"gradients": gradients, "LM head": 4 * shape.vocabulary * shape.hidden if shape.tied else 0},
         ]
+    moments.append({"gradients": before, "vision tower": sight})
     moments.append({"comparison": 24 * shape.largest})
     if lora_rank or shards > 1:
         moments.append({"merged model": 4 * shape.parameters})
@@ -278,25 +184,35 @@ def head_memory(shape: Shape, tokens: int, c: int, kind: str, trained: bool = Tr
     return {"forward": buffer + 12 * plain, "backward": buffer + 29 * plain + gradients}
 
 
-def measure_need(shape: Shape, device: Device, batch_tokens: int, max_tokens: int, dtype: str = "auto") -> Need:
+def measure_need(
+    shape: Shape, device: Device, batch_tokens: int, max_tokens: int, dtype: str = "auto", sight: float = 0.0
+) -> Need:
     """While activations are measured: nothing is kept for a backward pass, and the LM head is not run.
 
     weights      b P, with b = 2 or 4 bytes a number
     activations  of one layer: T (4 b F + 24 H), with T = ``batch_tokens``, or a longer prompt alone
     statistics   of a batch of prompts of about 32 tokens: 20 bytes of each neuron of each prompt
+    vision tower as ``sight`` says
     """
-    b = _bytes_of(dtype, device)
+    b = bytes_of(dtype, device)
     tokens = max(batch_tokens, max_tokens)
     return {
         "libraries": LIBRARIES.get(device.kind, 0.0),
         "weights": b * shape.parameters,
         "activations": tokens * (4 * b * shape.width + 24 * shape.hidden),
         "statistics": 20 * (batch_tokens / 32) * shape.width * shape.layers,
+        **({"vision tower": sight} if sight else {}),
     }
 
 
 def attack_need(
-    shape: Shape, device: Device, batch_size: int, prompt_tokens: int, max_new_tokens: int, dtype: str = "auto"
+    shape: Shape,
+    device: Device,
+    batch_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    dtype: str = "auto",
+    sight: float = 0.0,
 ) -> Need:
     """While answers are generated, B = ``batch_size`` side by side.
 
@@ -304,8 +220,9 @@ def attack_need(
     KV cache     2 b K B (prompt + answer) for each layer, and once more for the layer that grows
     activations  of one layer on the prompts: B prompt (4 b F + 24 H)
     logits       (b + 8) V for each of B answers; perplexity has 512 tokens at once
+    vision tower as ``sight`` says
     """
-    b = _bytes_of(dtype, device)
+    b = bytes_of(dtype, device)
     cache = 2 * b * shape.keys * batch_size * (prompt_tokens + max_new_tokens)
     return {
         "libraries": LIBRARIES.get(device.kind, 0.0),
@@ -313,6 +230,7 @@ def attack_need(
         "KV cache": cache * (shape.layers + 1),
         "activations": batch_size * prompt_tokens * (4 * b * shape.width + 24 * shape.hidden),
         "logits": (b + 8) * shape.vocabulary * max(batch_size, 512),
+        **({"vision tower": sight} if sight else {}),
     }
 
 
@@ -332,22 +250,12 @@ def longest_pair(model: Model, pairs: Sequence[Pair], max_length: int) -> int:
     return min(max_length, max((len(model.encode(messages, image)) for messages, image in some), default=max_length))
 
 
-def _pairs_at_once(training: Training, device: Device) -> int:
+def pairs_at_once(training: Training, device: Device) -> int:
+    """How many pairs are in one pass on each device."""
     share = math.ceil(training.batch_size / device.count)
     return min(training.at_once or training.micro_batch_size, training.micro_batch_size, share)
 
 
-def _bytes_of(dtype: str, device: Device) -> int:
+def bytes_of(dtype: str, device: Device) -> int:
+    """Bytes of a number in the precision of that name on the device."""
     return 2 if dtype in ("bfloat16", "float16") or (dtype == "auto" and device.bfloat16) else 4
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _normed(module: nn.Module, hidden: int, queries: int, keys: int) -> int:
-    """How many numbers of a token a module normalises: the hidden size, or all queries or keys, a head at a time."""
-    if "Norm" not in type(module).__name__:
-        return 0
-    weights = _parameters(module)
-    return hidden if weights in (hidden, 2 * hidden, 0) else (queries + keys) // 2

@@ -18,6 +18,7 @@ from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, feed_forwards, linear_in, network_of
 from safeneuron.models import Model
 from safeneuron.neurons import NeuronSet
+from safeneuron.offloading import at_hand
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
     """
     network = network_of(model)
     block = feed_forwards(model)[layer]
-    weight = linear_in(block.output).weight
-    assert isinstance(weight, Tensor), "a linear layer has a weight"
-    columns = weight.detach().index_select(1, channels.to(weight.device)).float()
+    output = linear_in(block.output)
+    with at_hand(output):
+        weight = output.weight
+        columns = weight.detach().index_select(1, channels.to(weight.device)).float()
     head: Any = model.network.get_output_embeddings()  # type: ignore[no-untyped-call]
     norm = dict(decoder_of(network).named_children()).get("norm")
     if head is None or not isinstance(norm, nn.Module):
@@ -56,7 +58,7 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
             f"{model.name} has no {'output embedding' if head is None else 'final norm'} to read tokens through; "
             "expected a Llama-like model"
         )
-    with torch.inference_mode():
+    with torch.inference_mode(), at_hand(head):
         # The norm of a vector of ones is its scale, in whichever form the architecture keeps it (Gemma's is 1 + w).
         ones = torch.ones(columns.shape[0], device=columns.device, dtype=weight.dtype)
         scale = norm(ones).float()

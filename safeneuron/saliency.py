@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from safeneuron.errors import InputError
 from safeneuron.ffn import feed_forwards, linear_in, names_in, require_dense, require_eager
 from safeneuron.models import Model
+from safeneuron.offloading import at_hand
 from safeneuron.quantising import dense
 from safeneuron.rankings import Ranking
 from safeneuron.streaming import Batch, Exchange, Progress, run_backward, run_decoder, total
@@ -38,8 +39,12 @@ class Matrix:
     name: str
     layer: int
     module: nn.Module
-    weight: Tensor
     first: tuple[int, ...] | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as they are computed with; those that are offloaded within ``at_hand`` alone."""
+        return dense(linear_in(self.module).weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,10 +83,10 @@ def wanda(
     """
     matrices = _matrices(model)
     norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
-    sums = [
-        matrix.per_neuron(dense(matrix.weight).abs().double().cpu() * norm)
-        for matrix, norm in zip(matrices, norms, strict=True)
-    ]
+    sums = []
+    for matrix, norm in zip(matrices, norms, strict=True):
+        with at_hand(linear_in(matrix.module)):
+            sums.append(matrix.per_neuron(matrix.weight.abs().double().cpu() * norm))
     return _lifted(model, matrices, sums, "Wanda")
 
 
@@ -106,10 +111,11 @@ def wanda_weights(
     """Wanda of every FFN weight: by the matrix's name |W| * ||x||, ``[output, input]`` float32."""
     matrices = _matrices(model)
     norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
-    return {
-        matrix.name: dense(matrix.weight).abs().float().cpu() * norm.float()
-        for matrix, norm in zip(matrices, norms, strict=True)
-    }
+    found = {}
+    for matrix, norm in zip(matrices, norms, strict=True):
+        with at_hand(linear_in(matrix.module)):
+            found[matrix.name] = matrix.weight.abs().float().cpu() * norm.float()
+    return found
 
 
 def weight_difference(
@@ -154,8 +160,7 @@ def _matrices(model: Model) -> list[Matrix]:
                     f"SNIP and Wanda read FFNs of torch's linear layers, but layer {block.layer} has a "
                     f"{type(linear).__name__}; use the paper's selector there"
                 )
-            weight = linear.weight
-            found.append(Matrix(names[id(weight)], block.layer, module, weight.detach(), first))
+            found.append(Matrix(names[id(linear.weight)], block.layer, module, first))
     return found
 
 
@@ -183,7 +188,7 @@ def _gradient_pass(
                 entering = inputs[0].detach()
 
                 def backward(leaving: Tensor) -> None:
-                    weight = dense(matrix.weight)
+                    weight = matrix.weight
                     for came, goes in zip(entering, leaving, strict=True):
                         scores = reduce(matrix, (goes.T @ came).mul_(weight).abs_().float())
                         found[matrix.name] = scores + found[matrix.name] if matrix.name in found else scores
@@ -214,7 +219,7 @@ def _input_norms(
 
         def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                found[matrix.name] = inputs[0][batch.answer].double().square().sum(dim=0)
+                found[matrix.name] = inputs[0][batch.answer.to(inputs[0].device)].double().square().sum(dim=0)
 
             return forward
 

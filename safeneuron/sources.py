@@ -1,4 +1,4 @@
-"""What a config names: prompts and pairs, read and known by their contents, and the judges."""
+"""What a config names: models, prompts and pairs, read and known by their contents, and the judges."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron.capability import TASKS
-from safeneuron.config import CapabilityTable, Config, JudgeTable, SourceTable
+from safeneuron.config import CapabilityTable, Config, JudgeTable, ModelTable, SourceTable
 from safeneuron.data import Pair, Prompt, check_splits, read_prompts
 from safeneuron.judges import Judge, make_judge
-from safeneuron.models import Model
+from safeneuron.models import Model, load
 from safeneuron.neurons import NeuronSet
 from safeneuron.pairing import on_policy_pairs
 from safeneuron.pairs import left_out, read_pairs
@@ -21,6 +21,21 @@ from safeneuron.panel import Panel
 from safeneuron.rows import Source
 from safeneuron.rubric import Endpoint
 from safeneuron.runs import sha256_of
+
+
+def model_of(table: ModelTable, dtype: str = "", quantise: str = "none", trained: Path | None = None) -> Model:
+    """The model of a config, or one that was ``trained`` from it; ``dtype`` replaces the config's."""
+    return load(
+        trained or table.name,
+        dtype or table.dtype,
+        table.device,
+        "" if trained else table.revision,
+        table.trust_remote_code,
+        quantise,
+        table.device_map,
+        table.max_memory,
+        table.offload_folder,
+    )
 
 
 def prompts_of(tables: Sequence[SourceTable]) -> list[Prompt]:

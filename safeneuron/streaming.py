@@ -17,6 +17,7 @@ from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, recorded
 from safeneuron.halving import Halving
 from safeneuron.models import Model
+from safeneuron.offloading import require_whole
 from safeneuron.vision import kinds, run_without_head
 
 Progress = Callable[[int, int], None]
@@ -116,10 +117,12 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
     """
     inputs = model.inputs(batch, "right")
     mask = inputs["attention_mask"]
-    last = mask.sum(dim=1) - 1
-    padding = mask.unsqueeze(-1) == 0
+    ends = mask.sum(dim=1) - 1
+    everywhere = mask.unsqueeze(-1) == 0
 
     def reduce(activations: Tensor) -> Tensor:
+        # Of a model on several devices each layer's activations are on its own.
+        last, padding = ends.to(activations.device), everywhere.to(activations.device)
         if recording.layer in recording.routed and pooling != "last":
             return _pooled_routed(activations, padding, pooling)
         if pooling == "last":
@@ -205,8 +208,10 @@ def run_backward(model: Model, batch: Batch) -> None:
     """One pass through the model and back from the loss, for the gradients that hooks on activations see meanwhile.
 
     The loss is the sum over the rows of the mean negative log-likelihood of each one's answer, so that each row's
-    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched.
+    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched. Raises
+    ``InputError`` for a model of which weights are offloaded: the way back would hold all of them at once.
     """
+    require_whole(model.network, "a pass back from the loss")
     with torch.enable_grad(), _leaf_of_embeddings(model) as leaves:
         out = run_without_head(model.network, batch.inputs)
         predicting = batch.answer[:, 1:]

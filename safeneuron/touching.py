@@ -19,7 +19,7 @@ def in_the_open(block: FeedForward | ExpertStack) -> bool:
         weights: list[nn.Parameter | None] = [block.parameter(one) for one in (*block.inputs, block.output)]
     else:
         weights = [weight_of(module) for module in (block.output, *(rows.module for rows in block.inputs))]
-    return not any(one is None or is_quantised(one) or shards.is_spread(one) for one in weights)
+    return not any(one is None or one.is_meta or is_quantised(one) or shards.is_spread(one) for one in weights)
 
 
 def column(block: FeedForward | ExpertStack, expert: int, channel: int) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from safeneuron.errors import InputError
 from safeneuron.ffn import decoder_of, network_of
+from safeneuron.offloading import device_of_inputs, meta_explained
 from safeneuron.pictures import name_of, opened
 
 OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
@@ -239,7 +240,8 @@ def run_without_head(network: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     inner = network_of(network)
     pictured = inputs.keys() - {"input_ids", "inputs_embeds", "attention_mask"}
     runs: Callable[..., Any] = cast("PreTrainedModel", inner).base_model if pictured else decoder_of(inner)
-    return runs(**inputs, use_cache=False)
+    with meta_explained(inner):
+        return runs(**inputs, use_cache=False)
 
 
 def parameters_of_sight(network: nn.Module) -> list[nn.Parameter]:
@@ -253,7 +255,7 @@ def parameters_of_sight(network: nn.Module) -> list[nn.Parameter]:
 
 def pixels_at(features: Features, network: PreTrainedModel) -> Features:
     """The features where the model is, in its precision."""
-    place, dtype = network.device, network.dtype
+    place, dtype = device_of_inputs(network) or network.device, network.dtype
     return {
         name: value.to(place, dtype) if value.is_floating_point() else value.to(place)
         for name, value in features.items()

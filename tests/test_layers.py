@@ -66,6 +66,10 @@ LAYERS = (
         "stacks",
         "watching",
         "touching",
+        "offloading",
+        "shapes",
+        "lengths",
+        "timing",
         "conformance",
         "doctor",
         "adapters",
@@ -134,6 +138,7 @@ LAYERS = (
         "scoreboard",
         "gathering",
         "foreseeing",
+        "durations",
         "publishing",
         "model_cards",
         "redteam",
@@ -159,7 +164,8 @@ REPORTS = {"reporting", "sidebyside", "markdown", "plotting", "statewise"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "scipy", "numpy", "matplotlib"}
 MAY_IMPORT_TRANSFORMERS = {
     "weights", "vision",
-    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "planning",
+    "models", "quantising", "freezing", "training", "ablating", "refreshing", "embedded", "aligning", "shapes",
+    "lengths",
     "sentences", "guard_models", "guards", "serving", "finetuning", "anatomy", "adapters",
 }  # fmt: skip
 
