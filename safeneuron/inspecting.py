@@ -210,13 +210,15 @@ def _with_ids(prompts: Sequence[Prompt], ids: set[str]) -> list[Prompt]:
 
 
 def _bootstrap(again: Resampled) -> dict[str, Any]:
+    # Sums of 1/n are a little off, and one above 1.0 would be in no tenth.
+    tenths = (again.frequency * 10 - 1e-6).ceil()
     return {
         "jaccard": again.jaccard._asdict(),
         "correlation": again.correlation._asdict(),
         "always": len(again.always),
         "always_neurons": again.always.to_json()["neurons"],
         "ever": again.ever,
-        "frequencies": [int(((again.frequency * 10).ceil() == tenth).sum()) for tenth in range(1, 11)],
+        "frequencies": [int((tenths == tenth).sum()) for tenth in range(1, 11)],
     }
 
 

@@ -20,7 +20,6 @@ from matplotlib.ticker import (
     MaxNLocator,
     MultipleLocator,
     PercentFormatter,
-    SymmetricalLogLocator,
 )
 
 from safeneuron.figures import (
@@ -185,10 +184,10 @@ def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
     right.axvline(0, color=INK, linewidth=0.5)
     near = float(np.median(np.abs(shift)) or 1.0)
     right.set_xscale("symlog", linthresh=near)
-    # At most three powers a side; within the linear part around zero there is no room for any.
-    ticks = SymmetricalLogLocator(base=10, linthresh=near)
-    ticks.set_params(numticks=7)
-    right.xaxis.set_major_locator(ticks)
+    # At most three powers a side, none next to zero, where the linear part has no room for its words.
+    first, last = np.ceil(np.log10(4 * near)), np.floor(np.log10(max(np.abs(shift).max(), 4 * near)))
+    powers = 10.0 ** np.arange(first, last + 1)[::-1][:3]
+    right.set_xticks([*-powers, 0, *powers])
     # Formulas are off in this style, so powers are written out.
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.minorticks_off()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from safeneuron.config import read_config
-from safeneuron.inspecting import also_record, finder
+from safeneuron.inspecting import _bootstrap, also_record, finder
 from safeneuron.measuring import measure
+from safeneuron.neurons import NeuronSet
+from safeneuron.stability import Resampled, Spread
 from tests import planted
 
 CONFIG = read_config("demo", ["select.density=0.0348"])
@@ -46,3 +49,17 @@ def test_requests_of_one_class_alone_are_not_the_same_requests():
     record = also_record(CONFIG, MODEL, CLASSES, WHOLE, "half", (unsafe, strangers))
     assert record["same_requests"] == 0
     assert record["wording"] == record["fewer"] == {"jaccard": None, "correlation": None}
+
+
+def test_every_neuron_ever_found_is_in_one_tenth():
+    """20 times 1/20 is a little more than 1, and is in the last tenth all the same."""
+    times = torch.tensor([20, 19, 2, 1, 0, 20])
+    frequency = torch.zeros(6, dtype=torch.float64)
+    for sample in range(20):
+        frequency[times > sample] += 1 / 20
+    assert frequency.max() > 1
+    always = NeuronSet(torch.tensor([0, 1, 5]), (6,), "x", "always in")
+    spread = Spread(1.0, 1.0, 1.0, 20)
+    record = _bootstrap(Resampled(spread, spread, frequency, always, 5))
+    assert record["frequencies"] == [2, 0, 0, 0, 0, 0, 0, 0, 0, 3]
+    assert sum(record["frequencies"]) == record["ever"]
