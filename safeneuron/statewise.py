@@ -31,8 +31,6 @@ def states_figure(record: dict[str, Any]) -> Figure:
         _lines(row[4], {"intact": state["separability"], "set pruned": state["separability_pruned"]})
         if not moved:
             row[1].text(0.5, 0.5, "weights were\nnot compared", ha="center", transform=row[1].transAxes, fontsize=7)
-        row[2].set_ylim(top=1.02)
-        row[4].set_ylim(0, 1.02)
         titles = (
             "neurons against T0",
             "relative change of weights",
@@ -46,6 +44,9 @@ def states_figure(record: dict[str, Any]) -> Figure:
             axes.set_title(f"{state['state']}: {title}" if axes is row[0] else title, fontsize=8)
             if number == 0 and axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=6.5)
+    # The rows share their axes; an end that is set stops the other from moving, so that all lines must be there before.
+    rows[0][2].set_ylim(top=1.02)
+    rows[0][4].set_ylim(0, 1.02)
     headroom(rows[0][0], max(sum(kinds) for one in states for kinds in zip(*one["turnover"].values(), strict=True)), 3)
     return figure
 

@@ -163,3 +163,12 @@ def test_weights_that_were_not_compared_are_said_to_be() -> None:
     figure = made(lambda: states_figure(record))
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["weights were\nnot compared"]
     assert lines(figure.axes[1])[1] == [one["outside"] for one in record["states"][0]["moved"]]
+
+
+def test_no_line_leaves_its_panel_in_a_later_row() -> None:
+    low = hand_made.changed("T2")
+    low["cka_unsafe"] = [value if value is None else 0.3 for value in low["cka_unsafe"]]
+    figure = made(lambda: states_figure({"states": [hand_made.changed("T1"), low]}))
+    likeness = figure.axes[2]
+    assert likeness.get_ylim()[0] <= 0.3
+    assert likeness.get_ylim()[1] == 1.02
