@@ -185,7 +185,7 @@ def methods_figure(record: dict[str, Any], points: dict[str, Any]) -> Figure:
     near = float(np.median(np.abs(shift)) or 1.0)
     right.set_xscale("symlog", linthresh=near)
     # At most three powers a side, none next to zero, where the linear part has no room for its words.
-    first, last = np.ceil(np.log10(4 * near)), np.floor(np.log10(max(np.abs(shift).max(), 4 * near)))
+    first, last = np.ceil(np.log10(2 * near)), np.floor(np.log10(max(np.abs(shift).max(), 2 * near)))
     powers = 10.0 ** np.arange(first, last + 1)[::-1][:3]
     right.set_xticks([*-powers, 0, *powers])
     # Formulas are off in this style, so powers are written out.
