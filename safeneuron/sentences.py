@@ -12,6 +12,7 @@ from safeneuron.embedded import encoder_folder
 from safeneuron.halving import Halving
 from safeneuron.models import quiet
 
+_REMEMBERED = 4096  # embeddings, of 1.5 kB each
 MAX_TOKENS = 256
 """Longer texts are cut: the encoder was trained on no more tokens than that."""
 
@@ -28,6 +29,7 @@ class SentenceEncoder:
         self.network.train(False)
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
+        self._known: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls) -> SentenceEncoder:
@@ -43,12 +45,25 @@ class SentenceEncoder:
         return int(self.network.config.hidden_size)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """One embedding a text, ``[text, width]``, float32, in order; texts of like length are run together."""
+        """One embedding a text, ``[text, width]``, float32, in order; texts of like length are run together.
+
+        The last few thousand are remembered: a short answer is its own opening and ending, and is asked for again.
+        """
         if not texts:
             return torch.zeros(0, self.width)
-        distinct = list(dict.fromkeys(texts))
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known.update(zip(new, self._computed(new), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+    def _computed(self, distinct: list[str]) -> Tensor:
+        if not distinct:
+            return torch.zeros(0, self.width)
         # Text that looks like a special token is text here, and nothing else.
-        rows = self.tokenizer(distinct, truncation=True, max_length=MAX_TOKENS, split_special_tokens=True)["input_ids"]
+        rows = self.tokenizer(list(distinct), truncation=True, max_length=MAX_TOKENS, split_special_tokens=True)[
+            "input_ids"
+        ]
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
         found = torch.zeros(len(rows), self.width)
         halving: Halving[int] = Halving("embedding texts", "use a device with more memory")
@@ -56,8 +71,7 @@ class SentenceEncoder:
             batch = order[: max(1, self.batch_tokens // len(rows[order[0]]))]
             found[batch] = torch.cat(halving.over(batch, lambda part: self._embed([rows[i] for i in part])))
             order = order[len(batch) :]
-        place = {text: index for index, text in enumerate(distinct)}
-        return found[[place[text] for text in texts]]
+        return found
 
     def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, rows))
