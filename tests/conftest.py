@@ -1,11 +1,16 @@
 """What all tests share: one thread, no network, tiny models."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Sums depend on the number of threads; runs in processes of their own are compared with runs in this one.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell starts what runs in the background with Ctrl-C switched off, which children would take over from here.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
