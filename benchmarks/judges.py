@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from safeneuron.attacking import wilson
-from safeneuron.judges import RefusalPhrases, make_judge
+from safeneuron.judges import Judge, RefusalPhrases, make_judge
 from safeneuron.panel import kappa
 
 Said = Sequence[bool]
@@ -48,14 +48,15 @@ def listed(phrases: Sequence[str]) -> Callable[[str], bool]:
     return lambda text: any(phrase in text.lower() for phrase in small)
 
 
-def speed_of(work: Callable[[], object], answers: int) -> float:
-    """Answers a second, the best of three rounds."""
+def speed_of(make: Callable[[], Judge], prompts: list[str], texts: list[str]) -> float:
+    """Answers a second, the best of three rounds, each with a judge that remembers no embedding yet."""
     times = []
     for _ in range(3):
+        judge = make()
         begun = time.perf_counter()
-        work()
+        judge(prompts, texts)
         times.append(time.perf_counter() - begun)
-    return answers / min(times)
+    return len(texts) / min(times)
 
 
 def main(folder: Path) -> None:
@@ -84,8 +85,8 @@ def main(folder: Path) -> None:
         print("| judge | precision | recall | kappa |\n|---|---|---|---|")
         for name, said in judged.items():
             print(line_of(name, [s for s, keep in zip(said, kept, strict=True) if keep], count))
-    slow = speed_of(lambda: embedding(prompts, texts), len(texts))
-    fast = speed_of(lambda: phrases(prompts, texts), len(texts))
+    slow = speed_of(lambda: make_judge("refusal-embedding"), prompts, texts)
+    fast = speed_of(RefusalPhrases, prompts, texts)
     length = sum(map(len, texts)) / len(texts)
     speeds = f"embedding {slow:.1f}, phrases {fast:.0f}, which is {fast / slow:.0f} to 1"
     print(f"\nanswers a second on one thread, {length:.0f} characters each: {speeds}")
