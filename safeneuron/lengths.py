@@ -6,7 +6,7 @@ By the model's own tokenizer and processor where these lie beside its config, el
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,22 +127,19 @@ class Glance(NamedTuple):
 
 def prompts_at_hand(source: Source) -> Glance | None:
     """The prompts of a source; ``None`` where they have yet to be fetched. Raises ``InputError`` as reading does."""
-    if prompts_by_name(source).path.startswith("hub:"):
-        return None
-    found = read_prompts(replace(source, as_image=False, said=source.said if not source.as_image else ""))
-    if source.as_image:
-        return Glance(found, read_prompts(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
-    return Glance(found, list(some_of([prompt for prompt in found if prompt.image is not None])))
+    return None if prompts_by_name(source).path.startswith("hub:") else _glance(source, read_prompts)
 
 
 def pairs_at_hand(source: Source) -> Glance | None:
     """The same of preference pairs."""
-    if by_name(source).path.startswith("hub:"):
-        return None
-    found = read_pairs(replace(source, as_image=False, said=source.said if not source.as_image else ""))
+    return None if by_name(source).path.startswith("hub:") else _glance(source, read_pairs)
+
+
+def _glance(source: Source, read: Callable[[Source], list[Any]]) -> Glance:
+    found = read(replace(source, as_image=False, said=source.said if not source.as_image else ""))
     if source.as_image:
-        return Glance(found, read_pairs(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
-    return Glance(found, list(some_of([pair for pair in found if pair.image is not None])))
+        return Glance(found, read(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
+    return Glance(found, list(some_of([one for one in found if one.image is not None])))
 
 
 def guessed(text: str) -> int:

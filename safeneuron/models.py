@@ -31,7 +31,7 @@ from safeneuron.data import Prompt
 from safeneuron.errors import InputError
 from safeneuron.ffn import LINEAGE, decoder_of, fingerprint, widths_of
 from safeneuron.halving import Halving
-from safeneuron.offloading import DeviceMap, at_hand, device_of_inputs, is_offloaded, meta_explained, placed
+from safeneuron.offloading import DeviceMap, at_hand, device_of_inputs, meta_explained, placed
 from safeneuron.pictures import digest_of
 from safeneuron.runs import whole_folder
 
@@ -200,9 +200,9 @@ def load(
     """
     quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
-    file: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     if source.endswith(".gguf"):
-        source, file = str(Path(source).parent), {"gguf_file": Path(source).name}
+        source, options["gguf_file"] = str(Path(source).parent), Path(source).name
     place = _device(device)
     precision = None if dtype == "stored" else _dtype(dtype, place)
     if quantise not in ("none", "4bit"):
@@ -210,7 +210,23 @@ def load(
     placing = placed(device_map, max_memory or {}, offload_folder)
     if placing and (device != "auto" or quantise != "none"):
         raise InputError("device_map itself says where a model computes; use device = 'auto' and quantise = 'none'")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **file}
+    model = _fetched(str(name), source, precision, options, placing)
+    network: Any = model.network
+    if quantise == "4bit":
+        setattr(network.config, LINEAGE, fingerprint(network))
+        quantising.quantise(network, decoder_of(network), place)
+    if not placing:
+        network.to(place)
+    settle_layout(network)
+    if vision.sees(network.config):
+        _give_eyes(model, options)
+    return model
+
+
+def _fetched(
+    name: str, source: str, precision: torch.dtype | None, options: dict[str, Any], placing: dict[str, Any]
+) -> Model:
+    """The model as transformers makes it, its weights complete and finite; not proved yet, and without eyes."""
     try:
         config = AutoConfig.from_pretrained(source, **options)
         compressed = quantising.compressed_by(config)
@@ -234,36 +250,24 @@ def load(
         if "automatic conversion of the weights" in reason:
             reason = "transformers cannot unpack its weights, such as experts of a form that it does not know"
         raise InputError(
-            f"the model {str(name)!r} cannot be loaded ({reason}); expected 'embedded', a folder in Hugging Face form "
+            f"the model {name!r} cannot be loaded ({reason}); expected 'embedded', a folder in Hugging Face form "
             "with safetensors, or a name on the Hub that this machine can reach"
         ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise InputError(f"the tokenizer of {str(name)!r} has no padding and no end token; set its eos_token")
+        raise InputError(f"the tokenizer of {name!r} has no padding and no end token; set its eos_token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     network, loading = loaded
-    if file:
+    if "gguf_file" in options:
         quantising.forget(network)
     unpacked = f"{compressed} by compressed-tensors" if compressed else ""
     if compressed and quantising.decompress(network, precision or stored):
         unpacked += ", with its activations rounded, which they are not here"
     widths_of(network)
-    _check_weights(network, str(name), [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
+    _check_weights(network, name, [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     network.eval()
-    if quantise == "4bit":
-        setattr(network.config, LINEAGE, fingerprint(network))
-        quantising.quantise(network, decoder_of(network), place)
-    if not placing:
-        network.to(place)
-    elif is_offloaded(network):
-        # So that whose neurons these are need not be read from its weights again and again.
-        setattr(network.config, LINEAGE, fingerprint(network))
-    settle_layout(network)
-    label = embedded.LABEL if str(name) == embedded.NAME else str(name)
-    model = Model(network, tokenizer, label, source, stored, unpacked=unpacked)
-    if kind is AutoModelForImageTextToText:
-        _give_eyes(model, options)
-    return model
+    label = embedded.LABEL if name == embedded.NAME else name
+    return Model(network, tokenizer, label, source, stored, unpacked=unpacked)
 
 
 def _give_eyes(model: Model, options: dict[str, Any]) -> None:

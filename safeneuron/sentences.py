@@ -61,9 +61,7 @@ class SentenceEncoder:
         if not distinct:
             return torch.zeros(0, self.width)
         # Text that looks like a special token is text here, and nothing else.
-        rows = self.tokenizer(list(distinct), truncation=True, max_length=MAX_TOKENS, split_special_tokens=True)[
-            "input_ids"
-        ]
+        rows = self.tokenizer(distinct, truncation=True, max_length=MAX_TOKENS, split_special_tokens=True)["input_ids"]
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
         found = torch.zeros(len(rows), self.width)
         halving: Halving[int] = Halving("embedding texts", "use a device with more memory")

@@ -56,7 +56,7 @@ def headline(results: dict[str, Any]) -> str:
     broken = [name for name, side in doubtful.items() if side == "lower"]
     caveat = f" In {listed(broken)} a part of the fall is broken text and not refusal." if broken else ""
     if "higher" in doubtful.values():
-        caveat += f" But the low rate of {base['name']} is broken text, not refusal."
+        caveat += f" But the low rate of {base['name']} is at least in part broken text and not refusal."
     return f"Under the adaptive FULL attack {'; '.join(said)}.{caveat}"
 
 

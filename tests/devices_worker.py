@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, training_args
 from safeneuron.errors import InputError
 from safeneuron.ffn import fingerprint
 from safeneuron.freezing import Freeze, FreezeNeurons, frozen
+from safeneuron.neurons import NeuronSet
 from tests import tiny
 from tests.frozen_checks import (
     add_noise,
@@ -145,17 +146,24 @@ def loop(
 
 
 def clipping_counts_free_gradients_only(_: Path, kind: str) -> None:
-    network = spread(network_with_noise(), kind)
+    assert_clipping_counts_free_gradients_only(spread(network_with_noise(), kind), some_neurons, frozen_entries)
+
+
+def assert_clipping_counts_free_gradients_only(
+    network: nn.Module,
+    neurons_of: Callable[[nn.Module], NeuronSet],
+    entries_of: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
     backward(network, 0, 1)
     inner = getattr(network, "module", network)
     gradients = {name: full(parameter.grad).double() for name, parameter in inner.named_parameters()}
-    masks = frozen_entries(gradients)
+    masks = entries_of(gradients)
     free = sum(float(g[~masks[name]].square().sum()) for name, g in gradients.items()) ** 0.5
     everything = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
     assert everything > 1.001 * free
     network.zero_grad()
     optimizer = torch.optim.AdamW(network.parameters())
-    with frozen(network, some_neurons(network), optimizer):
+    with frozen(network, neurons_of(network), optimizer):
         backward(network, 0, 1)
         norm = float(full(nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
     assert abs(norm / free - 1) < 1e-5

@@ -21,7 +21,7 @@ from safeneuron.measuring import measure
 from safeneuron.neurons import NeuronSet
 from safeneuron.selecting import score
 from tests import tiny_experts
-from tests.devices_worker import backward, full, spread, train, whole, with_shipped_config
+from tests.devices_worker import assert_clipping_counts_free_gradients_only, spread, train, whole, with_shipped_config
 from tests.tiny_trainers import plain_trainer
 
 # Three experts: a process holds two, the other one. The first and the last channel are among the neurons.
@@ -77,19 +77,7 @@ def loop(_: Path, kind: str, bf16: bool = False, parts: int = 1) -> None:
 
 
 def clipping_counts_free_gradients_only(_: Path, kind: str) -> None:
-    model = spread(network(), kind)
-    backward(model, 0, 1)
-    inner = getattr(model, "module", model)
-    gradients = {name: full(parameter.grad).double() for name, parameter in inner.named_parameters()}
-    masks = frozen_entries(gradients)
-    free = sum(float(g[~masks[name]].square().sum()) for name, g in gradients.items()) ** 0.5
-    assert sum(float(g[masks[name]].square().sum()) for name, g in gradients.items()) > 0
-    model.zero_grad()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with frozen(model, some_neurons(model), optimizer):
-        backward(model, 0, 1)
-        norm = float(full(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-    assert abs(norm / free - 1) < 1e-5
+    assert_clipping_counts_free_gradients_only(spread(network(), kind), some_neurons, frozen_entries)
 
 
 def one_bit_of_one_expert_is_seen_by_all(_: Path) -> None:

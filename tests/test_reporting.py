@@ -410,7 +410,7 @@ def test_a_low_rate_of_a_broken_base_is_no_strength() -> None:
     broken = sample_state("T0", 5, incoherent=40)
     for others in (["T1"], ["T1", "T2"]):
         states = [broken, *(sample_state(name, 30) for name in others)]
-        assert "broken text and not refusal" in headline(sample_results(*states)).replace("text, not", "text and not")
+        assert "broken text and not refusal" in headline(sample_results(*states))
     broken["attacks"][0]["harmful"] = counts(47, 40)
     effect = said(sample_results(broken, sample_state("T1", 30)), "T0 under attack")
     assert "comply with fewer" in effect
