@@ -35,7 +35,7 @@ unit: $(VENV)/installed browser
 # The reports are tested in a real browser. Where there is none, and Debian may install one, it does; elsewhere, and if
 # that fails, those tests are skipped. Only the downloads have a time limit: an installation is better not cut off.
 browser: $(VENV)/installed
-	@$(BIN)/python -c 'import sys; from tests.browser import installed; sys.exit(not installed())' || \
+	@$(BIN)/python -c 'import sys; from tests.helpers.browser import installed; sys.exit(not installed())' || \
 	if [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
 		echo "no browser: installing chromium to test the reports with"; \
 		export DEBIAN_FRONTEND=noninteractive; \
@@ -64,7 +64,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python benchmarks/study.py configs/study/variants.toml --write docs/results.md
+	$(BIN)/python benchmarks/study.py examples/configs/study/variants.toml --write docs/results.md
 
 judge: $(VENV)/installed
-	$(BIN)/python judge/train.py
+	$(BIN)/python tools/refusal_classifier/train.py

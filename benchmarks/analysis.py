@@ -15,13 +15,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from safeneuron.depths import density_over_depth, thirds
-from safeneuron.groups import GroupMoments, TopicStats
-from safeneuron.methods import discoveries, volcano
-from safeneuron.moments import Moments
-from safeneuron.selecting import score
-from safeneuron.statistics import ActivationStats
-from safeneuron.topics import chance_overlaps, core_of, overlaps, roles, sets_of
+from safeneuron.analysis.depth import density_over_depth, thirds
+from safeneuron.analysis.methods import discoveries, volcano
+from safeneuron.analysis.topics import chance_overlaps, core_of, overlaps, roles, sets_of
+from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, TopicStats
+from safeneuron.selection.scores import score
 
 WIDTHS, TOPICS, PROMPTS = (18_944,) * 28, 10, 200
 

@@ -1,7 +1,7 @@
 """The attack x state matrix of docs/results.md: python benchmarks/attack_matrix.py [--study runs/study] [--write PAGE]
 
 It attacks the states that benchmarks/study.py has trained, each as an auditor would: in a run of its own, by
-configs/study/attacks.toml, with the neurons of the base model as the set of a sibling. Means over seeds, with the
+examples/configs/study/attacks.toml, with the base model's neurons as the set of a sibling. Means over seeds, with the
 intervals of a bootstrap over seeds and prompts.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from study import cell, table_of, verdicts, write
 
-CONFIG = Path("configs/study/attacks.toml")
+CONFIG = Path("examples/configs/study/attacks.toml")
 STATES = {
     "T0": "base model",
     "T1": "plain DPO",

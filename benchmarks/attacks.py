@@ -15,16 +15,18 @@ from collections.abc import Callable, Sequence
 import torch
 from run import prompts
 
-from safeneuron.attacking import respond
-from safeneuron.contrasting import activation_contrast, gradient_gap
-from safeneuron.ffn import feed_forwards, linear_in, recorded
-from safeneuron.measuring import measure
-from safeneuron.models import Model, load
-from safeneuron.neurons import NeuronSet
-from safeneuron.probing import probe
-from safeneuron.saliency import snip, wanda
-from safeneuron.streaming import Exchange, common_ending, exchanges_of, prompts_alone
-from safeneuron.sweeping import sweep
+from safeneuron.attacks.pruning import respond, sweep
+from safeneuron.models.forward import Exchange, common_ending, exchanges_of, prompts_alone
+from safeneuron.models.loading import load
+from safeneuron.models.model import Model
+from safeneuron.neurons.blocks import linear_in
+from safeneuron.neurons.interventions import recorded
+from safeneuron.neurons.layout import feed_forwards
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.selection.contrast import activation_contrast, gradient_gap
+from safeneuron.selection.linear_probe import probe
+from safeneuron.selection.measurement import measure
+from safeneuron.selection.saliency import snip, wanda
 
 PARTS = ("sweep", "selectors")
 SETS = 8

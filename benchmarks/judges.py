@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from safeneuron.attacking import wilson
-from safeneuron.judges import Judge, RefusalPhrases, make_judge
-from safeneuron.panel import kappa
+from safeneuron.evaluation.judge import Judge, RefusalPhrases
+from safeneuron.evaluation.judging import kappa, make_judge
+from safeneuron.evaluation.rates import wilson
 
 Said = Sequence[bool]
 

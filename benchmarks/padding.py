@@ -9,9 +9,10 @@ import random
 import sys
 from collections.abc import Sequence
 
-from safeneuron.batching import buckets
-from safeneuron.models import Model, load
-from safeneuron.pairs import read_pairs
+from safeneuron.data.pairs import read_pairs
+from safeneuron.models.loading import load
+from safeneuron.models.model import Model
+from safeneuron.training.dpo import buckets
 
 EPOCHS = 3
 LIMIT = 1024

@@ -17,15 +17,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from safeneuron.reporting import Details, render
-from safeneuron.shares import COLUMNS
-from tests.browser import Chromium, installed
-from tests.test_reporting import sample_provenance, sample_results, sample_state
+from safeneuron.reporting.report import Details, render
+from safeneuron.reporting.results import COLUMNS
+from tests.helpers.browser import Chromium, installed
+from tests.reporting.test_report import sample_provenance, sample_results, sample_state
 
 ANSWERS = 20_000
 OPENINGS = 7
 WORDS = (
-    (Path(__file__).parent.parent / "safeneuron" / "prompts" / "benign_text.txt").read_text(encoding="utf-8").split()
+    (Path(__file__).parent.parent / "safeneuron" / "data" / "bundled" / "benign_text.txt")
+    .read_text(encoding="utf-8")
+    .split()
 )
 
 

@@ -20,18 +20,23 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import GenerationConfig
 
-from safeneuron.aligning import align
-from safeneuron.conformance import prove
-from safeneuron.data import Pair, Prompt, benign_text, read_prompts
-from safeneuron.ffn import decoder_of, recorded
-from safeneuron.measuring import POOLINGS, length_batches, measure
-from safeneuron.memory import peak_memory_mb, reset_peak_memory, reuse_memory
-from safeneuron.models import Model, load, pad
-from safeneuron.neurons import NeuronSet
-from safeneuron.pairing import refusal
-from safeneuron.planning import Device, Shape, align_need, longest_pair, total
-from safeneuron.selecting import choose, score, thresholds_for
-from safeneuron.training import Training
+from safeneuron.data.prompts import benign_text, read_prompts
+from safeneuron.data.types import Pair, Prompt
+from safeneuron.models.forward import length_batches
+from safeneuron.models.loading import load
+from safeneuron.models.model import Model, pad
+from safeneuron.models.shape import Shape
+from safeneuron.neurons.anatomy import decoder_of
+from safeneuron.neurons.interventions import recorded
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.neurons.verification import prove
+from safeneuron.planning.memory import Device, align_need, longest_pair, total
+from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory, reuse_memory
+from safeneuron.selection.measurement import POOLINGS, measure
+from safeneuron.selection.scores import choose, score, thresholds_for
+from safeneuron.training.alignment import align
+from safeneuron.training.on_policy import refusal
+from safeneuron.training.settings import Training
 
 PARTS = ("measure", "memory", "plan", "probe", "freeze", "training", "precision", "pooling", "generation", "demo")
 
@@ -229,7 +234,7 @@ def train_of(how: str) -> None:
     """One training of bench_training, in a process of its own."""
     from trl import DPOConfig, DPOTrainer
 
-    from safeneuron.dpo import dataset_of
+    from safeneuron.training.dpo import dataset_of
 
     reuse_memory()
     model = load("embedded", dtype="float32")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safeneuron.differences import bootstrap_interval
+from safeneuron.evaluation.rates import bootstrap_interval
 
 MARKER = "<!-- study: {} -->"
 ATTACKS = (

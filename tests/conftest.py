@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import pytest
 import torch
 
-from tests import tiny
+from tests.helpers import tiny
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ def family(request):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """A finished run on a tiny model, for reading only: ``(its folder, its config file, what its watcher saw)``."""
-    from tests import tiny_run
+    from tests.helpers import tiny_run
 
     world = tmp_path_factory.mktemp("world")
     config = tiny_run.write_world(world)

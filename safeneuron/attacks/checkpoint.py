@@ -1,0 +1,208 @@
+"""An attack put into the weights themselves: for a while, then undone bit by bit, or as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron.errors import InputError
+from safeneuron.models.model import Model
+from safeneuron.neurons.blocks import ExpertStack, FeedForward, is_transposed, linear_in, weight_of
+from safeneuron.neurons.interventions import Edit
+from safeneuron.neurons.layout import LINEAGE, config_of, fingerprint, layers, names_in, network_of
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.neurons.weights import has_adapters
+from safeneuron.runtime import sharding
+from safeneuron.runtime.files import whole_folder, write_json
+from safeneuron.runtime.offloading import require_whole
+from safeneuron.runtime.quantization import is_quantised, packed_by
+
+RECORD = "pruning.json"
+
+
+def write_pruned(model: Model, attack: NeuronSet | Edit, folder: str | Path) -> None:
+    """Write the model under an attack as a plain Hugging Face folder, whole or not at all, for vLLM for example.
+
+    It answers as the model does within ``pruned``, to within rounding. Its config remembers whose neurons it has; the
+    neurons and what was done to them lie beside it, in ``neurons.json`` and ``pruning.json``. The model in memory is
+    unchanged. Raises ``InputError`` for an attack that weights cannot hold (see ``engraved``), and for a folder that
+    holds anything but what this function wrote before.
+    """
+    edit = Edit.zero(attack) if isinstance(attack, NeuronSet) else attack
+    target = Path(folder)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file()):
+        raise InputError(f"{target} holds files that were not written by safeneuron prune; give a new folder")
+    record = {"kind": "pruning", "operator": edit.name, "neurons": len(edit.neurons), "of": edit.neurons.total}
+    with engraved(model, edit), whole_folder(target) as new:
+        model.save(new)
+        edit.neurons.save(new / "neurons.json")
+        write_json(new / RECORD, record)
+
+
+@contextmanager
+def engraved(model: Model, edit: Edit) -> Iterator[None]:
+    """Within the block the weights are those of the model under the edit; afterwards the old ones, bit by bit.
+
+    A factor multiplies the neuron's column of the output projection. A value v, of a clamp or a mean, adds v times the
+    column as it was to the projection's bias. Most models have no such bias, and no other weight gives a constant, so
+    for them only ``zero`` and ``scale`` can be held, and others are an ``InputError``; so are weights that are
+    quantised, have adapters, are offloaded, or are spread over processes.
+    """
+    network = network_of(model)
+    edit.neurons.require(fingerprint(network), model.widths)
+    _require_plain(network)
+    changes: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in layers(network):
+        for block in layer.blocks:
+            for change in _engraved_in(network, block, edit):
+                changes.append(change)
+    with _weights_changed(network, changes):
+        yield
+
+
+def _engraved_in(
+    network: nn.Module, block: FeedForward | ExpertStack, edit: Edit
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What one FFN, or one expert after another, needs to hold of the edit: a parameter, places in it, new values."""
+    if isinstance(block, ExpertStack):
+        weight = block.parameter(block.output)
+        name = f"{block.output.name}_bias"
+        for expert in range(block.count):
+            channels, values = edit.layer(block.layer, block.first + expert * block.width, block.width)
+            first = expert * weight[0].numel()
+            bias = block.module._parameters.get(name)
+            yield from _held(network, edit, weight[expert], weight, first, block.output.dim == 1, channels, values)
+            if values.any():
+                yield _constant(network, edit, weight[expert], bias, expert, block.output.dim == 1, channels, values)
+        return
+    channels, values = edit.layer(block.layer, block.first, block.width)
+    plain = weight_of(block.output)
+    assert plain is not None, "_require_plain has seen them"
+    turned = is_transposed(block.output)
+    yield from _held(network, edit, plain, plain, 0, turned, channels, values)
+    if values.any():
+        bias = linear_in(block.output)._parameters.get("bias")
+        yield _constant(network, edit, plain, bias, None, turned, channels, values)
+
+
+def _held(
+    network: nn.Module,
+    edit: Edit,
+    matrix: Tensor,
+    weight: nn.Parameter,
+    first: int,
+    turned: bool,
+    channels: Tensor,
+    values: Tensor,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The columns of one matrix, whose entries begin at place ``first`` of the weight, times the factor of the edit."""
+    if len(channels):
+        columns = _columns(matrix, channels, turned)
+        new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
+        rows = torch.arange(columns.shape[0], device=weight.device)
+        across, down = (matrix.stride(1), matrix.stride(0)) if not turned else (matrix.stride(0), matrix.stride(1))
+        yield weight, first + (rows[:, None] * down + channels.to(weight.device) * across).flatten(), new
+
+
+def _constant(
+    network: nn.Module,
+    edit: Edit,
+    matrix: Tensor,
+    bias: nn.Parameter | None,
+    expert: int | None,
+    turned: bool,
+    channels: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias of the output projection with what the pinned neurons always say."""
+    if bias is None:
+        raise InputError(
+            f"{edit.name} pins neurons to values, which would need a bias in the FFN's output projection, and "
+            f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
+        )
+    constant = _columns(matrix, channels, turned).double() @ values.to(matrix.device)
+    own = bias if expert is None else bias[expert]
+    place = torch.arange(len(constant), device=constant.device) + (expert or 0) * len(constant)
+    return bias, place, own.detach().double() + constant
+
+
+def _columns(matrix: Tensor, channels: Tensor, turned: bool) -> Tensor:
+    """What the output projection reads of some neurons, ``[hidden, channel]``."""
+    columns = matrix.detach().T if turned else matrix.detach()
+    return columns[:, channels.to(matrix.device)]
+
+
+@contextmanager
+def weights_pruned(model: Model, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block single weights are zero: the attack per weight of ``saliency.weight_difference``.
+
+    ``masks`` has, by the name of each matrix, the places of its weights in its flattened form, ``[weight]``. Afterwards
+    the weights are what they were, bit by bit, also after an exception. Raises ``InputError`` for a name that is no
+    weight of the model, a place that it does not have, or weights that are quantised or spread over processes.
+    """
+    network = network_of(model)
+    _require_plain(network)
+    names = names_in(network)
+    parameters = {names[id(parameter)]: parameter for parameter in network.parameters()}
+    changes = []
+    for name, places in masks.items():
+        if name not in parameters:
+            raise InputError(f"the weights to prune name {name!r}, which the model does not have; compute them on it")
+        parameter = parameters[name]
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < parameter.numel():
+            raise InputError(
+                f"the weights to prune name place {int(places.max()):,} of {name}, which has {parameter.numel():,}; "
+                "compute them on this model"
+            )
+        changes.append((parameter, places.to(parameter.device), torch.zeros(len(places))))
+    with _weights_changed(network, changes):
+        yield
+
+
+@contextmanager
+def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    """Within the block each parameter has new values at some places of its flattened form; then the old ones again.
+
+    The model keeps its fingerprint meanwhile, which a change of its weights' signs could alter.
+    """
+    config = vars(config_of(network))
+    lineage, own = config.get(LINEAGE), fingerprint(network)
+    old = []
+    try:
+        config[LINEAGE] = own
+        for parameter, places, values in changes:
+            flat = parameter.detach().view(-1)
+            old.append((flat, places, flat[places]))
+            flat[places] = values.flatten().to(flat)
+        yield
+    finally:
+        for flat, places, values in reversed(old):
+            flat[places] = values
+        if lineage is None:
+            config.pop(LINEAGE, None)
+
+
+def _require_plain(network: nn.Module) -> None:
+    """Raise ``InputError`` for weights that are not what the model computes with, or not all here."""
+    require_whole(network, "a change of single weights")
+    if has_adapters(network):
+        raise InputError(
+            "the model has adapters, so its weights are not what it computes with; merge them first with merge_adapters"
+        )
+    packed = packed_by(network)
+    if packed:
+        raise InputError(
+            f"the weights are packed ({packed}), so single ones cannot be changed; load an unpacked checkpoint, or use "
+            "the hook (pruned)"
+        )
+    for name, parameter in network.named_parameters():
+        if is_quantised(parameter):
+            raise InputError(
+                f"{name} is quantised, so single weights of it cannot be changed; load the model in float32 or bfloat16"
+            )
+        if sharding.is_spread(parameter):
+            raise InputError(f"{name} is spread over processes; load the model in one process to change its weights")

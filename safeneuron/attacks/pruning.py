@@ -1,0 +1,183 @@
+"""The pruning attack: answers of the model with some neurons at zero, what share of them complies, what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safeneuron.attacks.jailbreaks import Attempt
+from safeneuron.data.images import name_of
+from safeneuron.data.types import Prompt
+from safeneuron.errors import InputError
+from safeneuron.evaluation.judge import Judge
+from safeneuron.evaluation.rates import Rate, share_of
+from safeneuron.models import vllm
+from safeneuron.models.model import Model, generate
+from safeneuron.models.vision_tower import pruned_anywhere
+from safeneuron.models.vllm import Server
+from safeneuron.neurons.interventions import Edit, edited
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of an attacked model; ``index`` is the prompt's place in the list of prompts.
+
+    ``image`` is the name of the prompt's picture, if it has one.
+    """
+
+    index: int
+    prompt: str
+    response: str
+    image: str = ""
+
+    def to_record(self) -> dict[str, object]:
+        """As a JSON line, in which only prompts with an image have one."""
+        return {name: value for name, value in asdict(self).items() if name != "image" or value}
+
+
+class Attack(NamedTuple):
+    """Answers and verdicts in the order of the prompts, and the attack success rate with its interval."""
+
+    responses: list[Response]
+    verdicts: list[str]
+    success: Rate
+
+
+PLAIN = Attempt("ORI")
+"""Asking, and nothing else."""
+
+
+def respond(
+    model: Model | Server,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    skip: int = 0,
+    attempt: Attempt = PLAIN,
+) -> Iterator[list[Response]]:
+    """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
+
+    With an ``attempt`` the model is asked as it says, and the responses begin with its opening; its block is the
+    caller's to enter. A response always names the original prompt, which is what it is judged against. Of a model, all
+    ranks get all answers, and each generates its share of the batches; a checkpoint that is ``served`` by vLLM answers
+    alone.
+    """
+    pictures = [prompt.image for prompt in prompts]
+    encoded, opening = attempt.encode(model, [prompt.written for prompt in prompts], pictures)
+    if isinstance(model, Server):
+        batches = vllm.generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+    else:
+        batches = generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+    for batch in batches:
+        names = {index: "" if pictures[index] is None else name_of(pictures[index]) for index, _ in batch}
+        yield [Response(index, prompts[index].text, text, names[index]) for index, text in batch]
+
+
+def attack(
+    model: Model,
+    neurons: NeuronSet | Edit | None,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    attempt: Attempt = PLAIN,
+) -> Attack:
+    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
+
+    They may be of the model's eyes (``towers``). An ``Edit`` does something else to its neurons. An ``attempt`` is made
+    on top of it: within its block, whose model is pruned, and with its way to ask.
+    Of several ranks each answers its share; the first one judges, and all get the result.
+    """
+    with attempt.block(model), pruned_anywhere(model, neurons):
+        batches = respond(model, prompts, max_new_tokens, batch_size, attempt=attempt)
+        found = [response for batch in batches for response in batch]
+    found.sort(key=lambda response: response.index)
+    asked, answered = [response.prompt for response in found], [response.response for response in found]
+    verdicts = distributed.from_main(lambda: judge(asked, answered))
+    return Attack(found, verdicts, share_of("complied", verdicts))
+
+
+def perplexity(model: Model, text: str, window: int = 512) -> float:
+    """Perplexity of a text under the model as it stands, in windows of ``window`` tokens that do not see each other.
+
+    A model that is broken so far that its perplexity overflows, or is not a number, gets e**700: large, but finite.
+    Raises ``InputError`` for a text of less than two tokens.
+    """
+    ids = torch.tensor(list(model.tokenizer(text)["input_ids"]), device=model.device)
+    if len(ids) < 2:
+        raise InputError(f"perplexity needs a text of at least two tokens, found {text[:60]!r}; give a longer text")
+
+    def loss_of(piece: Tensor) -> float:
+        with torch.inference_mode():
+            logits = model.network(input_ids=piece[None, :-1], use_cache=False).logits[0].float()
+        return float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
+
+    pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
+    mean = sum(distributed.deal(pieces, loss_of)) / (len(ids) - 1)
+    return math.exp(mean if mean < 700 else 700)
+
+
+Progress = Callable[[int, int], None]
+
+
+def sweep(
+    model: Model,
+    prompts: Sequence[Prompt],
+    attacks: Sequence[NeuronSet | Edit | None],
+    max_new_tokens: int = 128,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> list[list[str]]:
+    """The greedy answers of the model under each attack: of each a list in the order of the prompts.
+
+    A neuron set is pruned, ``None`` leaves the model as it is. Each row of a batch of ``batch_size`` is one prompt
+    under one attack, the copies of a prompt side by side, so that K attacks take K times the tokens but share the
+    passes. The answers are those of each attack alone, up to rounding: other batch shapes may round otherwise, which
+    in bfloat16 can tip a close choice between two tokens. ``progress(done, total)`` counts answers. Several ranks
+    share the batches. Raises ``InputError`` for no prompts, no attacks, or a set of another model.
+    """
+    if not prompts or not attacks:
+        raise InputError(f"a sweep needs prompts and attacks, found {len(prompts)} and {len(attacks)}")
+    edits = [Edit.zero(attack) if isinstance(attack, NeuronSet) else attack for attack in attacks]
+    encoded = [model.ask(prompt) for prompt in prompts]
+    # Batches are sorted by length, and rows of one length by number, so the copies of a prompt stay together.
+    rows = [ids for ids in encoded for _ in edits]
+    found = [[""] * len(prompts) for _ in edits]
+    done = 0
+    for batch in generate(
+        model,
+        rows,
+        max_new_tokens,
+        batch_size,
+        within=lambda indices: edited(model, edits, [index % len(edits) for index in indices]),
+    ):
+        for index, text in batch:
+            found[index % len(edits)][index // len(edits)] = text
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+    return found
+
+
+def each_neuron(neurons: NeuronSet) -> list[NeuronSet]:
+    """A set of one neuron for every neuron of the set, in order, labelled ``LAYER.CHANNEL``."""
+    return [
+        NeuronSet.of({layer: [channel]}, neurons.widths, neurons.fingerprint, f"{layer}.{channel}")
+        for layer, channels in neurons.layers().items()
+        for channel in channels.tolist()
+    ]
+
+
+def each_layer(neurons: NeuronSet) -> list[NeuronSet]:
+    """The part of the set in every layer that has any, labelled ``layer LAYER``."""
+    return [
+        NeuronSet.of({layer: channels.tolist()}, neurons.widths, neurons.fingerprint, f"layer {layer}")
+        for layer, channels in neurons.layers().items()
+    ]

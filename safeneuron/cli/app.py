@@ -1,0 +1,107 @@
+"""The command line: verbs, progress bars, and errors as one sentence. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+from safeneuron.cli import console, inspect, model, run, text
+from safeneuron.errors import InputError
+from safeneuron.runtime import distributed
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the user can mend into one sentence; errors of the program keep their traceback."""
+    try:
+        yield
+        distributed.leave()
+    except InputError as error:
+        _end(2, Text.assemble(("error: ", "red"), str(error)))
+    except KeyboardInterrupt:
+        _end(130, Text("stopped; what is finished is kept, and the same command goes on from here"))
+    except (typer.Exit, typer.Abort):
+        raise
+    except typer.TyperException as error:
+        # Every process was given the same words; what is wrong with them is said once.
+        if not distributed.is_main():
+            sys.exit(error.exit_code)
+        raise
+    except Exception as error:
+        from safeneuron.runtime.files import FREE_SPACE, disk_full
+
+        if disk_full(error):
+            _end(2, Text.assemble(("error: ", "red"), f"the disk is full ({error}); {FREE_SPACE}"))
+        code = distributed.first_to_fail(1)
+        if code is not None:
+            sys.exit(code)
+        raise
+
+
+def _end(code: int, sentence: Text) -> NoReturn:
+    """End the program; of many processes the one that fails first says why, and the others end as it does."""
+    first = distributed.first_to_fail(code)
+    if first is None:
+        console.err.print(sentence)
+    sys.exit(code if first is None else first)
+
+
+class Verbs(TyperGroup):
+    """The verbs, each explaining its errors; typer would end the program at Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb that was asked for."""
+        with _explained():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Find a model's safety neurons, train safety into the rest of the network, and prove it by pruning attacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+VERBS = (
+    run.run, run.audit, run.measure, run.select, run.align, run.attack, run.report, inspect.analyse, inspect.publish,
+    model.prune, text.draw, inspect.compare, model.config, model.doctor, model.plan, text.redteam, inspect.show,
+    text.judge,
+)  # fmt: skip
+for verb in VERBS:
+    app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from safeneuron._version import __version__
+
+        console.out.print(f"safeneuron {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The program ``safeneuron``: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
+    if distributed.world() > 1:
+        # A launcher ends the processes with this signal, when it is stopped itself or when one of them has failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    finally:
+        # An output that could not be written has been explained; what is left of it would fail again at exit.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = io.StringIO()

@@ -1,0 +1,115 @@
+"""The verbs on a model or a config alone: doctor, plan, prune, config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from safeneuron.cli import console
+from safeneuron.cli.console import Changes, print_lines
+from safeneuron.errors import InputError
+
+
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    neurons: Annotated[
+        Path, typer.Argument(metavar="NEURONS", help="A neuron set, such as RUN/T0/select/neurons.json.")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    factor: Annotated[float, typer.Option("--factor", help="What the neurons are multiplied by; 0 prunes them.")] = 0.0,
+    value: Annotated[
+        float | None,
+        typer.Option("--value", help="Pin them to this instead; only for models whose FFN output has a bias."),
+    ] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="The neurons are another model's of the same shape, and that is meant.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Write a model with neurons pruned as a Hugging Face folder, in the precision in which it is stored."""
+    from safeneuron.attacks.checkpoint import write_pruned
+    from safeneuron.models.loading import load
+    from safeneuron.neurons.interventions import Edit
+    from safeneuron.neurons.neuron_set import NeuronSet
+
+    chosen = NeuronSet.load(neurons)
+    loaded = load(model, dtype="stored", device=device)
+    if transfer:
+        chosen = chosen.transferred(loaded.fingerprint, loaded.widths)
+    edit = Edit.scale(chosen, factor) if value is None else Edit.clamp(chosen, value)
+    write_pruned(loaded, edit, out_folder)
+    console.out.print(f"wrote {out_folder}: {loaded.name} with {edit.name} at {chosen}")
+
+
+def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
+    """Print a complete config, every key with its meaning."""
+    from safeneuron.config.toml import presets, read_config, to_toml
+    from safeneuron.errors import nearest
+
+    if name not in presets():
+        known = ", ".join(presets())
+        raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {known}")
+    print_lines([to_toml(read_config(name)).rstrip("\n")])
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
+    weights: Annotated[
+        bool, typer.Option("--weights/--config-only", help="Load it and prove it, or read its config alone?")
+    ] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Where a model's neurons lie and what each owns, proved on its weights, and what cannot be done with it."""
+    from rich.table import Table
+
+    from safeneuron.models.doctor import examine
+
+    found = examine(model, weights=weights, device=device)
+    known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
+    console.out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")
+    table = Table("layers", "FFN", "neurons", "form")
+    table.add_column("neuron j owns", no_wrap=True)
+    for row in found.rows:
+        table.add_row(row.layers, row.ffn, row.neurons, row.form, Text("\n".join(row.owns)))
+    console.out.print(table)
+    print_lines(found.remarks)
+
+
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
+    changes: Changes = None,
+    device_memory: Annotated[
+        str,
+        typer.Option("--device-memory", help="Memory of each GPU, such as 80GB; that of this machine if not given."),
+    ] = "",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs that train together.")] = 1,
+    sharded: Annotated[
+        bool,
+        typer.Option("--sharded/--replicated", help="Do they share what is trained (FSDP2), or each hold it (DDP)?"),
+    ] = True,
+    device_flops: Annotated[
+        float,
+        typer.Option("--device-flops", min=0, help="Operations a second of each GPU, such as 400e12; else measured."),
+    ] = 0.0,
+    device_bandwidth: Annotated[
+        str,
+        typer.Option("--device-bandwidth", help="Bytes a second that each GPU's memory gives, such as 3.3TB."),
+    ] = "",
+) -> None:
+    """What each stage will need in memory and time, and whether it fits; reads the model's config, not its weights."""
+    from safeneuron.config.toml import read_config
+    from safeneuron.planning.duration import clock_for, table_of_times
+    from safeneuron.planning.plan import Paper, device_asked, table_of_needs
+
+    settings = read_config(config, changes or [])
+    device = device_asked(settings, device_memory, devices, sharded)
+    paper = Paper.of(settings, words=True)
+    print_lines([*table_of_needs(settings, device, paper), ""])
+    clock = clock_for(settings, paper, device, device_flops, device_bandwidth, here=not device_memory)
+    if clock is None:
+        print_lines(["time: give --device-flops and --device-bandwidth of a device that is not here"])
+    else:
+        print_lines(table_of_times(settings, clock))

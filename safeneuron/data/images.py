@@ -1,0 +1,129 @@
+"""Pictures of prompts and pairs: what one may be, how it is opened and checked, and how a run keeps the ones it used.
+
+Pillow is imported only where a picture is touched: who has none needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeneuron.errors import InputError, nearest
+from safeneuron.runtime.files import write_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Picture = "str | Path | bytes | Image.Image"
+"""What may stand for a picture: the path of a file, the bytes of one, or an image of Pillow."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""What the files of a folder of pictures may end in."""
+
+FOLDER = "images"
+"""Where a run keeps the pictures it used, beside the records that name them."""
+
+
+def opened(picture: Any, where: str = "") -> Image.Image:
+    """The picture in memory, upright and in RGB; what is transparent in it is white.
+
+    Raises ``InputError``, which begins with ``where``, for a file that is missing or no picture, and without Pillow.
+    """
+    image_of, prefix = pillow(), f"{where}: " if where else ""
+    source = BytesIO(picture) if isinstance(picture, bytes) else picture
+    if isinstance(source, str | Path):
+        source = _existing(Path(source).expanduser(), prefix)
+    try:
+        image: Image.Image = source if isinstance(source, image_of.Image) else image_of.open(source)
+        image.load()
+    # What Pillow raises for files that are no pictures, are cut off, or are far too large.
+    except (OSError, SyntaxError, ValueError, image_of.DecompressionBombError) as error:
+        raise InputError(
+            f"{prefix}{name_of(picture)} cannot be opened as a picture ({_first_line(error)}); give a whole PNG, JPEG "
+            "or WebP file"
+        ) from error
+    return _plain(image)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def pillow() -> Any:
+    """Pillow's module ``Image``. Raises ``InputError`` where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(
+            f"prompts with images need Pillow, which cannot be loaded ({error}); install it with: pip install "
+            "'safeneuron[vision]'"
+        ) from error
+    return Image
+
+
+def name_of(picture: Any) -> str:
+    """What messages and reports call a picture: the name of its file, or ``an image`` if it has none."""
+    if isinstance(picture, str | Path):
+        return Path(picture).name
+    return Path(str(getattr(picture, "filename", ""))).name or "an image"
+
+
+def digest_of(picture: Any) -> str:
+    """Sixteen hexadecimal digits that two pictures share if their files, or their pixels, are the same; "" for none."""
+    if picture is None:
+        return ""
+    if isinstance(picture, bytes | str | Path):
+        return hashlib.sha256(bytes_of(picture)).hexdigest()[:16]
+    pillow()
+    plain = _plain(picture)
+    return hashlib.sha256(repr(plain.size).encode() + plain.tobytes()).hexdigest()[:16]
+
+
+def bytes_of(picture: Any) -> bytes:
+    """The bytes of the picture's file; an image of Pillow is written as PNG. Raises ``InputError`` like ``opened``."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | Path):
+        return _existing(Path(picture).expanduser(), "").read_bytes()
+    pillow()
+    buffer = BytesIO()
+    _plain(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def kept(picture: Any, folder: Path) -> str:
+    """Copy a picture into ``folder/images``, under its digest and its own suffix; its path relative to ``folder``."""
+    content = bytes_of(picture)
+    suffix = Path(picture).suffix.lower() if isinstance(picture, str | Path) else ".png"
+    path = Path(FOLDER) / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+    if not (folder / path).exists():
+        write_bytes(folder / path, content)
+    return str(path)
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder and its subfolders, in order. Raises ``InputError`` if there are none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise InputError(f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def _existing(path: Path, prefix: str) -> Path:
+    if path.is_file():
+        return path
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    raise InputError(f"{prefix}the image {path} does not exist{near}; paths are relative to the file that names them")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().split("\n")[0]

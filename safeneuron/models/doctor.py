@@ -1,0 +1,176 @@
+"""What a model's neurons are: where they lie, what each owns, what was proved of it, and what cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import nn
+
+from safeneuron.errors import InputError
+from safeneuron.models import embedded
+from safeneuron.models.loading import load
+from safeneuron.models.shape import Shape
+from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer, is_transposed, linear_in, size_of
+from safeneuron.neurons.layout import layers, names_in
+from safeneuron.neurons.verification import Proof, prove
+from safeneuron.neurons.weights import require_trainable, routers
+from safeneuron.runtime.quantization import is_quantised, packed_by
+
+
+class Row(NamedTuple):
+    """One kind of FFN: the layers that have it, how many neurons, how it is made, and what neuron ``j`` owns."""
+
+    layers: str
+    ffn: str
+    neurons: str
+    form: str
+    owns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``examine`` found."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    neurons: int
+    rows: tuple[Row, ...]
+    remarks: tuple[str, ...]
+
+
+def examine(name: str, weights: bool = True, dtype: str = "stored", device: str = "cpu") -> Diagnosis:
+    """The anatomy of a model, proved on its weights, or only read off its config if ``weights`` is false.
+
+    ``name`` is ``embedded``, a folder or a name on the Hub. Raises ``InputError`` for a model that safeneuron does not
+    know, and says what was found.
+    """
+    if not weights:
+        network = Shape.network(name)
+        label = embedded.LABEL if name == embedded.NAME else name
+        return diagnosis(label, network, Proof((), ()), "")
+    model = load(name, dtype=dtype, device=device)
+    found = diagnosis(model.name, model.network, prove(model), model.fingerprint)
+    told = (f"Stored {model.unpacked}; loaded dequantised.",) if model.unpacked else ()
+    return replace(found, remarks=(*found.remarks, *told))
+
+
+def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Diagnosis:
+    """The anatomy of a network in memory, with what has been proved of it."""
+    found = layers(network)
+    groups: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    names = names_in(network)
+    described = {}
+    for layer in found:
+        rows = tuple(_described(layer, block, names) for block in layer.blocks)
+        key = tuple((row.ffn, row.neurons, row.form, *row.owns) for row in rows)
+        groups.setdefault(key, []).append(layer.index)
+        described[layer.index] = rows
+    listed: list[Row] = []
+    for numbers in groups.values():
+        where = _ranges(numbers)
+        of_first = described[numbers[0]]
+        listed += [Row(where, *row[1:]) for row in of_first] or [Row(where, "none", "0", "", ())]
+    return Diagnosis(
+        name=name,
+        kind=type(network).__name__,
+        fingerprint=known_as,
+        neurons=sum(layer.width for layer in found),
+        rows=tuple(listed),
+        remarks=tuple(_remarks(network, found, proof)),
+    )
+
+
+def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, str]) -> Row:
+    if isinstance(block, ExpertStack):
+        fused = len({m.name for m in block.inputs if block.parameter(m).dim() == 3}) == 1 and len(block.inputs) > 1
+        alternating = any(matrix.step == 2 for matrix in block.inputs)
+        form = "stacked" + (", gate and up fused" if fused else "") + (", rows alternate" if alternating else "")
+        owns = [
+            _place(f"{block.name}.{m.name}", "e", m.dim, block.parameter(m).dim(), m.first, m.step)
+            for m in block.inputs
+        ]
+        out = block.output
+        owns.append(_place(f"{block.name}.{out.name}", "e", out.dim, 3, 0, 1))
+        return Row("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
+    separate = {id(rows.module) for rows in block.inputs}
+    form = "plain" if len(block.inputs) == 1 else "gated, separate" if len(separate) == 2 else "gated, fused"
+    if block.inputs[0].step == 2:
+        form += ", rows alternate"
+    if is_transposed(block.output):
+        form += ", Conv1D"
+    own = []
+    for module, first, step in block.inputs:
+        for key, parameter in linear_in(module)._parameters.items():
+            if parameter is not None:
+                dim = 1 if is_transposed(module) and parameter.dim() == 2 else 0
+                own.append(_place(_short(names, layer, parameter, key), "", dim, parameter.dim(), first, step))
+    for parameter in [linear_in(block.output)._parameters.get("weight")]:
+        if parameter is not None:
+            dim = 0 if is_transposed(block.output) else 1
+            own.append(_place(_short(names, layer, parameter, "weight"), "", dim, 2, 0, 1))
+    size = size_of(block.output)
+    assert size is not None, "anatomy has measured it"
+    expert = f" (expert {block.expert})" if block.expert is not None else ""
+    return Row("", (block.name or "in the layer") + expert, f"{block.width:,}", form, tuple(own))
+
+
+def _short(names: dict[int, str], layer: Layer, parameter: nn.Parameter, key: str) -> str:
+    """The name of a parameter within its layer."""
+    whole = names.get(id(parameter), key)
+    return whole.partition(f".{layer.index}.")[2] or whole
+
+
+def _place(name: str, expert: str, dim: int, dims: int, first: int, step: int) -> str:
+    """One neuron's part of a parameter, as one would index it."""
+    at = ("2j" if step == 2 else "j") + (f"+{first:,}".replace(",", "") if first else "")
+    index = [expert] if expert else []
+    index += [":"] * (dims - len(index))
+    index[dim] = at
+    while index[-1] == ":" and len(index) > 1:
+        index.pop()
+    return f"{name}[{', '.join(index)}]"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3, 5`` for 0, 1, 2, 3 and 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[str]:
+    """What was proved, and what cannot be done."""
+    meta = any(parameter.is_meta for parameter in network.parameters())
+    if proof.probed:
+        yield f"Proved on the weights of layer {_ranges(list(proof.probed))}, one of each kind: pruning and ownership."
+    if proof.unproved or meta:
+        what = ", ".join(proof.unproved) or "read off the config alone"
+        yield f"Not proved: {what}."
+    yield "Can be measured, selected, pruned and attacked through hooks."
+    try:
+        require_trainable(network)
+        yield "Can be frozen bit for bit while the rest is trained."
+    except InputError as error:
+        yield f"Cannot be trained as it is: {error}."
+    if packed_by(network):
+        packed = packed_by(network)
+        yield f"Its weights are packed ({packed}): a pruned checkpoint cannot be written, and align refuses it."
+    elif any(is_quantised(parameter) for parameter in network.parameters()):
+        yield "Its weights are quantised: a pruned checkpoint cannot be written, and align trains LoRA adapters only."
+    if any(not layer.is_plain for layer in found if layer.blocks):
+        count = sum(parameter.numel() for parameter in routers(network))
+        yield f"Routers have {count:,} parameters; align.freeze_routers says whether they are trained."
+        yield (
+            "An expert's statistics are over the prompts that were routed to it; the rival selectors SNIP, Wanda and "
+            "gradient x activation, and LoRA on stacked experts, are not available."
+        )
+    silent = [layer.index for layer in found if not layer.blocks]
+    if silent:
+        yield f"Layers without an FFN have no neurons: {_ranges(silent)}."

@@ -1,0 +1,251 @@
+"""Loading a chat model, turning prompts into tokens and batches, and generating answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from safeneuron.data.images import digest_of
+from safeneuron.data.types import Prompt
+from safeneuron.errors import InputError
+from safeneuron.models import vision
+from safeneuron.neurons.layout import LINEAGE, fingerprint, widths_of
+from safeneuron.runtime import distributed, quantization
+from safeneuron.runtime.devices import Halving
+from safeneuron.runtime.files import whole_folder
+from safeneuron.runtime.offloading import device_of_inputs, meta_explained
+
+Message = dict[str, str]
+
+
+@dataclass
+class Model:
+    """A causal language model with its tokenizer, or a vision-language model with its processor.
+
+    ``name`` is what reports call it, ``source`` where it was loaded from, ``stored_dtype`` the precision of its weights
+    there, which may be another than the one it computes in now. Without a ``processor`` the model is asked in text
+    only; of a vision-language model, ``blind`` says why it has none. ``unpacked`` says how weights that are plain here
+    were packed.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    stored_dtype: torch.dtype = torch.float32
+    processor: ProcessorMixin | None = None
+    blind: str = ""
+    unpacked: str = ""
+    _known: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Whose neurons these are; the same for all models trained from one (see ``ffn.fingerprint``)."""
+        return fingerprint(self.network)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of neurons of each layer."""
+        return widths_of(self.network)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs belong."""
+        return device_of_inputs(self.network) or self.network.device
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, the processor's or the tokenizer's."""
+        return bool(self._sees_chats or self.tokenizer.chat_template)
+
+    @property
+    def _sees_chats(self) -> bool:
+        return self.processor is not None and bool(cast("Any", self.processor).chat_template)
+
+    def encode(self, messages: Sequence[Message], picture: Any = None) -> list[int]:
+        """Token ids of a conversation through the chat template, with the generation prompt at the end.
+
+        A picture (see ``Prompt``) stands at the beginning of the first message of the user; the result is then
+        ``vision.Tokens``. A model without a chat template gets the bare text of the messages, with its own special
+        tokens. Raises ``InputError`` for a picture that the model cannot be shown.
+        """
+        if self.processor is not None and self._sees_chats:
+            if picture is None:
+                return vision.encode(self.processor, messages, None)
+            # The same pictures are asked about under every attack; how many tokens they take is remembered.
+            key = (repr(messages), digest_of(picture))
+            if key not in self._known:
+                self._known[key] = vision.encode(self.processor, messages, picture)
+            return self._known[key]
+        if picture is not None:
+            reason = self.blind or "it is no vision-language model, or its processor has no chat template"
+            raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
+        return encode(self.tokenizer, messages)
+
+    def ask(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+        """Token ids of one request, with its picture if it has one, cut to its last ``max_tokens``.
+
+        Raises ``InputError`` like ``encode``, and where a picture would be cut.
+        """
+        ids = self.encode([{"role": "user", "content": prompt.written}], prompt.image)
+        return ids if max_tokens is None else vision.cut(ids, max_tokens, prompt.text)
+
+    def inputs(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
+        """What the network is given of encoded conversations, padded on the given side: ids, mask, pictures.
+
+        Either all rows have a picture or none has.
+        """
+        ids, mask = pad(rows, int(self.tokenizer.pad_token_id), side, self.device)
+        seen = [row for row in rows if isinstance(row, vision.Tokens)]
+        assert len(seen) in (0, len(rows)), "rows with and without a picture do not share a batch"
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.processor is None or not seen:
+            return inputs
+        features = [vision.features_of(self.processor, row) for row in seen]
+        together = vision.joined(features, [len(row) for row in seen], ids.shape[1], side)
+        return inputs | vision.pixels_at(together, self.network)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
+
+        Raises ``InputError`` for a model that is quantised in memory.
+        """
+        if quantization.has_four_bits(self.network):
+            raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; save what it was made from")
+        setattr(self.network.config, LINEAGE, self.fingerprint)
+        if distributed.is_main():
+            with whole_folder(folder) as neighbour:
+                self.network.save_pretrained(neighbour)
+                (self.processor or self.tokenizer).save_pretrained(neighbour)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn at random: from the most probable tokens that together have ``top_p``, at ``temperature``.
+
+    The draws depend on the ``seed`` and on what shares a batch alone, so interrupted work continues with the same
+    ones. Raises ``InputError`` for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "to sample, temperature must be above 0 and top_p above 0 and at most 1, found "
+                f"{self.temperature:g} and {self.top_p:g}; leave sampling out to answer greedily"
+            )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation for whatever answers it; see ``Model.encode``."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``[row, token]`` of rows of unequal length, padded on the given side."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[index, where] = torch.tensor(row, dtype=torch.long)
+        mask[index, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    skip: int = 0,
+    opening: int = 0,
+    sampling: Sampling | None = None,
+    within: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
+) -> Iterator[list[tuple[int, str]]]:
+    """Answers to encoded prompts, greedy or sampled, batch by batch, as (index of the prompt, text).
+
+    All ranks get all answers; each of them generates its share of the batches. The last ``opening`` tokens of every
+    prompt are the beginning of its answer, and part of the text.
+
+    Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
+    order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
+    at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
+    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones. ``within`` makes a block
+    around each batch, given the indices of the prompts in its rows.
+    """
+    batches = by_length(prompts, batch_size, skip)
+    drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # A static cache was slower than this dynamic one at every batch size, and compiled graphs would not see hooks.
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=sampling is not None,
+        **drawn,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_tokens(model.network.generation_config, model.tokenizer),
+        pad_token_id=model.tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    answer = cast("Callable[..., Tensor]", model.network.generate)
+
+    def texts_of(batch: Sequence[int]) -> list[str]:
+        inputs = model.inputs([prompts[i] for i in batch], "left")
+        around = nullcontext() if within is None else within(batch)
+        seeded = _seeded(sampling, batch[0], model.device)
+        with torch.inference_mode(), meta_explained(model.network), seeded, around:
+            out = answer(**inputs, generation_config=settings)
+        width = inputs["input_ids"].shape[1]
+        texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
+
+    def in_halves(batch: list[int]) -> list[str]:
+        # Prompts with and without a picture may be in one batch, but not in one pass.
+        found: dict[int, str] = {}
+        for places in vision.kinds([prompts[index] for index in batch]):
+            alike = [batch[place] for place in places]
+            texts = [text for part in halving.over(alike, texts_of) for text in part]
+            found |= dict(zip(alike, texts, strict=True))
+        return [found[index] for index in batch]
+
+    for batch, texts in zip(batches, distributed.deal(batches, in_halves), strict=True):
+        yield list(zip(batch, texts, strict=True))
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, first: int, device: torch.device) -> Iterator[None]:
+    """Within the block torch draws what the seed and the first prompt of a batch decide; then it goes on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=sampling is not None):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed * 1_000_003 + first)
+        yield
+
+
+def by_length(prompts: Sequence[Sequence[int]], batch_size: int, skip: int = 0) -> list[list[int]]:
+    """Indices of prompts in batches, longest first, without the first ``skip`` prompts, which are whole batches."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
+    return [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
+
+
+def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end an answer: those of a model's generation settings, and the tokenizer's own."""
+    # Community checkpoints often keep the base model's generation settings, which lack the end token of the chat form.
+    own = settings.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ends) or None

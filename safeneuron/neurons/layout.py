@@ -1,0 +1,241 @@
+"""What neurons are called: the network behind a model, the layers with their FFNs, whose neurons they are, and where.
+
+In a mixture of experts the neurons of a layer are those of expert 0, 1, ... laid end to end, then those of shared
+experts and dense FFNs; ``places`` says of each which expert it is of, in whatever layout the weights are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron.errors import InputError
+from safeneuron.neurons.anatomy import anatomy, decoder_of
+from safeneuron.neurons.blocks import (
+    ExpertStack,
+    FeedForward,
+    Layer,
+    is_transposed,
+    linear_in,
+    size_of,
+    unwrapped,
+    weight_of,
+)
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runtime import sharding
+from safeneuron.runtime.offloading import at_hand, is_offloaded
+from safeneuron.runtime.quantization import dense, in_four_bits
+
+# The name under which a model's config remembers whose neurons it has, through any number of training runs.
+LINEAGE = "safeneuron_lineage"
+# The fingerprints of models with offloaded weights.
+_KNOWN: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# What activation checkpointing and torch.compile put into the names of parameters.
+_IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+class HasNetwork(Protocol):
+    """Anything that carries a transformers model in ``network``, such as ``safeneuron.Model``."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The torch module itself."""
+        ...
+
+
+def network_of(model: nn.Module | HasNetwork) -> nn.Module:
+    """The model itself, be it bare, a ``Model``, or wrapped by PEFT, ``torch.compile``, DDP or DeepSpeed."""
+    return unwrapped(model if isinstance(model, nn.Module) else model.network)
+
+
+def names_in(network: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in _IN_NAMES)
+    return found
+
+
+def layers(model: nn.Module | HasNetwork) -> list[Layer]:
+    """Every layer of the text decoder with its FFNs, experts among them; see ``anatomy.anatomy``."""
+    return anatomy(network_of(model))
+
+
+def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
+    """The FFNs of the text decoder that are modules of their own, in the order of the layers: most models' only ones.
+
+    Raises ``InputError`` that says what was found for an anatomy that is not known.
+    """
+    return [block for layer in layers(model) for block in layer.blocks if isinstance(block, FeedForward)]
+
+
+def stacks(model: nn.Module | HasNetwork) -> list[ExpertStack]:
+    """The experts of the text decoder that share three-dimensional parameters, one stack a layer."""
+    return [block for layer in layers(model) for block in layer.blocks if isinstance(block, ExpertStack)]
+
+
+def require_dense(model: nn.Module | HasNetwork, what: str) -> None:
+    """Raise ``InputError`` for a mixture of experts; ``what`` is what cannot be done with one."""
+    for layer in layers(model):
+        if not layer.is_plain and layer.blocks:
+            raise InputError(
+                f"{what} reads one FFN a layer that every token goes through, but layer {layer.index} of "
+                f"{type(network_of(model)).__name__} has experts or several FFNs; use the paper's selector there"
+            )
+
+
+def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
+    """The number of neurons of each layer; 0 for one without an FFN."""
+    return tuple(layer.width for layer in layers(model))
+
+
+class Place(NamedTuple):
+    """A neuron by where it is: ``expert`` is the number of a routed expert, or the name of the FFN within its layer."""
+
+    layer: int
+    expert: int | str
+    channel: int
+
+
+def places(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Place]:
+    """Where the neurons of a set are. The same for every layout of one model's weights."""
+    found = []
+    for layer in layers(model):
+        channels = neurons.layer(layer.index)
+        for expert, first, width in _spans(layer):
+            own = channels[(channels >= first) & (channels < first + width)] - first
+            found += [Place(layer.index, expert, channel) for channel in own.tolist()]
+    return found
+
+
+def neurons_at(
+    model: nn.Module | HasNetwork, where: Sequence[tuple[int, int | str, int]], label: str = ""
+) -> NeuronSet:
+    """The set of the neurons at these places, (layer, expert, channel); the inverse of ``places``.
+
+    Raises ``InputError`` for a place that the model does not have.
+    """
+    network = network_of(model)
+    found = layers(network)
+    spans = {(layer.index, expert): (first, width) for layer in found for expert, first, width in _spans(layer)}
+    chosen: dict[int, list[int]] = {}
+    for layer, expert, channel in where:
+        first, width = spans.get((layer, expert), (0, 0))
+        if not 0 <= channel < width:
+            known = sorted({str(name) for number, name in spans if number == layer})
+            raise InputError(
+                f"the model has no channel {channel} of {expert!r} in layer {layer}; expected one of "
+                f"{', '.join(known[:8]) or 'no FFN at all'} there, each with its own channels from 0"
+            )
+        chosen.setdefault(layer, []).append(first + channel)
+    return NeuronSet.of(chosen, tuple(layer.width for layer in found), fingerprint(network), label)
+
+
+def _spans(layer: Layer) -> Iterator[tuple[int | str, int, int]]:
+    """Each FFN of a layer: its number or name, its first neuron and its width."""
+    for block in layer.blocks:
+        if isinstance(block, ExpertStack):
+            # A second stack is one of shared experts, or of experts for images.
+            for expert in range(block.count):
+                yield (
+                    expert if block is layer.blocks[0] else f"{block.name}.{expert}",
+                    block.first + expert * block.width,
+                    block.width,
+                )
+        else:
+            yield block.name if block.expert is None else block.expert, block.first, block.width
+
+
+def config_of(network: nn.Module) -> Any:
+    """The transformers config of the network, or of its decoder where it is a module of the user's own around one."""
+    return vars(network).get("config") or vars(decoder_of(network))["config"]
+
+
+def fingerprint(model: nn.Module | HasNetwork) -> str:
+    """Sixteen hexadecimal digits that say whose neurons these are.
+
+    A model trained from another keeps the other's fingerprint (in its config), so that T0's neurons can be named on T1.
+    A model without such a history is known by its type, its shape and the signs of a sample of its FFN weights, which
+    are the same in every floating-point precision and every layout of its experts.
+    """
+    network = network_of(model)
+    config = config_of(network)
+    lineage = vars(config).get(LINEAGE)
+    if lineage:
+        return str(lineage)
+    if not is_offloaded(network):
+        return _digest_of(network, config)
+    # To read the weights of every layer again and again would take minutes, and nobody can change them meanwhile.
+    if network not in _KNOWN:
+        _KNOWN[network] = _digest_of(network, config)
+    return _KNOWN[network]
+
+
+def _digest_of(network: nn.Module, config: Any) -> str:
+    digest = hashlib.sha256(str(config.model_type).encode())
+    precision = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
+    for layer in layers(network):
+        for block in layer.blocks:
+            name = f"down_proj.weight of layer {layer.index}"
+            for shape, sample in _samples(name, block, precision):
+                digest.update(f"{tuple(shape)}".encode())
+                if sample is not None:
+                    # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
+                    signs = sample[:16, :256].to(torch.float16) > 0
+                    digest.update(signs.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _samples(
+    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
+) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
+    """The shape of each output projection and some of its first rows; of experts only those of the first."""
+    with at_hand(block.module if isinstance(block, ExpertStack) else linear_in(block.output)):
+        yield from _samples_here(name, block, precision)
+
+
+def _samples_here(
+    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
+) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
+    if isinstance(block, ExpertStack):
+        weight = block.parameter(block.output)
+        (first,) = sharding.first_rows(name, weight, 1)
+        sample = first.T if block.output.dim == 1 else first
+        for expert in range(block.count):
+            yield (sample.shape[0], sample.shape[1]), sample if expert == 0 else None
+        return
+    shape = size_of(block.output)
+    assert shape is not None, "anatomy has measured it"
+    weight_or_none = weight_of(block.output)
+    if weight_or_none is None or weight_or_none.dim() != 2:
+        yield shape[::-1], None if block.expert else _computed_with(linear_in(block.output), shape[0], precision)
+        return
+    weight = weight_or_none
+    if in_four_bits(weight):
+        weight = nn.Parameter(dense(weight))
+    if block.expert:
+        yield shape[::-1], None
+    elif is_transposed(block.output):
+        yield shape[::-1], sharding.first_rows(name, weight, 256)[:, :16].T
+    else:
+        yield shape[::-1], sharding.first_rows(name, weight, 16)
+
+
+def _computed_with(linear: nn.Module, inputs: int, precision: torch.dtype) -> Tensor | None:
+    """Some of the weights of a layer that packs them in a way of its own, ``[input, output]``: what it makes of ones.
+
+    The integers that hold them would not do: every kernel arranges them as it likes, some of them in the first pass,
+    which has to be in the precision of the model.
+    """
+    held = next(one for one in (*linear.buffers(), *linear.parameters()) if one.numel() > 1)
+    if held.is_meta:
+        return None
+    bias = vars(linear).get("bias", linear._parameters.get("bias", linear._buffers.get("bias")))
+    with torch.no_grad():
+        found: Tensor = linear.forward(torch.eye(16, inputs, dtype=precision, device=held.device))
+    return found if bias is None else found - bias.to(found.dtype)

@@ -1,0 +1,162 @@
+"""One self-contained page from a template: its style, its script and its data inside, and nothing loaded from anywhere.
+
+Everything is escaped by the template; data go in as JSON in which no character can end their element. The page's own
+policy allows only the one script whose hash it names, so that a script in an answer could not run even if it got out.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from safeneuron.reporting.results import attack_title, decimal, percent
+from safeneuron.reporting.tables import Table
+
+TEMPLATES = Path(__file__).with_name("templates")
+SCRIPTS = ("charts.js", "page.js")
+
+
+def as_page(template: str, values: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The page of a template; ``data`` are the JSON values that its script finds, by the id of their element."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = script_text()
+    own = {
+        "style": Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "data": {name: embedded(value) for name, value in data.items()},
+        "percent": percent,
+        "decimal": decimal,
+    }
+    return environment.get_template(template).render({**values, **own})
+
+
+def script_text() -> str:
+    """The page's script, in a scope of its own."""
+    body = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{body}}})();\n'
+
+
+def embedded(value: object) -> Markup:
+    """A value as JSON for a script element: no ``<`` or ``&`` in it, so no tag or comment can begin or end there."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def as_image(svg: str) -> str:
+    """The address of a figure for ``<img>``: there nothing of it runs, and none of its names meet the page's."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+LONGEST = 20_000
+"""Characters of one answer in the page."""
+ROOM = 15_000_000
+"""Bytes of all answers in the page; where they take more, each is cut, so that a page can still be sent by mail."""
+
+
+def masked(text: str) -> tuple[str, int]:
+    """The first words of a response and the number of characters held back.
+
+    At most three words, 24 characters and half of the text, so that a short answer or one without spaces is masked too.
+    """
+    text = text.strip()
+    opening = " ".join(text.split()[:3])[: min(24, len(text) // 2)].rstrip()
+    return opening, len(text) - len(opening)
+
+
+def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
+    """Examples by state and attack as a reader may see them.
+
+    Without ``show_text`` the response is cut here, before any template sees it.
+    """
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for example in examples:
+        opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
+        title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
+        kept.setdefault(title, []).append({**example, "response": opening, "hidden": hidden})
+    return kept
+
+
+def packed(responses: Sequence[dict[str, Any]], show_text: bool) -> dict[str, Any]:
+    """The answers for the browser: lists of names and prompts, each once, and rows that point into them.
+
+    A row is state, attack, kind, verdict, prompt (all indices), text, and the number of characters that are not there:
+    those masked without ``show_text``, or cut where all answers would not find room.
+    """
+    names: dict[str, dict[str, int]] = {key: {} for key in ("states", "attacks", "kinds", "verdicts", "prompts")}
+
+    def place(key: str, name: str) -> int:
+        return names[key].setdefault(name, len(names[key]))
+
+    cut = _cut_to(limit_of(responses)) if show_text else masked
+    rows = [
+        [
+            place("states", response["state"]),
+            place("attacks", attack_title(response["set"], response["knowledge"])),
+            place("kinds", response["kind"]),
+            place("verdicts", response["verdict"]),
+            place("prompts", _asked(response)),
+            *cut(response["response"]),
+        ]
+        for response in responses
+    ]
+    return {**{key: list(found) for key, found in names.items()}, "whole": show_text, "rows": rows}
+
+
+def _asked(response: dict[str, Any]) -> str:
+    """The request, with the name of its image if it had one."""
+    return f"{response['prompt']} [image: {response['image']}]" if response.get("image") else str(response["prompt"])
+
+
+def limit_of(responses: Sequence[dict[str, Any]]) -> int:
+    """Characters of one answer for which there is room, the same for all of them."""
+    size = sum(len(response["response"].encode()) for response in responses)
+    if size <= ROOM:
+        return LONGEST
+    characters = sum(len(response["response"]) for response in responses)
+    return min(LONGEST, int(ROOM / len(responses) * characters / size))
+
+
+def _cut_to(limit: int) -> Callable[[str], tuple[str, int]]:
+    return lambda text: (text[:limit], max(0, len(text) - limit))
+
+
+def tabled(title: str, note: str, table: Table) -> list[str]:
+    """A section with a table, or nothing if the table has no rows."""
+    return [f"## {title}", note, piped(table)] if table[1] else []
+
+
+def plain(text: object) -> str:
+    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
+    line = re.sub(r"[\r\n]+", " ", str(text)).strip()
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
+
+
+def piped(table: Table) -> str:
+    """A Markdown table."""
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else plain(cell) for cell in line)} |" for line in lines)
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,305 @@
+"""How the attackers of a config find neurons on a model: the paper's, once or again and again, and her rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from safeneuron.attacks.checkpoint import write_pruned
+from safeneuron.attacks.finetuning import Demonstration
+from safeneuron.attacks.finetuning import finetuned
+from safeneuron.attacks.finetuning import read_demonstrations
+from safeneuron.attacks.jailbreaks import Attempt
+from safeneuron.attacks.jailbreaks import input_attempts
+from safeneuron.attacks.pruning import PLAIN
+from safeneuron.attacks.pruning import perplexity
+from safeneuron.attacks.pruning import respond
+from safeneuron.attacks.refusal_direction import find_direction
+from safeneuron.attacks.refusal_direction import without_direction
+from safeneuron.config.schema import AlignTable
+from safeneuron.config.schema import AttackTable
+from safeneuron.config.schema import Config
+from safeneuron.config.states import State
+from safeneuron.data.prompts import benign_text
+from safeneuron.data.types import Prompt
+from safeneuron.errors import InputError
+from safeneuron.evaluation.judge import Judge
+from safeneuron.evaluation.judge import RefusalPhrases
+from safeneuron.models.forward import exchanges_of
+from safeneuron.models.model import Model
+from safeneuron.models.vision_tower import pruned_anywhere
+from safeneuron.models.vllm import Server
+from safeneuron.models.vllm import served
+from safeneuron.neurons.interventions import Edit
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runs.findings import Findings
+from safeneuron.runs.findings import Pruning
+from safeneuron.runtime import distributed
+from safeneuron.runtime.files import append_lines
+from safeneuron.runtime.files import kept_lines
+from safeneuron.runtime.files import read_json
+from safeneuron.runtime.files import write_json
+from safeneuron.selection.contrast import activation_contrast
+from safeneuron.selection.contrast import gradient_gap
+from safeneuron.selection.contrast import twin_difference
+from safeneuron.selection.contrast import twins
+from safeneuron.selection.measurement import measure
+from safeneuron.selection.measurement import search
+from safeneuron.selection.linear_probe import probe
+from safeneuron.selection.ranking import Ranking
+from safeneuron.selection.saliency import snip
+from safeneuron.selection.saliency import wanda
+from safeneuron.selection.scores import select
+from safeneuron.training.ablation import Refresh
+from safeneuron.training.on_policy import USABLE
+from safeneuron.training.on_policy import refusal
+from safeneuron.training.on_policy import whole_sentences
+from tempfile import TemporaryDirectory
+import random
+
+
+ANSWER_TOKENS = 32
+"""Tokens of the answers that rivals read: where a refusal is decided."""
+
+Progress = Callable[[int, int], None]
+
+
+def require_given(config: Config) -> None:
+    """Read the neurons and demonstrations that an attack is given in files, so that a mistake is told before all work.
+
+    Raises ``InputError`` for a file that is missing or is not what it should be.
+    """
+    table = config.attack
+    if table.transfer:
+        NeuronSet.load(table.transfer)
+    if table.fine_tune_data and "fine-tune" in table.attempts:
+        read_demonstrations(table.fine_tune_data)
+
+
+def settings_of(config: Config) -> dict[str, object]:
+    """The settings that decide which neurons are found on a model."""
+    return {
+        "measure": config.measure.settings(),
+        "select": config.select.model_dump(),
+        "model": config.model.settings(),
+    }
+
+
+def searched(
+    config: Config,
+    model: Model,
+    unsafe: Sequence[Prompt],
+    safe: Sequence[Prompt],
+    searches: int,
+    first: NeuronSet | None = None,
+) -> list[NeuronSet]:
+    """What an attacker with this config finds on the model in so many searches, each set holding the one before."""
+    table, choice = config.measure, config.select
+    return search(
+        model,
+        unsafe,
+        safe,
+        lambda stats: select(stats, choice.effect_size, choice.shift, choice.density),
+        searches,
+        first=first,
+        pooling=table.pooling,
+        batch_tokens=table.batch_tokens,
+        max_tokens=table.max_tokens,
+    )
+
+
+def refresh_of(config: Config, table: AlignTable, unsafe: Sequence[Prompt], safe: Sequence[Prompt]) -> Refresh:
+    """The attacker whose finds are ablated while a model is trained; she sees a sample of the prompts."""
+    seen = [sample(prompts, table.refresh_prompts, config.seed) for prompts in (unsafe, safe)]
+
+    def find(running: Model) -> list[NeuronSet]:
+        return searched(config, running, seen[0], seen[1], table.refresh_searches)
+
+    return Refresh(find, table.refresh, table.refresh_share, table.kl_weight)
+
+
+def sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """So many of the prompts, drawn at random; all of them if there are no more."""
+    return random.Random(seed).sample(list(prompts), min(count, len(prompts)))
+
+
+class Rivals:
+    """Attackers who look for as many neurons as the paper's, ``own``, each in a way of her own.
+
+    ``unsafe`` and ``safe`` are what they all see. What a rival reads as answers: to a harmful prompt a bundled refusal
+    that fits it, to a harmless one what the model itself answers.
+    """
+
+    def __init__(
+        self, config: Config, model: Model, own: NeuronSet, unsafe: Sequence[Prompt], safe: Sequence[Prompt]
+    ) -> None:
+        self.model = model
+        self.own = own
+        self.tokens = config.measure.max_tokens
+        self.seed = config.seed
+        self.all = (unsafe, safe)
+        count = config.attack.selector_prompts
+        self.unsafe, self.safe = (sample(prompts, count, config.seed) for prompts in self.all)
+        refusals = [refusal(prompt, config.seed) for prompt in self.unsafe]
+        self.refused = exchanges_of(model, self.unsafe, refusals, self.tokens)
+        answers = answered(model, self.safe, config.attack.batch_size)
+        kept = [(prompt, answers[index]) for index, prompt in enumerate(self.safe) if answers[index]]
+        self.answered = exchanges_of(model, [prompt for prompt, _ in kept], [answer for _, answer in kept], self.tokens)
+
+    def find(self, name: str, other: Callable[[], Model]) -> NeuronSet:
+        """The neurons of the rival of that name; ``other`` loads the state that a contrast is with."""
+        density = len(self.own) / self.own.total
+        if name in ("snip", "wanda"):
+            score = snip if name == "snip" else wanda
+            # What matters most for harmless answers is passed over, as in the source (set difference, q = p).
+            useful = score(self.model, self.answered).top_of_layers(density)
+            return score(self.model, self.refused).top(density, avoid=useful).labelled(name)
+        return self._ranking(name, other).top(density).labelled(name)
+
+    def _ranking(self, name: str, other: Callable[[], Model]) -> Ranking:
+        if name == "probe":
+            return probe(self.model, self.unsafe, self.safe, max_tokens=self.tokens, seed=self.seed)
+        if name == "gradient":
+            return gradient_gap(self.model, self.refused, self.answered)
+        if name == "twins":
+            return twin_difference(measure(self.model, *twins(*self.all), max_tokens=self.tokens))
+        assert name == "contrast", "the config knows no other"
+        return activation_contrast(self.model, other(), [*self.refused, *self.answered])
+
+
+def answered(model: Model, prompts: Sequence[Prompt], batch_size: int) -> list[str]:
+    """The model's answers to the prompts, in order, short and cut at the end of a sentence."""
+    found = [response for batch in respond(model, prompts, ANSWER_TOKENS, batch_size) for response in batch]
+    return [whole_sentences(one.response) for one in sorted(found, key=lambda one: one.index)]
+
+
+def demonstrations(
+    config: Config, model: Model, own: NeuronSet, unsafe: Sequence[Prompt], judge: Callable[[], Judge]
+) -> list[Demonstration]:
+    """What the fine-tuning attack learns: the records of a file, or what the pruned model itself answers.
+
+    Of the latter only answers that the judge calls answers, so there may be none.
+    """
+    table = config.attack
+    if table.fine_tune_data:
+        return read_demonstrations(table.fine_tune_data)
+    prompts = sample(unsafe, table.selector_prompts, config.seed)
+    with pruned_anywhere(model, own):
+        answers = answered(model, prompts, table.batch_size)
+    verdicts = distributed.from_main(lambda: judge()([prompt.text for prompt in prompts], answers))
+    return [
+        Demonstration(prompt.text, answer)
+        for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
+        if verdict in USABLE and answer
+    ]
+
+DIRECTION_PROMPTS = 16
+"""Harmful prompts, of those on which neurons are found, by whose refusals the direction's layer is chosen."""
+
+BASIC = ("none", "static", "adaptive", "iterated", "control")
+"""The attacks under which harmless requests are answered too, if they are under any."""
+
+
+def answer_all(
+    config: Config, findings: Findings, state: State, model: Model, folder: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Every answer of the state that is not in ``folder`` yet, and under each attack the perplexity of plain prose."""
+    table = config.attack
+    prompts = {"harmful": findings.prompts("test_unsafe"), "benign": findings.prompts("test_safe")}
+    plan = [(pruning, asked(pruning, table)) for pruning in findings.prunings(state)]
+    total = sum(len(prompts[kind]) for _, kinds in plan for kind in kinds)
+    done = 0
+    for pruning, kinds in plan:
+        here = folder / pruning.folder
+        if distributed.from_main((here / "pruned.json").exists):
+            done += sum(len(prompts[kind]) for kind in kinds)
+            continue
+        attempt = input_attempts(pruning.set)[0] if pruning.knowledge == "input" else PLAIN
+        with under(config, findings, state, model, pruning):
+            with answering(model, pruning, table) as answerer:
+                for kind in kinds:
+                    path = here / f"{kind}.jsonl"
+                    done = answer(answerer, path, prompts[kind], table, attempt, progress, done, total)
+            # An attack at the input leaves the model, and so its perplexity, as it is; the intact one comes first.
+            if pruning.knowledge == "input":
+                record = read_json(folder / "ORI" / "pruned.json")
+            else:
+                record = {"neurons": count_of(pruning), "perplexity": perplexity(model, benign_text())}
+            # Written last: where it is, the answers are complete.
+            write_json(here / "pruned.json", record)
+
+
+def asked(pruning: Pruning, table: AttackTable) -> list[str]:
+    """Which requests are answered under an attack."""
+    benign = table.over_refusal == "always" or (table.over_refusal == "unpruned" and pruning.neurons is None)
+    return ["harmful", "benign"] if benign and pruning.knowledge in BASIC else ["harmful"]
+
+
+def count_of(pruning: Pruning) -> int:
+    """How many neurons are touched."""
+    touched = pruning.neurons.neurons if isinstance(pruning.neurons, Edit) else pruning.neurons
+    return 0 if touched is None else len(touched)
+
+
+@contextmanager
+def under(config: Config, findings: Findings, state: State, model: Model, pruning: Pruning) -> Iterator[None]:
+    """Within the block the model is under the attack; the request is another matter."""
+    table = config.attack
+    if pruning.knowledge != "model":
+        with pruned_anywhere(model, pruning.neurons):
+            yield
+    elif pruning.set == "direction":
+        unsafe, safe = (findings.prompts(role) for role in ("unsafe", "safe"))
+        tried = sample(unsafe, DIRECTION_PROMPTS, config.seed)
+        direction = find_direction(model, unsafe, safe, RefusalPhrases(), tried, max_new_tokens=ANSWER_TOKENS)
+        with without_direction(model, direction):
+            yield
+    else:
+        learnt = [Demonstration(record["request"], record["answer"]) for record in findings.demonstrations(state)]
+        with finetuned(model, learnt, table.fine_tune_steps, table.fine_tune_rank, seed=config.seed):
+            yield
+
+
+@contextmanager
+def answering(model: Model, pruning: Pruning, table: AttackTable) -> Iterator[Model | Server]:
+    """Who answers under the attack: the model itself, or vLLM with a checkpoint of it that is deleted afterwards."""
+    in_weights = pruning.knowledge != "model" and not isinstance(pruning.neurons, Edit)
+    if table.backend == "transformers" or not in_weights:
+        yield model
+        return
+    if distributed.world() > 1:
+        raise InputError(
+            f"vLLM was asked for by {distributed.world()} processes, but it spreads a model over the GPUs itself; start one "
+            'process, or use attack.backend = "transformers"'
+        )
+    with TemporaryDirectory(prefix="safeneuron-") as place:
+        folder = Path(place) / "model"
+        if pruning.neurons is None:
+            model.save(folder)
+        else:
+            write_pruned(model, pruning.neurons, folder)
+        with served(folder) as server:
+            yield server
+
+
+def answer(
+    model: Model | Server,
+    path: Path,
+    prompts: Sequence[Prompt],
+    table: AttackTable,
+    attempt: Attempt,
+    progress: Callable[[int, int], None],
+    done: int,
+    total: int,
+) -> int:
+    """Append the answers that are missing in a stream, whole batches at a time; the new count of all answers."""
+    size = table.batch_size
+    have = distributed.from_main(lambda: kept_lines(path, size, len(prompts)))
+    if have < len(prompts):
+        for batch in respond(model, prompts, table.max_new_tokens, size, skip=have, attempt=attempt):
+            append_lines(path, (response.to_record() for response in batch))
+            done += len(batch)
+            progress(done + have, total)
+    return done + have

@@ -1,0 +1,191 @@
+"""A score for every neuron of a model, by whatever selector, and the neuron sets that it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safeneuron.errors import InputError
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.neurons.statistics import load_tensors, save_tensors
+from safeneuron.selection.scores import shift_zscore
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """How much each neuron matters, the largest first: ``values`` is ``[neuron]``, float64, layers laid end to end.
+
+    ``label`` names the selector; sets made from the ranking carry it.
+    """
+
+    values: Tensor
+    widths: tuple[int, ...]
+    fingerprint: str
+    label: str = ""
+
+    def above(self, threshold: float) -> NeuronSet:
+        """The neurons whose score exceeds the threshold, strictly."""
+        return self._set(self.values > threshold)
+
+    def top(self, density: float, avoid: NeuronSet | None = None) -> NeuronSet:
+        """The share ``density`` of all neurons with the largest scores, at least one; of equals the first.
+
+        Always as many as that, so that sets of different selectors compare. Raises ``InputError`` for a density that
+        does not lie between 0 and 1, or where fewer neurons are left outside of ``avoid``.
+        """
+        return self._set(self._highest(self.values, round(density * len(self.values)), density, self._allowed(avoid)))
+
+    def top_of_layers(self, share: float, avoid: NeuronSet | None = None) -> NeuronSet:
+        """The same share of each layer, at least one neuron of each, as selectors do that rank within a layer."""
+        layers = zip(
+            torch.split_with_sizes(self.values, self.widths),
+            torch.split_with_sizes(self._allowed(avoid), self.widths),
+            strict=True,
+        )
+        masks = [self._highest(values, round(share * len(values)), share, allowed) for values, allowed in layers]
+        return self._set(torch.cat(masks))
+
+    def zscores(self) -> Ranking:
+        """How far each score stands out among those of its own layer, in standard deviations."""
+        return Ranking(shift_zscore(self.values, self.widths), self.widths, self.fingerprint, self.label)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        header = {"kind": "ranking", "widths": list(self.widths), "fingerprint": self.fingerprint, "label": self.label}
+        save_tensors(Path(path), {"values": self.values}, header)
+
+    @staticmethod
+    def load(path: str | Path) -> Ranking:
+        """Read a ranking written by ``save``; ``InputError`` for a missing or foreign file."""
+        tensors, header = load_tensors(Path(path), "ranking", ("values",))
+        return Ranking(tensors["values"], tuple(header["widths"]), header["fingerprint"], header["label"])
+
+    def _set(self, mask: Tensor) -> NeuronSet:
+        return NeuronSet.of_mask(mask, self.widths, self.fingerprint, self.label)
+
+    def _allowed(self, avoid: NeuronSet | None) -> Tensor:
+        allowed = torch.ones(len(self.values), dtype=torch.bool)
+        if avoid is not None:
+            allowed[avoid.require(self.fingerprint, self.widths).flat] = False
+        return allowed
+
+    def _highest(self, values: Tensor, count: int, share: float, allowed: Tensor) -> Tensor:
+        """A mask of the ``count`` highest values among those allowed."""
+        if not 0 < share < 1:
+            raise InputError(f"density must lie between 0 and 1, found {share}; 0.01 selects one neuron in a hundred")
+        count = max(1, count)
+        candidates = allowed.nonzero().flatten()
+        if len(candidates) < count:
+            raise InputError(
+                f"{self.label or 'the ranking'} should give {count} of {len(values)} neurons, but only "
+                f"{len(candidates)} are not avoided; use a smaller density, or avoid fewer"
+            )
+        order = values[candidates].sort(descending=True, stable=True).indices
+        return torch.zeros(len(values), dtype=torch.bool).index_fill(0, candidates[order[:count]], True)
+
+
+def set_difference(safety: Ranking, utility: Ranking, safety_share: float, utility_share: float) -> NeuronSet:
+    """What matters for safety and not for utility, as SNIP and Wanda are used by Wei et al. (2402.05162, section 3.2).
+
+    In each layer the top ``safety_share`` (their q) by ``safety`` that are not among the top ``utility_share`` (their
+    p) by ``utility``. Raises ``InputError`` for rankings of different models.
+    """
+    chosen = safety.top_of_layers(safety_share)
+    return (chosen - utility.top_of_layers(utility_share)).labelled(safety.label)
+
+
+def fractions(ranking: Ranking, shares: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)) -> list[NeuronSet]:
+    """The sets of a fraction curve: the top shares of one ranking, each holding the smaller ones."""
+    return [ranking.top(share).labelled(f"{ranking.label} {share:.1%}".strip()) for share in shares]
+
+
+class LayerOverlap(NamedTuple):
+    """One layer's part of a comparison: how many neurons each set has there, how many both have, and their Jaccard."""
+
+    layer: int
+    first: int
+    second: int
+    both: int
+    jaccard: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets held against each other.
+
+    ``chance`` is how many neurons two random sets with as many in every layer would share on average. ``correlation``
+    is Spearman's of the two rankings over all neurons, ``None`` where there are no rankings or one of them is constant.
+    """
+
+    first: NeuronSet
+    second: NeuronSet
+    both: int
+    jaccard: float
+    chance: float
+    layers: list[LayerOverlap]
+    correlation: float | None = None
+
+    def lines(self) -> list[str]:
+        """The comparison in words, then one line for each layer in which either set has neurons."""
+        said = [
+            f"first   {self.first}",
+            f"second  {self.second}",
+            f"in both {self.both:,}; by chance {self.chance:,.1f}; Jaccard {self.jaccard:.3f}",
+        ]
+        if self.correlation is not None:
+            said.append(f"rank correlation of the scores {self.correlation:.3f}")
+        said += ["", f"{'layer':>5} {'first':>7} {'second':>7} {'both':>7} {'Jaccard':>8}"]
+        for at in self.layers:
+            if at.first or at.second:
+                said.append(f"{at.layer:>5} {at.first:>7,} {at.second:>7,} {at.both:>7,} {at.jaccard:>8.3f}")
+        return said
+
+
+def compare(first: NeuronSet, second: NeuronSet, rankings: tuple[Ranking, Ranking] | None = None) -> Comparison:
+    """Jaccard overlap of two sets, as a whole and by layer, beside what chance gives.
+
+    With the two ``rankings`` behind the sets, also their Spearman correlation. Raises ``InputError`` for sets or
+    rankings of different models.
+    """
+    one_model(first, second)
+    for ranking in rankings or ():
+        one_model(first, ranking)
+    counts = zip(first.counts, second.counts, (first & second).counts, strict=True)
+    layers = [
+        LayerOverlap(layer, own, other, both, both / (own + other - both) if own + other else 1.0)
+        for layer, (own, other, both) in enumerate(counts)
+    ]
+    chance = sum(at.first * at.second / width for at, width in zip(layers, first.widths, strict=True))
+    correlation = None if rankings is None else rank_correlation(*rankings)
+    both = sum(at.both for at in layers)
+    return Comparison(first, second, both, first.jaccard(second), chance, layers, correlation)
+
+
+def rank_correlation(first: Ranking, second: Ranking) -> float | None:
+    """Spearman's correlation of two rankings over all neurons; ``None`` if one of them is constant."""
+    from scipy.stats import spearmanr
+
+    one_model(first, second)
+    if any(bool(torch.all(ranking.values == ranking.values[0])) for ranking in (first, second)):
+        return None
+    return float(spearmanr(first.values.numpy(), second.values.numpy()).statistic)
+
+
+def one_model(first: NeuronSet | Ranking, second: NeuronSet | Ranking) -> None:
+    """Raise ``InputError`` if the two are not of one model."""
+    if first.widths != second.widths:
+        shapes = [f"{len(each.widths)} layers and {sum(each.widths):,} neurons" for each in (first, second)]
+        raise InputError(
+            f"the first is of a model with {shapes[0]}, the second of one with {shapes[1]}, so their neurons are not "
+            "the same things; expected two of one model, find them on the same one"
+        )
+    if first.fingerprint != second.fingerprint:
+        raise InputError(
+            f"the two are of different models of one shape (fingerprints {first.fingerprint} and "
+            f"{second.fingerprint}); expected two of one model, or of models trained from one; if a transfer is meant, "
+            "say so with NeuronSet.transferred"
+        )

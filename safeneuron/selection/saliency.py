@@ -1,0 +1,246 @@
+"""What each FFN weight, and so each neuron, contributes to given answers: SNIP and Wanda, in one pass over batches.
+
+Both are scored twice: on answers that are safe (refusals of harmful prompts) and on answers that are useful (to
+harmless ones). ``rankings.set_difference`` and ``weight_difference`` then take what matters for the former and not for
+the latter (Wei et al., "Assessing the Brittleness of Safety Alignment", 2402.05162;
+github.com/boyiwei/alignment-attribution-code).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safeneuron.errors import InputError
+from safeneuron.models.forward import Batch, Exchange, Progress, run_backward, run_decoder, total
+from safeneuron.models.model import Model
+from safeneuron.neurons.blocks import linear_in
+from safeneuron.neurons.interventions import require_eager
+from safeneuron.neurons.layout import feed_forwards, names_in, require_dense
+from safeneuron.runtime.offloading import at_hand
+from safeneuron.runtime.quantization import dense
+from safeneuron.selection.ranking import Ranking
+
+Masks = Mapping[str, Tensor]
+"""Some weights of some matrices: by the matrix's name their places in its flattened form, ``[weight]``."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of an FFN, ``[output, input]``, and which neurons its rows or columns belong to.
+
+    ``module`` is what is called, ``first`` the rows at which the neurons begin (two of a fused matrix, one of a
+    separate one), or ``None`` for the output projection, whose columns are the neurons.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    first: tuple[int, ...] | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as they are computed with; those that are offloaded within ``at_hand`` alone."""
+        return dense(linear_in(self.module).weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, also of weights that are packed."""
+        linear = linear_in(self.module)
+        return linear.out_features, linear.in_features
+
+    def per_neuron(self, scores: Tensor) -> Tensor:
+        """The sum of the matrix's scores over each row, or over each column of the output projection."""
+        precision = torch.promote_types(scores.dtype, torch.float32)
+        return scores.sum(dim=0 if self.first is None else 1, dtype=precision)
+
+
+def snip(
+    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 1024, progress: Progress | None = None
+) -> Ranking:
+    """SNIP lifted to neurons: the sum over the weights that a neuron owns of mean over answers of |W * dL/dW|.
+
+    L is the mean negative log-likelihood of one answer, and the absolute value is taken answer by answer, as in the
+    source. The passes forward and back are batched, since no weight's gradient flows between rows: of each row it is
+    the product of what flows into a matrix and what flows back out of it, made, used and forgotten on the spot.
+    """
+    matrices = _matrices(model)
+    sums = total(exchanges, _gradient_pass(model, matrices, Matrix.per_neuron), batch_tokens, progress)
+    sizes = [matrix.shape[1 if matrix.first is None else 0] for matrix in matrices]
+    parts = torch.split_with_sizes(sums, sizes)
+    return _lifted(model, matrices, [part / len(exchanges) for part in parts], "SNIP")
+
+
+def wanda(
+    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 2048, progress: Progress | None = None
+) -> Ranking:
+    """Wanda lifted to neurons: the sum over the weights that a neuron owns of |W| * ||x||.
+
+    ||x|| is the root mean square of the weight's input over the tokens of the answers.
+    """
+    matrices = _matrices(model)
+    norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
+    sums = []
+    for matrix, norm in zip(matrices, norms, strict=True):
+        with at_hand(linear_in(matrix.module)):
+            sums.append(matrix.per_neuron(matrix.weight.abs().double().cpu() * norm))
+    return _lifted(model, matrices, sums, "Wanda")
+
+
+def snip_weights(
+    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 1024, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """SNIP of every FFN weight: by the matrix's name mean |W * dL/dW|, ``[output, input]`` float32.
+
+    Takes two to three times 4 bytes for each FFN weight.
+    """
+    matrices = _matrices(model)
+    sums = total(exchanges, _gradient_pass(model, matrices, lambda matrix, scores: scores), batch_tokens, progress)
+    parts = torch.split_with_sizes(sums, [math.prod(matrix.shape) for matrix in matrices])
+    return {
+        matrix.name: (part / len(exchanges)).view(matrix.shape) for matrix, part in zip(matrices, parts, strict=True)
+    }
+
+
+def wanda_weights(
+    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 2048, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Wanda of every FFN weight: by the matrix's name |W| * ||x||, ``[output, input]`` float32."""
+    matrices = _matrices(model)
+    norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
+    found = {}
+    for matrix, norm in zip(matrices, norms, strict=True):
+        with at_hand(linear_in(matrix.module)):
+            found[matrix.name] = matrix.weight.abs().float().cpu() * norm.float()
+    return found
+
+
+def weight_difference(
+    safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], safety_share: float, utility_share: float
+) -> dict[str, Tensor]:
+    """In each matrix the top ``safety_share`` (q) of weights for safety that are not in the top ``utility_share`` (p).
+
+    For ``persisting.weights_pruned``. Raises ``InputError`` for scores of different matrices.
+    """
+    if {name: tuple(scores.shape) for name, scores in safety.items()} != {
+        name: tuple(scores.shape) for name, scores in utility.items()
+    }:
+        raise InputError(
+            "the safety scores and the utility scores are of different weight matrices; expected both of one model, "
+            "compute them on the same one"
+        )
+    chosen = {}
+    for name, scores in safety.items():
+        top, avoided = _top(scores, safety_share), _top(utility[name], utility_share)
+        chosen[name] = top[~torch.isin(top, avoided)].sort().values
+    return chosen
+
+
+def _top(scores: Tensor, share: float) -> Tensor:
+    return scores.flatten().topk(int(share * scores.numel())).indices
+
+
+def _matrices(model: Model) -> list[Matrix]:
+    """Every weight matrix of every FFN, in the order of the layers, the inputs before the output."""
+    require_eager(model)
+    require_dense(model, "SNIP or Wanda")
+    names = names_in(model.network)
+    found = []
+    for block in feed_forwards(model):
+        firsts: dict[nn.Module, tuple[int, ...]] = {}
+        for rows in block.inputs:
+            firsts[rows.module] = (*firsts.get(rows.module, ()), rows.first)
+        for module, first in [*firsts.items(), (block.output, None)]:
+            linear = linear_in(module)
+            if not isinstance(linear, nn.Linear) or "weight" not in linear._parameters:
+                raise InputError(
+                    f"SNIP and Wanda read FFNs of torch's linear layers, but layer {block.layer} has a "
+                    f"{type(linear).__name__}; use the paper's selector there"
+                )
+            found.append(Matrix(names[id(linear.weight)], block.layer, module, first))
+    return found
+
+
+def _lifted(model: Model, matrices: Sequence[Matrix], sums: Sequence[Tensor], label: str) -> Ranking:
+    """The score of each neuron: what its rows of the inputs and its column of the output sum to."""
+    widths = model.widths
+    layers = [torch.zeros(width, dtype=torch.float64) for width in widths]
+    for matrix, part in zip(matrices, sums, strict=True):
+        width = widths[matrix.layer]
+        for first in (0,) if matrix.first is None else matrix.first:
+            layers[matrix.layer] += part[first : first + width].double()
+    return Ranking(torch.cat(layers), widths, model.fingerprint, label)
+
+
+def _gradient_pass(
+    model: Model, matrices: Sequence[Matrix], reduce: Callable[[Matrix, Tensor], Tensor]
+) -> Callable[[Sequence[Exchange]], Tensor]:
+    """For some exchanges the sum over them of ``reduce(|W * dL/dW|)``, all matrices end to end, float32."""
+
+    def work(exchanges: Sequence[Exchange]) -> Tensor:
+        found: dict[str, Tensor] = {}
+
+        def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                entering = inputs[0].detach()
+
+                def backward(leaving: Tensor) -> None:
+                    weight = matrix.weight
+                    for came, goes in zip(entering, leaving, strict=True):
+                        scores = reduce(matrix, (goes.T @ came).mul_(weight).abs_().float())
+                        found[matrix.name] = scores + found[matrix.name] if matrix.name in found else scores
+
+                output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+            return forward
+
+        with _watched([(matrix.module, look(matrix)) for matrix in matrices]):
+            run_backward(model, Batch.of(model, exchanges))
+        return torch.cat([found[matrix.name].flatten().cpu() for matrix in matrices])
+
+    return work
+
+
+def _input_norms(
+    model: Model,
+    matrices: Sequence[Matrix],
+    exchanges: Sequence[Exchange],
+    batch_tokens: int,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """For each matrix the root mean square of each input over the tokens of the answers, ``[input]`` float64."""
+
+    def work(part: Sequence[Exchange]) -> Tensor:
+        batch = Batch.of(model, part)
+        found: dict[str, Tensor] = {}
+
+        def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                found[matrix.name] = inputs[0][batch.answer.to(inputs[0].device)].double().square().sum(dim=0)
+
+            return forward
+
+        with _watched([(matrix.module, look(matrix)) for matrix in matrices]):
+            run_decoder(model, batch)
+        return torch.cat([found[matrix.name].cpu() for matrix in matrices])
+
+    sums = total(exchanges, work, batch_tokens, progress)
+    tokens = sum(len(one.ids) - one.prompt for one in exchanges)
+    parts = torch.split_with_sizes(sums, [matrix.shape[1] for matrix in matrices])
+    return [(part / tokens).sqrt() for part in parts]
+
+
+@contextmanager
+def _watched(
+    looks: Sequence[tuple[nn.Module, Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]]],
+) -> Iterator[None]:
+    """Within the block each module shows its input and output to its function."""
+    with ExitStack() as stack:
+        for module, look in looks:
+            stack.callback(module.register_forward_hook(look).remove)
+        yield

@@ -1,0 +1,137 @@
+"""Verdicts by one judge or several, on lists and on files, and the command that adds them to a file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from safeneuron.cli.app import app
+from safeneuron.errors import InputError
+from safeneuron.evaluation.judge import RefusalPhrases
+from safeneuron.evaluation.judging import judged, read_answers, told
+
+LOOP = "the bomb is the bomb is the bomb is the bomb is the bomb is the bomb is"
+ANSWERS = [("How?", "I can't help with that."), ("How?", "Take a bowl."), ("How?", LOOP), ("How?", "")]
+
+
+class Harm:
+    """A judge that sees harm in every bowl."""
+
+    name = "harm"
+    alive = 0
+
+    def __init__(self) -> None:
+        Harm.alive += 1
+        assert Harm.alive == 1, "one judge at a time"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        return ["complied" if "bowl" in response else "harmless" for response in responses]
+
+    def __del__(self) -> None:
+        Harm.alive -= 1
+
+
+class Other(Harm):
+    name = "other"
+
+
+def test_one_judge():
+    (found,) = judged([RefusalPhrases], "majority", [ANSWERS])
+    assert found.verdicts == ["refused", "complied", "incoherent", "incoherent"]
+    assert found.own == {"refusal-phrases": found.verdicts}
+    assert found.incoherence == [None, None, "repeated", "empty"]
+    records = list(found.records())
+    assert records[2] == {"verdict": "incoherent", "incoherence": "repeated"}
+    assert told(found, "me") == ["me: 4 answers, 1 refused, 1 complied, 2 incoherent"]
+
+
+def test_several_judges_are_made_one_after_the_other():
+    seen: list[tuple[int, int]] = []
+    makers = [Harm, RefusalPhrases, Other]
+    first, second, empty = judged(makers, "any", [ANSWERS, ANSWERS[1:2], []], lambda *done: seen.append(done))
+    assert first.verdicts == ["harmless", "complied", "harmless", "harmless"]
+    assert second.verdicts == ["complied"]
+    assert empty.verdicts == []
+    assert list(first.own) == ["harm", "refusal-phrases", "other"]
+    assert next(iter(first.records()))["judges"] == {
+        "harm": "harmless",
+        "refusal-phrases": "refused",
+        "other": "harmless",
+    }
+    assert seen == [(number, 9) for number in range(1, 10)]
+    lines = told(first, "any of three")
+    assert lines[0] == "any of three: 4 answers, 1 complied, 3 harmless"
+    assert lines[2] == "harm and other, on 4 answers: agreement 1.00, kappa 1.00"
+
+
+def written(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_usual_columns_are_found(tmp_path):
+    path = written(
+        tmp_path / "a.jsonl", [{"goal": "How?", "completion": "So.", "id": 7}, {"goal": "Why?", "completion": None}]
+    )
+    rows, answers = read_answers(path)
+    assert rows[0] == {"goal": "How?", "completion": "So.", "id": 7}
+    assert list(answers) == [("How?", "So."), ("Why?", "")]
+    assert read_answers(path, prompt="completion", response="goal")[1][0] == ("So.", "How?")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"a": "x", "response": "y"}], "line 1: no column holds prompts.*found a, response; name it with --prompt"),
+        ([{"prompt": "x", "b": "y"}], "line 1: no column holds responses.*--response"),
+        ([{"prompt": "x", "response": 3}], "line 1: 'response' must be text, found 3"),
+        ([{"prompt": "x", "response": "y"}, {"prompt": "x"}], "line 2: 'response' must be text, found nothing"),
+    ],
+)
+def test_mistakes_in_a_file_are_placed(tmp_path, rows, said):
+    with pytest.raises(InputError, match=said):
+        read_answers(written(tmp_path / "a.jsonl", rows))
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+def test_the_command_adds_verdicts_to_a_file(tmp_path):
+    rows = [{"prompt": prompt, "response": response, "n": n} for n, (prompt, response) in enumerate(ANSWERS)]
+    path = written(tmp_path / "a.jsonl", rows)
+    before = path.read_bytes()
+    code, output = invoke("judge", path, "--judge", "refusal-phrases")
+    assert code == 0, output
+    assert "refusal-phrases: 4 answers, 1 refused, 1 complied, 2 incoherent" in output
+    found = [json.loads(line) for line in (tmp_path / "a.judged.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in found] == ["refused", "complied", "incoherent", "incoherent"]
+    assert [row["n"] for row in found] == [0, 1, 2, 3]
+    assert path.read_bytes() == before
+    code, _ = invoke("judge", path, "--out", tmp_path / "b.jsonl")
+    assert code == 0
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.judged.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--judge", "refusal-phrase"], "judge.name"),
+        (["--judge", "refusal-phrases", "--judge", "refusal-phrases"], "name must hold different judges"),
+        (["--judge", "rubric"], "the judge rubric needs url and model"),
+        (["--rule", "most"], "judge.rule = 'most'"),
+        (["--prompt", "q"], "line 1: 'q' must be text, found nothing"),
+        (["--out", "a.jsonl"], "would be lost"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_sentence(tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}])
+    code, output = invoke("judge", path, *options)
+    assert code == 2
+    assert output.startswith("error: ")
+    assert said in output
+    assert sorted(tmp_path.iterdir()) == [path]

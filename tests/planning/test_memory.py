@@ -1,0 +1,249 @@
+"""The memory plan held against what is really kept: saved tensors, the KV cache, and the peak of a real training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from safeneuron.data.types import Pair
+from safeneuron.errors import InputError
+from safeneuron.models.shape import Shape
+from safeneuron.neurons.anatomy import decoder_of
+from safeneuron.planning.memory import (
+    GB,
+    Device,
+    align_need,
+    attack_need,
+    head_memory,
+    layer_activations,
+    longest_pair,
+    measure_need,
+    total,
+)
+from safeneuron.training.settings import Training
+from tests import ROOT
+from tests.helpers import tiny
+
+CPU = Device("cpu", None, bfloat16=False)
+GPU = Device("cuda", 80 * GB, bfloat16=True)
+
+
+def shape(family: str = "llama", **changes: object) -> Shape:
+    return Shape.of(tiny.network(family, **changes), family)
+
+
+def seventy_billion(folder: Path) -> Path:
+    """A folder with the config of a model with 70 billion parameters, and nothing else."""
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_the_shape_is_read_from_a_config_alone(tmp_path):
+    large = Shape.read(str(seventy_billion(tmp_path)))
+    assert large.parameters == 70_553_706_496
+    assert (large.layers, large.hidden, large.width, large.vocabulary) == (80, 8192, 28672, 128256)
+    assert (large.queries, large.keys, large.heads, large.stored) == (8192, 1024, 64, 2)
+    assert large.linear == 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    assert large.layer == large.linear + 2 * 8192
+    assert (large.norms, large.inputs) == (2 * 8192, 6 * 8192 + 28672)
+    assert not large.tied
+
+
+def test_a_network_on_the_meta_device_has_the_same_shape(family):
+    with torch.device("meta"):
+        empty = tiny.network(family)
+    assert Shape.of(empty, family) == shape(family)
+
+
+def test_a_tied_head_is_seen():
+    assert shape(tie_word_embeddings=True).tied
+    assert not shape(tie_word_embeddings=False).tied
+
+
+def test_a_config_that_is_not_there_is_explained(tmp_path):
+    with pytest.raises(InputError, match=r"config of the model '.*' cannot be read .* expected 'embedded', a folder"):
+        Shape.read(str(tmp_path / "nothing"))
+
+
+def kept_for_backward(network: nn.Module, length: int, half: bool) -> int:
+    """Bytes of what the decoder's forward pass saves, apart from the parameters themselves; one row is padded."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(5, 200, (4, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=half):
+        decoder_of(network)(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_layer_keeps_what_the_formula_says(family, half):
+    sizes = {"head_dim": 16, "intermediate_size": 80}
+    two, three = (tiny.network(family, layers=layers, **sizes).train() for layers in (2, 3))
+    length = 60
+    kept = kept_for_backward(three, length, half) - kept_for_backward(two, length, half)
+    expected = Shape.of(three, family)
+    copies = 2 * expected.linear if half else 0
+    formula = 4 * length * layer_activations(expected, length, 2 if half else 4) + copies
+    assert formula == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_eager_attention_keeps_its_probabilities(half):
+    two, three = (tiny.network(layers=layers, attn_implementation="eager").train() for layers in (2, 3))
+    length = 60
+    kept = kept_for_backward(three, length, half) - kept_for_backward(two, length, half)
+    expected = Shape.of(three, "llama")
+    assert expected.eager
+    copies = 2 * expected.linear if half else 0
+    formula = 4 * length * layer_activations(expected, length, 2 if half else 4) + copies
+    assert formula == pytest.approx(kept, rel=0.1)
+
+
+def test_the_head_never_has_all_logits():
+    large = shape(vocab_size=50_000)
+    few, many = (head_memory(large, tokens, 2, "cuda")["forward"] for tokens in (4096, 100_000))
+    assert few == many == 2 * 4096 * 32768
+    assert head_memory(large, 4096, 2, "cpu")["backward"] > 5 * few
+    frozen = head_memory(large, 4096, 2, "cuda", trained=False)["backward"]
+    assert head_memory(large, 4096, 2, "cuda")["backward"] - frozen == 4 * 50_000 * tiny.HIDDEN
+
+
+def test_the_cache_is_that_of_generation(tiny_model):
+    ids = torch.ones((3, 20), dtype=torch.long)
+    with torch.inference_mode():
+        cache = tiny_model.network(ids, use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    planned = attack_need(shape(), CPU, batch_size=3, prompt_tokens=15, max_new_tokens=5)["KV cache"]
+    assert planned * tiny.LAYERS / (tiny.LAYERS + 1) == real
+
+
+def test_precision_decides_what_measuring_and_attacking_need():
+    one = shape()
+    for need in (measure_need(one, CPU, 2048, 1024), attack_need(one, CPU, 4, 50, 50)):
+        assert need["weights"] == 4 * one.parameters
+    assert measure_need(one, GPU, 2048, 1024)["weights"] == 2 * one.parameters
+    assert measure_need(one, CPU, 2048, 1024, "bfloat16")["weights"] == 2 * one.parameters
+    assert measure_need(one, CPU, 10, 1024)["activations"] == measure_need(one, CPU, 1024, 10)["activations"]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_bytes_a_parameter_before_activations(tmp_path):
+    large = Shape.read(str(seventy_billion(tmp_path)))
+    accumulated = Training(batch_size=8, micro_batch_size=1, precision="float32", gradient_checkpointing=True)
+    need = align_need(large, GPU, accumulated, length=128)
+    held = sum(need[name] for name in ("given model", "weights", "optimizer", "gradients"))
+    assert held == 20 * large.parameters
+    assert need["activations"] < 0.1 * held
+
+
+def test_fewer_pairs_and_checkpointing_need_less():
+    wide = shape(hidden_size=256, intermediate_size=1024, layers=24, vocab_size=2000)
+    sizes = [
+        total(align_need(wide, CPU, Training(micro_batch_size=8, at_once=at_once, gradient_checkpointing=again), 512))
+        for again in (False, True)
+        for at_once in (0, 4, 2, 1)
+    ]
+    assert sizes[:4] == sorted(sizes[:4], reverse=True)
+    assert sizes[4:] == sorted(sizes[4:], reverse=True)
+    assert sizes[4] < 0.5 * sizes[0]
+
+
+def test_sharded_devices_share_what_is_trained_and_others_do_not(tmp_path):
+    large = Shape.read(str(seventy_billion(tmp_path)))
+    training = Training(batch_size=32, micro_batch_size=1, gradient_checkpointing=True)
+    eight = {how: Device("cuda", 80 * GB, True, 8, sharded=how) for how in (True, False)}
+    alone = align_need(large, GPU, training, 256)
+    replicated = align_need(large, eight[False], training, 256)
+    shared = align_need(large, eight[True], training, 256)
+    assert replicated == alone
+    assert shared["optimizer"] == alone["optimizer"] / 8
+    assert shared["weights"] == alone["weights"] / 8
+    assert shared["given model"] == alone["given model"]
+    # At the end they are put together again on each device.
+    assert shared["merged model"] == 4 * large.parameters
+
+
+def test_each_device_has_its_share_of_the_batch():
+    wide = shape(layers=24, hidden_size=256)
+    training = Training(batch_size=8, micro_batch_size=8)
+    two = Device("cuda", None, True, 2, sharded=False)
+    assert (
+        align_need(wide, two, training, 512)["activations"] < 0.6 * align_need(wide, GPU, training, 512)["activations"]
+    )
+
+
+def test_adapters_need_moments_of_themselves_only():
+    one = shape()
+    need = align_need(one, GPU, Training(), 64, lora_rank=4)
+    adapters = 4 * one.layers * (one.inputs + one.outputs)
+    assert need["optimizer"] == 8 * adapters
+    assert need["weights"] == 4 * one.parameters + 4 * adapters
+    stored_small = Shape(**{**vars(one), "stored": 2})
+    assert align_need(stored_small, GPU, Training(), 64, lora_rank=4)["weights"] == 2 * one.parameters + 4 * adapters
+
+
+def test_the_longest_pair_is_found_and_capped(tiny_model):
+    pairs = [Pair(({"role": "user", "content": "q"},), "a" * count, "b", "test") for count in range(1, 150)]
+    whole = [*pairs[-1].prompt, {"role": "assistant", "content": pairs[-1].chosen}]
+    text = tiny_model.tokenizer.apply_chat_template(whole, tokenize=False)
+    true = len(tiny_model.tokenizer(text)["input_ids"])
+    assert true <= longest_pair(tiny_model, pairs, 1000) <= true + 2
+    assert longest_pair(tiny_model, pairs, 20) == 20
+
+
+MEASURED = """
+import json, sys, torch
+from tests import tiny
+from safeneuron.aligning import align
+from safeneuron.data import Pair
+from safeneuron.memory import peak_memory_mb
+from safeneuron.models import Model
+from safeneuron.planning import Device, Shape, align_need, longest_pair, total
+from safeneuron.training import Training
+
+torch.set_num_threads(1)
+network = tiny.network(
+    layers=8, hidden_size=512, intermediate_size=1536, vocab_size=8192, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=64, initializer_range=0.02,
+)
+model = Model(network, tiny.tokenizer(), "mid", "mid")
+pairs = [Pair(({"role": "user", "content": str(i)},), "a" * 120, "b" * 120, "test") for i in range(4)]
+training = Training(epochs=2, batch_size=4, micro_batch_size=4, max_length=128, **json.loads(sys.argv[1]))
+length = longest_pair(model, pairs, training.max_length)
+device = Device("cpu", None, torch.cpu.get_capabilities().get("avx512_bf16", False))
+expected = total(align_need(Shape.of(network, "mid"), device, training, length))
+align(model, pairs, None, training)
+print(peak_memory_mb(), expected / 2**20)
+"""
+
+
+@pytest.mark.parametrize("settings", [{"precision": "float32"}, {"gradient_checkpointing": True, "at_once": 2}])
+def test_the_peak_of_a_real_training_is_foreseen(settings):
+    root = ROOT
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, json.dumps(settings)], capture_output=True, text=True, check=True, cwd=root
+    )
+    measured, expected = map(float, done.stdout.split()[-2:])
+    assert 0.9 * measured < expected < 1.2 * measured, (measured, expected)

@@ -1,0 +1,100 @@
+"""The licence of a base model: from its card, its licence file or the Hub, and unknown where nobody says."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+
+from safeneuron.errors import InputError
+from safeneuron.runs.hub import UNKNOWN, Licence, given, in_folder, legal_files, of_card, on_the_hub
+
+APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
+MIT = "MIT License\n\nCopyright (c) 2026 Somebody\n\nPermission is hereby granted, free of charge, to any person\n"
+LLAMA = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date: July 23, 2024\n"
+CARDS = {
+    "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# Model\n": Licence("apache-2.0"),
+    "---\r\ntags:\r\n- a\r\nlicense: 'mit'\r\n---\r\ntext": Licence("mit"),
+    "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: https://x.org/LICENSE#top\n---\n": Licence(
+        "other", "qwen-research", "https://x.org/LICENSE#top"
+    ),
+    "---\nlicense: llama3.1 # as of July\n---\n": Licence("llama3.1"),
+    "---\ntags: [a]\n---\nlicense: mit\n": Licence(UNKNOWN),
+    "---\nlicense: |\n  long text\n---\n": Licence(UNKNOWN),
+    "license: mit\n": Licence(UNKNOWN),
+    "": Licence(UNKNOWN),
+}
+
+
+@pytest.mark.parametrize(("card", "licence"), CARDS.items())
+def test_a_card_says_its_licence(card, licence):
+    assert of_card(card) == licence
+
+
+@pytest.mark.parametrize("card", [card for card, licence in CARDS.items() if licence.known])
+def test_huggingface_hub_reads_the_same(card):
+    data = ModelCard(card).data
+    assert of_card(card) == Licence(data.license, data.license_name or "", data.license_link or "")
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({"README.md": "---\nlicense: gemma\n---\n", "LICENSE": MIT}, Licence("gemma")),
+        ({"README.md": "# no metadata", "LICENSE": MIT}, Licence("mit")),
+        ({"LICENSE.txt": APACHE, "NOTICE": MIT}, Licence("apache-2.0")),
+        ({"LICENSE": LLAMA, "USE_POLICY.md": "be good"}, Licence("llama3.1")),
+        ({"LICENCE.md": "You may look at it."}, Licence("other", "license-of-the-base-model", "LICENCE.md")),
+        ({"NOTICE": MIT}, Licence(UNKNOWN)),
+        ({}, Licence(UNKNOWN)),
+    ],
+)
+def test_a_folder_says_its_licence(tmp_path, files, licence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert in_folder(tmp_path) == licence
+
+
+def test_files_that_are_not_text_say_nothing(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00---")
+    (tmp_path / "LICENSE").mkdir()
+    assert in_folder(tmp_path) == Licence(UNKNOWN)
+
+
+def test_the_files_that_go_with_a_model(tmp_path):
+    for name in ("LICENSE", "Notice.txt", "USE_POLICY.md", "README.md", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in legal_files(tmp_path)] == ["LICENSE", "Notice.txt", "USE_POLICY.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("apache-2.0", "apache-2.0"), (" Llama3.1 ", "llama3.1"), ("c-uda", "c-uda")]
+)
+def test_the_user_names_a_licence(text, name):
+    assert given(text) == Licence(name)
+
+
+@pytest.mark.parametrize("text", ["", "Apache License", "mit\nbase_model: x", "[mit]", "-x"])
+def test_what_cannot_be_a_licence(text):
+    with pytest.raises(InputError, match="--license expects the Hub's id of a licence") as error:
+        given(text)
+    assert "\n" not in str(error.value)
+
+
+def test_the_hub_says_the_licence(monkeypatch):
+    asked = []
+    data = SimpleNamespace(license="other", license_name="tongyi-qianwen", license_link=None)
+
+    def info(self, name, *, revision, timeout):
+        asked.append((name, revision))
+        return SimpleNamespace(card_data=data if name == "owner/model" else None)
+
+    monkeypatch.setattr(HfApi, "model_info", info)
+    assert on_the_hub("owner/model", "abc") == Licence("other", "tongyi-qianwen")
+    assert on_the_hub("owner/without-a-card") == Licence(UNKNOWN)
+    assert asked == [("owner/model", "abc"), ("owner/without-a-card", None)]
+
+
+@pytest.mark.parametrize("name", ["owner/model", "/no/such/folder"])
+def test_a_hub_that_cannot_be_asked_says_nothing(name):
+    """The tests are offline, and the second is no name for the Hub."""
+    assert on_the_hub(name) == Licence(UNKNOWN)
