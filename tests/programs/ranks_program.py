@@ -228,6 +228,8 @@ def functions(folder: Path) -> None:
     """Write ``facts-RANK.json``."""
     from accelerate.state import DistributedType, PartialState
 
+    from safeneuron.training import alignment
+
     facts: dict[str, Any] = {"exchanged": exchanged(), "computed": computed()}
     facts["audit"] = audited(folder / "tiny.toml", folder / "audit")
     # accelerate shards only on GPUs, so it is told that these are some; the rest of FSDP2 is the real one.

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeneuron.errors import InputError
-from safeneuron.runs import run
 from safeneuron.runs.run import Run
 from safeneuron.runtime import files
 
@@ -93,7 +92,7 @@ def test_a_file_too_large_for_the_kernel_is_one_sentence_and_not_half_written(tm
     code = f"""
 import resource
 from pathlib import Path
-from safeneuron import runs
+from safeneuron.runtime import files as runs
 from safeneuron.errors import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path({str(tmp_path)!r})
@@ -245,7 +244,7 @@ def test_other_errors_while_writing_are_left_alone(tmp_path):
 SETTINGS = {"align": {"beta": 0.1, "rounds": (1, 2)}, "seed": 0}
 
 
-def stage(run: Run, settings=SETTINGS, inputs=None) -> run.Stage:
+def stage(run: Run, settings=SETTINGS, inputs=None) -> Stage:
     return run.stage("T1/align", settings, {"T0/pairs": "k1"} if inputs is None else inputs)
 
 
@@ -254,7 +253,7 @@ def run(tmp_path):
     return Run.create(tmp_path / "run")
 
 
-def finish(one: run.Stage) -> None:
+def finish(one: Stage) -> None:
     one.start()
     files.write_text(one.folder / "model" / "x.txt", "hello")
     one.finish(1.234, 56.7)
