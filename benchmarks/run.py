@@ -30,7 +30,7 @@ from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.verification import prove
-from safeneuron.planning.memory import Device, align_need, longest_pair, total
+from safeneuron.planning.memory import Device, align_need, longest_pair, total_bytes
 from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory, reuse_memory
 from safeneuron.selection.measurement import POOLINGS, measure
 from safeneuron.selection.scores import choose, score, thresholds_for
@@ -164,7 +164,7 @@ def plan_of(name: str) -> None:
     need = align_need(Shape.of(model.network, model.name), Device.of(model.device), training, length)
     reset_peak_memory()
     align(model, pairs, None, training)
-    planned, measured = total(need) / 2**20, peak_memory_mb()
+    planned, measured = total_bytes(need) / 2**20, peak_memory_mb()
     print(f"planned {planned:,.0f} MB, measured {measured:,.0f} MB, ratio {planned / measured:.2f}")
 
 

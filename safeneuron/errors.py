@@ -11,7 +11,7 @@ class InputError(ValueError):
     """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known word most like ``word``, or nothing when none is close."""
     matches = get_close_matches(word, list(known), n=1)
     return f" (did you mean '{matches[0]}'?)" if matches else ""

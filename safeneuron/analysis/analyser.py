@@ -24,11 +24,11 @@ from typing import Any
 
 from safeneuron.analysis import figures
 from safeneuron.analysis.depth import density_over_depth, layer_densities, mean_depth, thirds
-from safeneuron.analysis.drift import by_layer, moved_record, seen, state_record
+from safeneuron.analysis.drift import by_layer, movement_record, observe, state_record
 from safeneuron.analysis.methods import agreements, discoveries, volcano
 from safeneuron.analysis.portraits import portraits_record
 from safeneuron.analysis.redundancy import redundancy_record, with_intervals
-from safeneuron.analysis.scaling import data_scale, iterations, results_of
+from safeneuron.analysis.scaling import data_scale, iterations, required_results
 from safeneuron.analysis.settings import Effort, finite, flat
 from safeneuron.analysis.stability import stability_record
 from safeneuron.analysis.topics import topic_stats, topics_record
@@ -50,7 +50,7 @@ from safeneuron.runtime.files import key_of, read_json, write_bytes, write_json,
 from safeneuron.runtime.progress import Watcher
 from safeneuron.selection.scores import Scores
 
-PARTS = ("topics", "depth", "stability", "states", "redundancy", "methods", "neurons", "scale")
+ANALYSIS_PARTS = ("topics", "depth", "stability", "states", "redundancy", "methods", "neurons", "scale")
 
 Record = dict[str, Any]
 Tables = dict[str, list[Record]]
@@ -88,19 +88,19 @@ class Analyser:
         self.states = [one for name, one in known.items() if not only or name in only]
         self._loaded: tuple[str, str, Model] | None = None
 
-    def analyse(self, parts: Sequence[str] = PARTS, redo: Sequence[str] = ()) -> dict[str, Record]:
+    def analyse(self, parts: Sequence[str] = ANALYSIS_PARTS, redo: Sequence[str] = ()) -> dict[str, Record]:
         """Do the parts that are not done yet, and those to ``redo``; the numbers of all of them by name."""
         redo = [name.removeprefix("analysis/") for name in redo]
-        unknown = [name for name in (*parts, *redo) if name not in PARTS]
+        unknown = [name for name in (*parts, *redo) if name not in ANALYSIS_PARTS]
         if unknown:
-            raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+            raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(ANALYSIS_PARTS)}")
         for name in redo:
             self.run.remove(f"analysis/{name}")
         works: dict[str, Callable[[Path], tuple[Record, Tables, Figures]]] = {
             "topics": self.topics, "depth": self.depth, "stability": self.stability, "states": self.changes,
             "redundancy": self.redundancy, "methods": self.methods, "neurons": self.neurons, "scale": self.scale,
         }  # fmt: skip
-        return {name: self._stage(name, works[name]) for name in PARTS if name in parts}
+        return {name: self._stage(name, works[name]) for name in ANALYSIS_PARTS if name in parts}
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -172,17 +172,17 @@ class Analyser:
         """What training changed, state by state."""
         unsafe, safe = (sample(prompts, self.effort.prompts, self.config.seed) for prompts in self._classes())
         first = self.findings.neurons(BASE)
-        base = seen(self._model(BASE), (unsafe, safe), first)
+        base = observe(self._model(BASE), (unsafe, safe), first)
         source = embedded_folder() if self.config.model.name == NAME else Path(self.config.model.name)
         records: list[Record] = []
         for number, state in enumerate(self.states):
             path = folder / f"{state.name}.json"
             if not path.exists():
                 own, model = self.findings.neurons(state), self._model(state)
-                now = base if state == BASE else seen(model, (unsafe, safe), own)
+                now = base if state == BASE else observe(model, (unsafe, safe), own)
                 # A name on the Hub is no folder to read weights from.
                 moved = (
-                    moved_record(self._load(state, "stored"), source, first)
+                    movement_record(self._load(state, "stored"), source, first)
                     if state != BASE and source.is_dir()
                     else None
                 )
@@ -243,7 +243,7 @@ class Analyser:
 
     def scale(self, folder: Path) -> tuple[Record, Tables, Figures]:
         """Attack success against preference pairs over all runs given, and this run's rounds."""
-        results = [results_of(one.folder) for one in (self.run, *(other for _, other in self.others))]
+        results = [required_results(one.folder) for one in (self.run, *(other for _, other in self.others))]
         found, rounds = data_scale(results), iterations(results[0])
         drawings: Figures = {"scale": lambda: figures.scale_figure(found)} if found else {}
         if len(rounds) > 1:
@@ -275,7 +275,7 @@ class Analyser:
         write_json(stage.folder / "numbers.json", finite(record))
         for table, rows in tables.items():
             write_text(stage.folder / f"{table}.csv", as_csv(finite(rows)))
-        for file, content in figures.drawn(drawings).items():
+        for file, content in figures.figure_files(drawings).items():
             write_bytes(stage.folder / file, content.encode() if isinstance(content, str) else content)
         seconds = time.monotonic() - begun
         stage.finish(seconds, peak_memory_mb())

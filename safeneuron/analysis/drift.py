@@ -19,13 +19,14 @@ from safeneuron.analysis.settings import Classes, Record
 from safeneuron.attacks.refusal_direction import decoder_layers, last_of_stream
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Progress, length_batches, prompts_alone
+from safeneuron.models.forward import length_batches, prompts_alone
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.layout import network_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.weights import owned_slices
 from safeneuron.runtime.files import read_json
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.linear_probe import held_out_accuracy
 
 
@@ -212,22 +213,22 @@ def _hsic(first: Tensor, second: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """Hidden states ``[prompt, layer, hidden]`` of a model on both classes of prompts, and with its set pruned."""
 
     intact: tuple[Any, Any]
     without: tuple[Any, Any]
 
 
-def seen(model: Model, classes: Classes, own: NeuronSet, progress: Progress | None = None) -> Seen:
+def observe(model: Model, classes: Classes, own: NeuronSet, progress: Progress | None = None) -> Observation:
     """What a state's residual stream holds at the last token of each prompt."""
     intact = (hidden_states(model, classes[0], progress=progress), hidden_states(model, classes[1]))
     with pruned(model, own):
         without = (hidden_states(model, classes[0]), hidden_states(model, classes[1]))
-    return Seen(intact, without)
+    return Observation(intact, without)
 
 
-def state_record(now: Seen, base: Seen, own: NeuronSet, first: NeuronSet, seed: int) -> dict[str, Any]:
+def state_record(now: Observation, base: Observation, own: NeuronSet, first: NeuronSet, seed: int) -> dict[str, Any]:
     """A state beside T0: its set, its hidden states, its refusal direction, and how well harm can be told in it."""
     layers = range(now.intact[0].shape[1])
     pairs = list(zip(now.intact, base.intact, strict=True))
@@ -246,7 +247,7 @@ def state_record(now: Seen, base: Seen, own: NeuronSet, first: NeuronSet, seed: 
     }
 
 
-def moved_record(model: Model, folder: Path, neurons: NeuronSet) -> list[dict[str, Any]]:
+def movement_record(model: Model, folder: Path, neurons: NeuronSet) -> list[dict[str, Any]]:
     """How far the weights of each layer moved from the checkpoint in ``folder``, inside the set and outside."""
     return [_plain(one) for one in movements(model, weights_in(folder), neurons)]
 

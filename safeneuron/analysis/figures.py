@@ -39,7 +39,7 @@ ORANGE, GREEN, RED = COLOURS[2], COLOURS[3], COLOURS[5]
 GREY = COLOURS[0]
 
 
-def drawn(figures: dict[str, Callable[[], Figure]]) -> dict[str, str | bytes]:
+def figure_files(figures: dict[str, Callable[[], Figure]]) -> dict[str, str | bytes]:
     """Every figure as ``NAME.svg`` text and ``NAME.png`` bytes at 200 dots an inch; the same for the same numbers."""
     files: dict[str, str | bytes] = {}
     for name, draw in figures.items():

@@ -22,7 +22,7 @@ from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.blocks import linear_in
 from safeneuron.neurons.layout import feed_forwards, network_of
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runtime.offloading import at_hand
+from safeneuron.runtime.offloading import materialised
 from safeneuron.selection.measurement import activations_of
 from safeneuron.selection.scores import Scores
 
@@ -54,7 +54,7 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
     network = network_of(model)
     block = feed_forwards(model)[layer]
     output = linear_in(block.output)
-    with at_hand(output):
+    with materialised(output):
         weight = output.weight
         columns = weight.detach().index_select(1, channels.to(weight.device)).float()
     head: Any = model.network.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
             f"{model.name} has no {'output embedding' if head is None else 'final norm'} to read tokens through; "
             "expected a Llama-like model"
         )
-    with torch.inference_mode(), at_hand(head):
+    with torch.inference_mode(), materialised(head):
         # The norm of a vector of ones is its scale, in whichever form the architecture keeps it (Gemma's is 1 + w).
         ones = torch.ones(columns.shape[0], device=columns.device, dtype=weight.dtype)
         scale = norm(ones).float()

@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safeneuron.analysis.settings import SHARES, Classes, Effort, Record, finder
+from safeneuron.analysis.settings import DENSITY_MULTIPLES, Classes, Effort, Record, finder
 from safeneuron.attacks.pruning import respond
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
 from safeneuron.evaluation.judge import Judge
-from safeneuron.evaluation.rates import outcome, wilson
-from safeneuron.models.forward import Progress
+from safeneuron.evaluation.rates import verdict_rates, wilson
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime.files import read_json, write_json
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import Scores, choose, thresholds_for
 
 RARE = 0.2
 """A model that refuses less than this share has no refusal to break: with few prompts, half of it is within noise."""
-DRAWS = 2000
+_RESAMPLES = 2000
 """Bootstrap samples of the prompts."""
 NUMBERS = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
 """The numbers of a state, as ``Redundancy.numbers`` has them."""
@@ -62,7 +62,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSet:
     """One of the disjoint sets: what is left when it is pruned alone, and together with all found before it."""
 
     neurons: NeuronSet
@@ -79,7 +79,7 @@ class Redundancy:
     """
 
     intact: Outcome
-    sets: tuple[Found, ...]
+    sets: tuple[FoundSet, ...]
     curve: tuple[tuple[int, Outcome], ...] = ()
     least: float = RARE
 
@@ -140,7 +140,7 @@ class Redundancy:
 
     def drawn(self, prompts: Sequence[int]) -> Redundancy:
         """The same with the verdicts on some of the prompts alone; whether it is measurable was settled on them all."""
-        sets = tuple(Found(one.neurons, one.alone.drawn(prompts), one.together.drawn(prompts)) for one in self.sets)
+        sets = tuple(FoundSet(one.neurons, one.alone.drawn(prompts), one.together.drawn(prompts)) for one in self.sets)
         curve = tuple((count, left.drawn(prompts)) for count, left in self.curve)
         return Redundancy(self.intact.drawn(prompts), sets, curve, least=0.0)
 
@@ -152,7 +152,7 @@ class Interval(NamedTuple):
     high: int | None
 
 
-def intervals(found: Redundancy, draws: int = DRAWS, seed: int = 0) -> dict[str, Interval] | None:
+def intervals(found: Redundancy, draws: int = _RESAMPLES, seed: int = 0) -> dict[str, Interval] | None:
     """95 % bootstrap intervals of ``Redundancy.numbers``, by name; None if there are no such numbers.
 
     The prompts are drawn with replacement, the same ones for the intact model and for every pruned one, and all numbers
@@ -178,8 +178,8 @@ def find_prune_find(
     find: Callable[[NeuronSet | None], NeuronSet],
     outcome: Callable[[NeuronSet | None], Outcome],
     most: int = 4,
-    told: Callable[[Found], None] = lambda found: None,
-    known: Sequence[Found] = (),
+    told: Callable[[FoundSet], None] = lambda found: None,
+    known: Sequence[FoundSet] = (),
     intact: Outcome | None = None,
 ) -> Redundancy:
     """Find a set, note what pruning it does, find again with all found so far pruned, ``most`` times.
@@ -201,7 +201,7 @@ def find_prune_find(
             break
         gone = found if gone is None else gone | found
         alone = outcome(found)
-        one = Found(found, alone, alone if not result.sets else outcome(gone))
+        one = FoundSet(found, alone, alone if not result.sets else outcome(gone))
         result = Redundancy(intact, (*result.sets, one))
         told(one)
     return result
@@ -247,7 +247,7 @@ def redundancy_record(
 ) -> dict[str, Any]:
     """Find, prune, find again, and the curve of pruning; every answer counted is kept in ``folder``, to go on from."""
     table, find = config.measure, finder(config)
-    done, total = 0, 1 + 2 * effort.sets - 1 + len(SHARES)
+    done, total = 0, 1 + 2 * effort.sets - 1 + len(DENSITY_MULTIPLES)
 
     def told() -> None:
         nonlocal done
@@ -262,7 +262,7 @@ def redundancy_record(
                 batches = respond(model, asked, config.attack.max_new_tokens, config.attack.batch_size)
                 answers = sorted((one for batch in batches for one in batch), key=lambda one: one.index)
             verdicts = judge([one.prompt for one in answers], [one.response for one in answers])
-            counts = {**outcome(verdicts, "refused"), "neurons": 0 if gone is None else len(gone)}
+            counts = {**verdict_rates(verdicts, "refused"), "neurons": 0 if gone is None else len(gone)}
             write_json(path, {**counts, "verdicts": verdicts})
         told()
         return Outcome(tuple(read_json(path)["verdicts"]))
@@ -275,7 +275,7 @@ def redundancy_record(
     curve: list[tuple[int, Outcome]] = []
     if result.measurable:
         density = len(result.sets[0].neurons) / scores.d.numel() if result.sets else 0.01
-        for wanted in (min(density * share, 0.5) for share in SHARES):
+        for wanted in (min(density * share, 0.5) for share in DENSITY_MULTIPLES):
             neurons = choose(scores, thresholds_for(scores, wanted)).union
             curve.append((len(neurons), answered(neurons, f"density-{wanted:.4g}")))
     result = replace(result, curve=tuple(curve))
@@ -307,7 +307,7 @@ def _resumed(
     most: int,
 ) -> Redundancy:
     """Find-prune-find that goes on after the sets that the folder holds."""
-    intact, known = answered(None, "intact"), list[Found]()
+    intact, known = answered(None, "intact"), list[FoundSet]()
 
     def named(gone: NeuronSet | None) -> Outcome:
         assert gone is not None, "the intact model is known"
@@ -323,5 +323,5 @@ def _resumed(
         gone = neurons
         for one in known:
             gone = gone | one.neurons
-        known.append(Found(neurons, alone, answered(gone, f"together-{number}") if known else alone))
+        known.append(FoundSet(neurons, alone, answered(gone, f"together-{number}") if known else alone))
     return find_prune_find(find, named, most, known.append, tuple(known), intact)

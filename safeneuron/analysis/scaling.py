@@ -13,7 +13,7 @@ ATTACKS = (("ORI", "none"), ("FULL", "static"), ("FULL", "adaptive"), ("FULL", "
 """The attacks of the tables: the set and what the attacker knew."""
 
 
-def results_of(folder: Path) -> dict[str, Any]:
+def required_results(folder: Path) -> dict[str, Any]:
     """The results of a finished run; ``InputError`` for a folder without them."""
     path = folder / "report" / "results.json"
     if not path.exists():

@@ -14,7 +14,7 @@ from safeneuron.selection.scores import select
 
 LEAST = 6
 """A topic with fewer prompts is left out: its deviations would be noise."""
-SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+DENSITY_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The densities of the pruning curve, as multiples of the density of the state's own set."""
 
 Classes = tuple[Sequence[Prompt], Sequence[Prompt]]

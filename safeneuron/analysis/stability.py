@@ -15,13 +15,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from safeneuron.analysis.settings import LEAST, SHARES, Classes, Effort, finder
+from safeneuron.analysis.settings import DENSITY_MULTIPLES, LEAST, Classes, Effort, finder
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
-from safeneuron.models.forward import Progress
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, bootstrap_weights, pair_weights
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import POOLINGS, measure, measure_groups
 from safeneuron.selection.scores import criteria, effect_size, select
 
@@ -81,7 +81,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(sum(known) / len(known), min(known), max(known), len(known))
 
 
-def rank_correlation(first: Tensor, second: Tensor) -> float:
+def score_correlation(first: Tensor, second: Tensor) -> float:
     """Spearman's correlation of two scores of the same neurons; nan if one is constant."""
     if bool((first == first[0]).all() or (second == second[0]).all()):
         return math.nan
@@ -103,7 +103,7 @@ def resampled(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, 
         found = find(stats)
         frequency[found.flat] += 1 / len(unsafe)
         jaccards.append(reference.jaccard(found))
-        correlations.append(rank_correlation(scores, effect_size(stats.unsafe, stats.safe)))
+        correlations.append(score_correlation(scores, effect_size(stats.unsafe, stats.safe)))
     # Sums of 1/n are a little off, and 19 of 20 are 95 %.
     always = NeuronSet.of_mask(frequency >= ALWAYS - 1e-9, reference.widths, reference.fingerprint, "always in")
     return Resampled(spread(jaccards), spread(correlations), frequency, always, int((frequency > 0).sum()))
@@ -117,7 +117,7 @@ def halves(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, fin
         first, second = map(find, pair)
         jaccards.append(first.jaccard(second))
         by_chance.append(chance_jaccard(first, second))
-        correlations.append(rank_correlation(*(effect_size(stats.unsafe, stats.safe) for stats in pair)))
+        correlations.append(score_correlation(*(effect_size(stats.unsafe, stats.safe) for stats in pair)))
     return Halves(spread(jaccards), spread(correlations), spread(by_chance).mean)
 
 
@@ -202,7 +202,7 @@ def stability_record(
         if progress is not None:
             progress(number + 1, len(sizes) + len(POOLINGS))
         if size == sizes[-1]:
-            for wanted in (min(density * share, 0.5) for share in SHARES):
+            for wanted in (min(density * share, 0.5) for share in DENSITY_MULTIPLES):
                 one = halves(whole, pairs[0], pairs[1], partial(select, density=wanted))
                 thresholds.append({"density": wanted, "jaccard": one.jaccard._asdict(), "chance": one.chance})
     others = [
@@ -227,7 +227,7 @@ def stability_record(
             {
                 "variant": name,
                 "jaccard": own.jaccard(find(stats)),
-                "correlation": rank_correlation(ranks, criteria(stats).d),
+                "correlation": score_correlation(ranks, criteria(stats).d),
             }
             for name, stats in others
         ],
@@ -250,7 +250,7 @@ def also_record(
         return measure(model, *prompts, table.pooling, table.batch_tokens, table.max_tokens)
 
     def alike(first: ActivationStats, second: ActivationStats) -> dict[str, float]:
-        correlation = rank_correlation(criteria(first).d, criteria(second).d)
+        correlation = score_correlation(criteria(first).d, criteria(second).d)
         return {"jaccard": find(first).jaccard(find(second)), "correlation": correlation}
 
     record = {"prompts_of": name, "prompts": [len(prompts) for prompts in others], **alike(whole, measured(others))}

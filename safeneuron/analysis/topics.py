@@ -20,10 +20,10 @@ from safeneuron.analysis.settings import LEAST, Classes, Effort
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Progress
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.neurons.statistics import ActivationStats, TopicStats, one_of_each
+from safeneuron.neurons.statistics import ActivationStats, TopicStats, label_weights
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import measure_groups
 from safeneuron.selection.ranking import one_model
 from safeneuron.selection.scores import select
@@ -198,8 +198,8 @@ def topic_stats(
         )
     table = config.measure
     settings = (table.pooling, table.batch_tokens, table.max_tokens)
-    groups = measure_groups(model, unsafe, one_of_each(labels, names), *settings, progress)
-    whole = measure_groups(model, safe, one_of_each([""] * len(safe), [""]), *settings)
+    groups = measure_groups(model, unsafe, label_weights(labels, names), *settings, progress)
+    whole = measure_groups(model, safe, label_weights([""] * len(safe), [""]), *settings)
     return TopicStats(tuple(names), groups, whole.group(0), model.widths, model.fingerprint, table.pooling)
 
 

@@ -21,7 +21,7 @@ from safeneuron.runtime.files import whole_folder, write_json
 from safeneuron.runtime.offloading import require_whole
 from safeneuron.runtime.quantization import is_quantised, packed_by
 
-RECORD = "pruning.json"
+PRUNING_RECORD = "pruning.json"
 
 
 def write_pruned(model: Model, attack: NeuronSet | Edit, folder: str | Path) -> None:
@@ -29,22 +29,22 @@ def write_pruned(model: Model, attack: NeuronSet | Edit, folder: str | Path) -> 
 
     It answers as the model does within ``pruned``, to within rounding. Its config remembers whose neurons it has; the
     neurons and what was done to them lie beside it, in ``neurons.json`` and ``pruning.json``. The model in memory is
-    unchanged. Raises ``InputError`` for an attack that weights cannot hold (see ``engraved``), and for a folder that
-    holds anything but what this function wrote before.
+    unchanged. Raises ``InputError`` for an attack that weights cannot hold (see ``with_edit_in_weights``), and for
+    a folder that holds anything but what this function wrote before.
     """
     edit = Edit.zero(attack) if isinstance(attack, NeuronSet) else attack
     target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file()):
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / PRUNING_RECORD).is_file()):
         raise InputError(f"{target} holds files that were not written by safeneuron prune; give a new folder")
     record = {"kind": "pruning", "operator": edit.name, "neurons": len(edit.neurons), "of": edit.neurons.total}
-    with engraved(model, edit), whole_folder(target) as new:
+    with with_edit_in_weights(model, edit), whole_folder(target) as new:
         model.save(new)
         edit.neurons.save(new / "neurons.json")
-        write_json(new / RECORD, record)
+        write_json(new / PRUNING_RECORD, record)
 
 
 @contextmanager
-def engraved(model: Model, edit: Edit) -> Iterator[None]:
+def with_edit_in_weights(model: Model, edit: Edit) -> Iterator[None]:
     """Within the block the weights are those of the model under the edit; afterwards the old ones, bit by bit.
 
     A factor multiplies the neuron's column of the output projection. A value v, of a clamp or a mean, adds v times the

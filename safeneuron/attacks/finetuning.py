@@ -27,8 +27,9 @@ from safeneuron.models.vision import answer_ids
 from safeneuron.neurons.weights import has_adapters
 from safeneuron.runtime import distributed
 from safeneuron.runtime.offloading import require_whole
+from safeneuron.runtime.progress import Progress
 from safeneuron.training.lora import lora_config
-from safeneuron.training.settings import Progress, Training, Watch, borrowed
+from safeneuron.training.settings import Training, Watch, model_restored
 
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
 """The columns in which an answer is looked for, best first."""
@@ -92,10 +93,10 @@ def finetuned(
     )  # fmt: skip
     network = model.network
     set_seed(seed)
-    with borrowed(network), _same_gradients(network):
+    with model_restored(network), _same_gradients(network):
         adapted: Any = get_peft_model(network, lora_config(network, training))
         try:
-            with borrowed(network), TemporaryDirectory() as folder:
+            with model_restored(network), TemporaryDirectory() as folder:
                 arguments = _arguments(training, steps, model.device, folder)
                 losses = _train(model, adapted, demonstrations, arguments, progress)
             adapted.eval()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 from safeneuron.models.model import Model
 from safeneuron.models.vllm import Server
 
@@ -90,5 +90,5 @@ def input_attempts(*names: str) -> list[Attempt]:
     known = {record["name"]: Attempt(**record) for record in map(json.loads, text.splitlines())}
     for name in names:
         if name not in known:
-            raise InputError(f"there is no attempt {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            raise InputError(f"there is no attempt {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
     return [known[name] for name in names or known]

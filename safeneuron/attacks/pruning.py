@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from safeneuron.models.vllm import Server
 from safeneuron.neurons.interventions import Edit, edited
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime import distributed
+from safeneuron.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def respond(
     pictures = [prompt.image for prompt in prompts]
     encoded, opening = attempt.encode(model, [prompt.written for prompt in prompts], pictures)
     if isinstance(model, Server):
-        batches = vllm.generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+        batches = vllm.server_generate(model, encoded, max_new_tokens, batch_size, skip, opening)
     else:
         batches = generate(model, encoded, max_new_tokens, batch_size, skip, opening)
     for batch in batches:
@@ -122,9 +123,6 @@ def perplexity(model: Model, text: str, window: int = 512) -> float:
     pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
     mean = sum(distributed.deal(pieces, loss_of)) / (len(ids) - 1)
     return math.exp(mean if mean < 700 else 700)
-
-
-Progress = Callable[[int, int], None]
 
 
 def sweep(

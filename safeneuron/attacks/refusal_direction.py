@@ -19,7 +19,7 @@ from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import Judge
 from safeneuron.models.model import Model, generate
-from safeneuron.models.vision import kinds, run_without_head
+from safeneuron.models.vision import input_kinds, run_without_head
 from safeneuron.neurons.anatomy import decoder_of, hidden_size, layers_of
 from safeneuron.neurons.interventions import require_eager
 from safeneuron.neurons.layout import HasNetwork, network_of
@@ -183,7 +183,7 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     layers = decoder_layers(network_of(model))
     moments = Moments.zero((len(layers), hidden_size(decoder_of(network_of(model)))))
     encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-    for places in kinds(encoded):
+    for places in input_kinds(encoded):
         rows = sorted((encoded[place] for place in places), key=len, reverse=True)
         for start in range(0, len(rows), batch_size):
             vectors = last_of_stream(model, layers, rows[start : start + batch_size])

@@ -73,12 +73,14 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run.run, run.audit, run.measure, run.select, run.align, run.attack, run.report, inspect.analyse, inspect.publish,
-    model.prune, text.draw, inspect.compare, model.config, model.doctor, model.plan, text.redteam, inspect.show,
-    text.judge,
+    run.run_command, run.audit_command, run.measure_command, run.select_command,
+    run.align_command, run.attack_command, run.report_command, inspect.analyse_command,
+    inspect.publish_command, model.prune_command, text.draw_command, inspect.compare_command,
+    model.config_command, model.doctor_command, model.plan_command, text.redteam_command,
+    inspect.show_command, text.judge_command,
 )  # fmt: skip
 for verb in VERBS:
-    app.command()(verb)
+    app.command(verb.__name__.removesuffix("_command"))(verb)
 
 
 @app.callback(invoke_without_command=True)

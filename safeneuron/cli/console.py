@@ -118,6 +118,6 @@ def print_lines(lines: Iterable[str]) -> None:
         out.print(line)
 
 
-def quoted(text: str) -> str:
+def toml_string(text: str) -> str:
     """A text as a TOML string."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from safeneuron.runs.publication import Publication
 
 
-def analyse(
+def analyse_command(
     folders: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="A run; the others are held beside it in depth and scale.")
     ],
@@ -51,10 +51,10 @@ def analyse(
 ) -> None:
     """Look inside: topics, depth, stability, what training changed, redundancy; numbers, tables, figures."""
     os.environ["TQDM_DISABLE"] = "1"
-    from safeneuron.analysis.analyser import PARTS, Analyser
+    from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
     from safeneuron.analysis.settings import Effort
     from safeneuron.config.toml import read_config
-    from safeneuron.reporting.terminal import told
+    from safeneuron.reporting.terminal import analysis_tables
     from safeneuron.runs.run import Run
 
     (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
@@ -63,13 +63,13 @@ def analyse(
         effort = Effort(prompts=prompts, sets=sets)
         analyser = Analyser(config, opened, bars, others, state, only or [], effort, also or [])
         with bars.bars:
-            found = analyser.analyse(parts or PARTS, redo or ())
-    for title, header, rows in told(found, show_text):
+            found = analyser.analyse(parts or ANALYSIS_PARTS, redo or ())
+    for title, header, rows in analysis_tables(found, show_text):
         print_table(title, header, rows)
     console.out.print(f"wrote {opened.folder / 'analysis'}")
 
 
-def publish(
+def publish_command(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     state: Annotated[str, typer.Option("--state", metavar="STATE", help="T1, T2, ..., or VARIANT-T1.")],
     out_folder: Annotated[
@@ -105,7 +105,7 @@ def publish(
         console.out.print(f"pushed to {url}")
 
 
-def compare(
+def compare_command(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="A neuron set (JSON).")],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another one of the same model.")],
     scores: Annotated[
@@ -122,7 +122,9 @@ def compare(
     print_lines(held_against(NeuronSet.load(first), NeuronSet.load(second), rankings).lines())
 
 
-def show(path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a folder or file in one.")]) -> None:
+def show_command(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a folder or file in one.")],
+) -> None:
     """Explain any artefact of a run in words."""
     from safeneuron.runs.show import explain
 

@@ -13,7 +13,7 @@ from safeneuron.cli.console import Changes, print_lines
 from safeneuron.errors import InputError
 
 
-def prune(
+def prune_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
     neurons: Annotated[
         Path, typer.Argument(metavar="NEURONS", help="A neuron set, such as RUN/T0/select/neurons.json.")
@@ -44,18 +44,20 @@ def prune(
     console.out.print(f"wrote {out_folder}: {loaded.name} with {edit.name} at {chosen}")
 
 
-def config(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default") -> None:
+def config_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default",
+) -> None:
     """Print a complete config, every key with its meaning."""
     from safeneuron.config.toml import presets, read_config, to_toml
-    from safeneuron.errors import nearest
+    from safeneuron.errors import did_you_mean
 
     if name not in presets():
         known = ", ".join(presets())
-        raise InputError(f"there is no bundled config {name!r}{nearest(name, presets())}; there are {known}")
+        raise InputError(f"there is no bundled config {name!r}{did_you_mean(name, presets())}; there are {known}")
     print_lines([to_toml(read_config(name)).rstrip("\n")])
 
 
-def doctor(
+def doctor_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
     weights: Annotated[
         bool, typer.Option("--weights/--config-only", help="Load it and prove it, or read its config alone?")
@@ -78,7 +80,7 @@ def doctor(
     print_lines(found.remarks)
 
 
-def plan(
+def plan_command(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
     changes: Changes = None,
     device_memory: Annotated[
@@ -102,11 +104,11 @@ def plan(
     """What each stage will need in memory and time, and whether it fits; reads the model's config, not its weights."""
     from safeneuron.config.toml import read_config
     from safeneuron.planning.duration import clock_for, table_of_times
-    from safeneuron.planning.plan import Paper, device_asked, table_of_needs
+    from safeneuron.planning.plan import ModelSpec, device_asked, table_of_needs
 
     settings = read_config(config, changes or [])
     device = device_asked(settings, device_memory, devices, sharded)
-    paper = Paper.of(settings, words=True)
+    paper = ModelSpec.of(settings, words=True)
     print_lines([*table_of_needs(settings, device, paper), ""])
     clock = clock_for(settings, paper, device, device_flops, device_bandwidth, here=not device_memory)
     if clock is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safeneuron.cli import console
-from safeneuron.cli.console import Bars, Changes, Out, Redo, RunFolder, print_grid, print_lines, quoted
+from safeneuron.cli.console import Bars, Changes, Out, Redo, RunFolder, print_grid, print_lines, toml_string
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safeneuron.runs.run import Run
 
 
-def run(
+def run_command(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a bundled config.")],
     changes: Changes = None,
     out_folder: Out = None,
@@ -31,7 +31,7 @@ def run(
     _execute(read_config(config, changes or []), out_folder, redo or [])
 
 
-def audit(
+def audit_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
     changes: Changes = None,
     out_folder: Out = None,
@@ -41,31 +41,31 @@ def audit(
     from safeneuron.config.toml import read_config
 
     name = "audit-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model.strip("/").split("/")[-1])
-    settings = [f"model.name={quoted(model)}", f"name={quoted(name)}", *(changes or [])]
+    settings = [f"model.name={toml_string(model)}", f"name={toml_string(name)}", *(changes or [])]
     _execute(read_config("audit", settings), out_folder, redo or [])
 
 
-def measure(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+def measure_command(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
     """Activation statistics of every state that exists."""
     _one_verb("measure", run_folder, changes, out_folder, redo)
 
 
-def select(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+def select_command(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
     """Scores and safety neurons of every state that has been measured."""
     _one_verb("select", run_folder, changes, out_folder, redo)
 
 
-def align(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+def align_command(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
     """Make the preference pairs, and train every state whose neurons to freeze are known."""
     _one_verb("align", run_folder, changes, out_folder, redo)
 
 
-def attack(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
+def attack_command(run_folder: RunFolder, changes: Changes = None, out_folder: Out = None, redo: Redo = None) -> None:
     """Pruning attacks on every state whose neurons are known, and verdicts on the answers."""
     _one_verb("attack", run_folder, changes, out_folder, redo)
 
 
-def report(
+def report_command(
     run_folders: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folder of the run, or a config; several runs to compare.")
     ],

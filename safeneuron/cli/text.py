@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safeneuron.cli import console
-from safeneuron.cli.console import Bars, Changes, print_lines, quoted
+from safeneuron.cli.console import Bars, Changes, print_lines, toml_string
 from safeneuron.errors import InputError
 
 if TYPE_CHECKING:
     pass
 
 
-def draw(
+def draw_command(
     source: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="A file of prompts, hub:owner/name, or a benchmark.")
     ],
@@ -33,17 +33,17 @@ def draw(
 ) -> None:
     """Draw each prompt as an image, for vision-language models: FOLDER/prompts.jsonl names them."""
     from safeneuron.data.prompts import read_prompts
-    from safeneuron.data.typography import drawn
+    from safeneuron.data.typography import drawn_prompts
     from safeneuron.runtime.files import write_lines
 
-    prompts = drawn(read_prompts(source, split=split, column=column, count=count), said, size, font)
+    prompts = drawn_prompts(read_prompts(source, split=split, column=column, count=count), said, size, font)
     write_lines(out_folder / "prompts.jsonl", (prompt.to_record(out_folder) for prompt in prompts))
     console.out.print(
         f"wrote {out_folder / 'prompts.jsonl'}: {len(prompts)} prompts, their texts drawn in {out_folder / 'images'}"
     )
 
 
-def redteam(
+def redteam_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="embedded, a folder, or a name on the Hub.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for what it writes; the same one goes on.")],
     neurons: Annotated[
@@ -75,13 +75,13 @@ def redteam(
     from safeneuron.evaluation.judging import make_judge
     from safeneuron.models.loading import load
     from safeneuron.neurons.neuron_set import NeuronSet
-    from safeneuron.runs.redteam import RedTeam, prepare, red_team, table
+    from safeneuron.runs.redteam import RedTeam, prepare_redteam, red_team, table
     from safeneuron.runs.run import Run
 
     settings = RedTeam(per_seed, seed, temperature, top_p, max_new_tokens, batch_size)
     opened = Run.create(out_folder)
     with opened.locked():
-        prepare(opened, redo)
+        prepare_redteam(opened, redo)
         requests = read_prompts(prompts, split="test" if prompts == "twins:unsafe" else "", count=count)
         chosen = NeuronSet.load(neurons) if neurons is not None else None
         bars, began = Bars(), time.monotonic()
@@ -94,7 +94,7 @@ def redteam(
     print_lines(["", *table(results), "", f"wrote {out_folder}, which holds harmful text: do not publish it"])
 
 
-def judge(
+def judge_command(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl or .csv file of prompts and responses.")],
     names: Annotated[
         list[str] | None, typer.Option("--judge", metavar="NAME", help="Who judges; may be repeated.")
@@ -111,15 +111,15 @@ def judge(
     from safeneuron.config.toml import read_config
     from safeneuron.runtime.files import write_lines
 
-    wanted = [f"judge.name=[{', '.join(quoted(name) for name in names)}]"] if names else []
-    table = read_config("default", [*wanted, f"judge.rule={quoted(rule)}", *(changes or [])]).judge
+    wanted = [f"judge.name=[{', '.join(toml_string(name) for name in names)}]"] if names else []
+    table = read_config("default", [*wanted, f"judge.rule={toml_string(rule)}", *(changes or [])]).judge
     written = target or path.with_name(f"{path.stem}.judged.jsonl")
     if written.exists() and written.resolve() == path.resolve():
         raise InputError(f"{written} is the file to be judged, and would be lost; give another one with --out")
-    from safeneuron.evaluation.judging import judged, read_answers, told
+    from safeneuron.evaluation.judging import judged, read_answers, verdict_lines
     from safeneuron.runs.inputs import judges_of
 
     rows, answers = read_answers(path, prompt, response)
     (found,) = judged(judges_of(table), table.rule, [answers])
     write_lines(written, ({**row, **record} for row, record in zip(rows, found.records(), strict=True)))
-    print_lines([*told(found, table.label), f"wrote {written}"])
+    print_lines([*verdict_lines(found, table.label), f"wrote {written}"])

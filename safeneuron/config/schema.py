@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from safeneuron.data.catalogue import NAMES, PROMPT_NAMES
-from safeneuron.errors import nearest
+from safeneuron.data.catalogue import DATA_SET_NAMES, PROMPT_NAMES
+from safeneuron.errors import did_you_mean
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 AttemptName = Literal[
@@ -22,7 +22,7 @@ AttemptName = Literal[
 ]  # fmt: skip
 
 
-class Table(BaseModel):
+class SettingsTable(BaseModel):
     """One table of the config; unknown keys are an error."""
 
     model_config = ConfigDict(
@@ -30,7 +30,7 @@ class Table(BaseModel):
     )
 
 
-class SourceTable(Table):
+class SourceTable(SettingsTable):
     """Where prompts come from."""
 
     path: str = Field(
@@ -48,7 +48,7 @@ class SourceTable(Table):
     said: str = Field("", description="what is written beside an image; of a folder, the question about each")
 
 
-class ModelTable(Table):
+class ModelTable(SettingsTable):
     """The table [model]."""
 
     name: str = Field("embedded", description="embedded, a folder in Hugging Face form, or a name on the Hub")
@@ -82,7 +82,7 @@ def _twins(kind: str, split: str) -> Sources:
     return (SourceTable(path=f"twins:{kind}", split=split),)
 
 
-class DataTable(Table):
+class DataTable(SettingsTable):
     """The table [data]."""
 
     unsafe: Sources = Field(_twins("unsafe", "discovery"), description="harmful prompts to find neurons")
@@ -91,7 +91,7 @@ class DataTable(Table):
     test_safe: Sources = Field(_twins("safe", "test"), description="harmless prompts: over-refusal")
 
 
-class MeasureTable(Table):
+class MeasureTable(SettingsTable):
     """The table [measure]."""
 
     part: Literal["text", "eyes"] = Field(
@@ -110,7 +110,7 @@ class MeasureTable(Table):
         return self.model_dump(exclude={"part"} if self.part == "text" else None)
 
 
-class SelectTable(Table):
+class SelectTable(SettingsTable):
     """The table [select]."""
 
     effect_size: float | None = Field(
@@ -131,10 +131,10 @@ class SelectTable(Table):
         return self
 
 
-class PairSourceTable(Table):
+class PairSourceTable(SettingsTable):
     """Where preference pairs come from."""
 
-    path: str = Field(description=f"a .jsonl or .csv file, hub:owner/name, or one of {NAMES}")
+    path: str = Field(description=f"a .jsonl or .csv file, hub:owner/name, or one of {DATA_SET_NAMES}")
     split: str = Field("", description="split of a Hub dataset")
     count: Count | None = Field(None, description="use the first so many pairs; all if not given")
     revision: str = Field("", description="revision of a Hub dataset")
@@ -142,13 +142,13 @@ class PairSourceTable(Table):
     said: str = Field("", description="what is written beside an image that is drawn")
 
 
-class PairsTable(Table):
+class PairsTable(SettingsTable):
     """The table [pairs]."""
 
     safety: Literal["on-policy"] | tuple[PairSourceTable, ...] = Field(
         "on-policy",
         description="on-policy makes pairs from the prompts below with the model itself; or a list of sources, "
-        f"each a file, hub:owner/name or one of {NAMES}",
+        f"each a file, hub:owner/name or one of {DATA_SET_NAMES}",
     )
     unsafe: Sources = Field(_twins("unsafe", "training"), description="harmful prompts of on-policy pairs")
     safe: Sources = Field(_twins("safe", "training"), description="harmless prompts of on-policy pairs")
@@ -162,7 +162,7 @@ class PairsTable(Table):
     count: Count | None = Field(None, description="train on so many pairs at most; all if not given")
 
 
-class AlignTable(Table):
+class AlignTable(SettingsTable):
     """The table [align], and what a variant may change."""
 
     label: str = Field("", description="what the report calls the aligned states; empty describes the settings")
@@ -196,7 +196,7 @@ class AlignTable(Table):
     epochs: Positive = Field(3.0, description="passes over the pairs")
     batch_size: Count = Field(16, description="pairs in one optimizer step, those of all processes together")
     micro_batch_size: Count = Field(4, description="pairs in one forward pass; batch_size is a multiple of it")
-    warmup_share: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    warmup_share: Fraction = Field(0.1, description="share of the steps in which the learning rate rises")
     max_length: Count = Field(1024, description="longest conversation in tokens; longer ones are cut at the end")
     bucketing: bool = Field(True, description="pairs of like length share a forward pass, so that little is padding")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
@@ -255,7 +255,7 @@ class AlignTable(Table):
         return self
 
 
-class AttackTable(Table):
+class AttackTable(SettingsTable):
     """The table [attack]."""
 
     max_new_tokens: Count = Field(128, description="length of each answer")
@@ -312,7 +312,7 @@ JudgeName = Literal[
 ]  # fmt: skip
 
 
-class JudgeTable(Table):
+class JudgeTable(SettingsTable):
     """The table [judge]."""
 
     name: JudgeName | tuple[JudgeName, ...] = Field(
@@ -357,7 +357,7 @@ class JudgeTable(Table):
         return found | ({"url": self.url, "model": self.model} if "rubric" in self.names else {})
 
 
-class CapabilityTable(Table):
+class CapabilityTable(SettingsTable):
     """The table [capability]."""
 
     enabled: bool = Field(
@@ -385,14 +385,14 @@ class CapabilityTable(Table):
         return self
 
 
-class ReportTable(Table):
+class ReportTable(SettingsTable):
     """The table [report]."""
 
     examples: int = Field(3, ge=0, description="harmful prompts whose answers the report shows for each state")
     show_text: bool = Field(False, description="show the answers in the report; by default they are masked")
 
 
-class Config(Table):
+class Config(SettingsTable):
     """Everything that decides the results of a run."""
 
     name: str = Field("run", pattern=r"^\w[\w.-]*$", description="name of the run and of its folder under runs/")
@@ -470,7 +470,7 @@ class Config(Table):
         if unknown:
             known = AlignTable.model_fields
             raise ValueError(
-                f"[variants.{name}] has the unknown key {unknown[0]!r}{nearest(unknown[0], known)}; known here: "
+                f"[variants.{name}] has the unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}; known here: "
                 f"{', '.join(known)}"
             )
         return AlignTable.model_validate({**self.align.model_dump(), "label": "", **changes})
@@ -483,7 +483,7 @@ def _sentence(error: ValidationError, origin: str) -> str:
     name = ".".join(where)
     if found["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
-        return f"{origin} has the unknown key {name!r}{nearest(where[-1], known)}; known here: {', '.join(known)}"
+        return f"{origin} has the unknown key {name!r}{did_you_mean(where[-1], known)}; known here: {', '.join(known)}"
     if found["type"] == "missing":
         return f"{origin} lacks the key {name!r}; give it a value"
     if found["type"] == "value_error":

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from safeneuron.config.schema import Config, _sentence
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 
 
 def presets() -> list[str]:
@@ -35,7 +35,7 @@ def read_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
         except OSError as error:
             raise InputError(
                 f"the config {str(name)!r} cannot be read ({error.strerror}); expected a TOML file or one of the "
-                f"bundled configs {', '.join(presets())}{nearest(str(name), presets())}"
+                f"bundled configs {', '.join(presets())}{did_you_mean(str(name), presets())}"
             ) from error
         except UnicodeDecodeError as error:
             raise InputError(f"the config {str(name)!r} is not UTF-8 text; save it as UTF-8") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safeneuron.data.rows import Source
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ DATA_SETS = {
 }
 """The data sets that a config can name, by that name."""
 
-NAMES = ", ".join(DATA_SETS)
+DATA_SET_NAMES = ", ".join(DATA_SETS)
 """For help texts and messages."""
 
 
@@ -136,7 +136,7 @@ def prompts_by_name(source: Source) -> Source:
     if path.startswith(("hub:", "twins:")) or Path(path).suffix or Path(source.path).expanduser().exists():
         return source
     raise InputError(
-        f"'{source.path}' is neither a file nor a benchmark known by name{nearest(path, PROMPT_SETS)}; known are "
+        f"'{source.path}' is neither a file nor a benchmark known by name{did_you_mean(path, PROMPT_SETS)}; known are "
         f"{PROMPT_NAMES}, any other is hub:owner/name, twins:unsafe, twins:safe or a .jsonl or .csv file"
     )
 
@@ -152,7 +152,7 @@ def by_name(source: Source) -> Source:
         return replace(source, path=known.path, split=source.split or known.split)
     if ":" not in path and not Path(path).suffix and not Path(path).expanduser().exists():
         raise InputError(
-            f"'{path}' is neither a file nor a data set known by name{nearest(path.casefold(), DATA_SETS)}; known are "
-            f"{NAMES}, any other is hub:owner/name or a .jsonl or .csv file"
+            f"'{path}' is neither a file nor a data set known by name{did_you_mean(path.casefold(), DATA_SETS)}; "
+            f"known are {DATA_SET_NAMES}, any other is hub:owner/name or a .jsonl or .csv file"
         )
     return source

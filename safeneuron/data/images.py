@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 from safeneuron.runtime.files import write_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Picture = "str | Path | bytes | Image.Image"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What the files of a folder of pictures may end in."""
 
-FOLDER = "images"
+IMAGES_FOLDER = "images"
 """Where a run keeps the pictures it used, beside the records that name them."""
 
 
@@ -82,13 +82,13 @@ def digest_of(picture: Any) -> str:
     if picture is None:
         return ""
     if isinstance(picture, bytes | str | Path):
-        return hashlib.sha256(bytes_of(picture)).hexdigest()[:16]
+        return hashlib.sha256(image_bytes(picture)).hexdigest()[:16]
     pillow()
     plain = _plain(picture)
     return hashlib.sha256(repr(plain.size).encode() + plain.tobytes()).hexdigest()[:16]
 
 
-def bytes_of(picture: Any) -> bytes:
+def image_bytes(picture: Any) -> bytes:
     """The bytes of the picture's file; an image of Pillow is written as PNG. Raises ``InputError`` like ``opened``."""
     if isinstance(picture, bytes):
         return picture
@@ -102,15 +102,15 @@ def bytes_of(picture: Any) -> bytes:
 
 def kept(picture: Any, folder: Path) -> str:
     """Copy a picture into ``folder/images``, under its digest and its own suffix; its path relative to ``folder``."""
-    content = bytes_of(picture)
+    content = image_bytes(picture)
     suffix = Path(picture).suffix.lower() if isinstance(picture, str | Path) else ".png"
-    path = Path(FOLDER) / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+    path = Path(IMAGES_FOLDER) / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
     if not (folder / path).exists():
         write_bytes(folder / path, content)
     return str(path)
 
 
-def in_folder(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The pictures in a folder and its subfolders, in order. Raises ``InputError`` if there are none."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
@@ -121,7 +121,7 @@ def in_folder(folder: Path) -> list[Path]:
 def _existing(path: Path, prefix: str) -> Path:
     if path.is_file():
         return path
-    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise InputError(f"{prefix}the image {path} does not exist{near}; paths are relative to the file that names them")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron.data.catalogue import prompts_by_name
-from safeneuron.data.images import in_folder, opened
+from safeneuron.data.images import images_in, opened
 from safeneuron.data.rows import (
     EmptyTextError,
     Row,
@@ -32,7 +32,7 @@ from safeneuron.data.rows import (
     value_at,
 )
 from safeneuron.data.types import Prompt
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 
 PROMPT_COLUMNS = (
     *("prompt", "question", "instruction", "text", "goal", "behavior", "harmful", "query", "forbidden_prompt"),
@@ -85,9 +85,9 @@ def read_prompts(
         raise InputError(f"{source.path} holds no prompts: {reason}")
     if source.as_image:
         # Drawn here and not for each use, so that what is kept of a run is what the model saw.
-        from safeneuron.data.typography import drawn
+        from safeneuron.data.typography import drawn_prompts
 
-        prompts = drawn(prompts, source.said)
+        prompts = drawn_prompts(prompts, source.said)
     return [replace(prompt, category=source.category) for prompt in prompts] if source.category else prompts
 
 
@@ -189,7 +189,7 @@ def _pictures(source: Source) -> Iterator[Prompt]:
     if source.as_image:
         raise InputError(f"{source.path} is a folder of pictures, so there is no text to draw; leave as_image out")
     root = Path(source.path).expanduser()
-    for path in in_folder(root):
+    for path in images_in(root):
         opened(path)
         inside = path.relative_to(root)
         yield Prompt(source.said, str(inside.parent) if len(inside.parts) > 1 else "", str(inside), str(path))
@@ -257,11 +257,11 @@ def _twins(source: Source) -> Iterator[Prompt]:
     name, _, language = source.path.partition("-")
     if name not in TWIN_COLUMNS or ("-" in source.path and language not in LANGUAGES):
         known = [f"{name}{end}" for end in ("", *(f"-{one}" for one in LANGUAGES)) for name in TWIN_COLUMNS]
-        hint = nearest(source.path, known)
+        hint = did_you_mean(source.path, known)
         raise InputError(f"expected one of {', '.join(known)} for the bundled prompts, found '{source.path}'{hint}")
     refuse_options(source, "is bundled", {"column": source.column, "revision": source.revision, "where": source.where})
     if source.split and source.split not in TWIN_SPLITS:
-        hint = nearest(source.split, TWIN_SPLITS)
+        hint = did_you_mean(source.split, TWIN_SPLITS)
         raise InputError(f"{source.path} has the splits {', '.join(TWIN_SPLITS)}, found '{source.split}'{hint}")
     for values in _bundled_records(f"twins-{language}.jsonl" if language else "twins.jsonl"):
         if source.split in ("", values["split"]):

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 
 Message = dict[str, str]
 """One turn of a conversation: ``{"role": ..., "content": ...}``."""
@@ -123,7 +123,7 @@ def refuse_options(source: Source, kind: str, options: dict[str, str]) -> None:
 def value_at(row: Row, column: str) -> Any:
     """Return what stands in a column. Raises InputError when the row has no such column."""
     if column not in row.values:
-        hint = nearest(column, row.values)
+        hint = did_you_mean(column, row.values)
         raise InputError(f"{row.where}: there is no column '{column}'{hint}, found: {', '.join(row.values)}")
     return row.values[column]
 
@@ -175,7 +175,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        hint = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        hint = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
         forms = "a source is FILE.jsonl, FILE.csv, hub:owner/name, twins:unsafe or twins:safe"
         raise InputError(f"{path} does not exist{hint}; {forms}") from None
     except OSError as error:

@@ -59,7 +59,7 @@ def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", 
     return image
 
 
-def drawn(prompts: Sequence[Prompt], said: str = "", size: int = 760, font: str | Path = "") -> list[Prompt]:
+def drawn_prompts(prompts: Sequence[Prompt], said: str = "", size: int = 760, font: str | Path = "") -> list[Prompt]:
     """Each prompt with its text as a picture (the bytes of a PNG file) and ``said``, or ``SAID``, as what is written.
 
     The text stays what judges and reports see. Raises ``InputError`` for a prompt that has a picture already, and like

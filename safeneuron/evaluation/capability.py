@@ -7,21 +7,19 @@ files in a folder, so that they run without a network.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safeneuron.data.rows import Source, read_rows, value_at
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 from safeneuron.models.model import Model
+from safeneuron.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-Progress = Callable[[int, int], None]
 
 
 class Task(NamedTuple):
@@ -105,7 +103,7 @@ def benchmark(
     """
     if task not in TASKS:
         raise InputError(
-            f"there is no capability benchmark {task!r}{nearest(task, TASKS)}; known are {', '.join(TASKS)}"
+            f"there is no capability benchmark {task!r}{did_you_mean(task, TASKS)}; known are {', '.join(TASKS)}"
         )
     if limit is not None and limit < 2:
         raise InputError(f"a standard error needs at least 2 questions, found limit = {limit}; give more, or no limit")

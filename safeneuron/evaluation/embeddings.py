@@ -112,10 +112,10 @@ class Likeness(Protocol):
 
 def likeness() -> Likeness:
     """The sentence encoder if its package is installed, else shared words."""
-    return SharedWords() if find_spec(ENCODER_MODULE) is None else Meaning(SentenceEncoder.load())
+    return WordLikeness() if find_spec(ENCODER_MODULE) is None else SentenceLikeness(SentenceEncoder.load())
 
 
-class SharedWords:
+class WordLikeness:
     """Cosine of TF-IDF vectors over the words of the texts compared: tf (1 + log((1 + n) / (1 + df))), case ignored."""
 
     name = "shared words"
@@ -135,7 +135,7 @@ class SharedWords:
         return torch.nn.functional.normalize(vectors, dim=1)
 
 
-class Meaning:
+class SentenceLikeness:
     """Cosine of sentence embeddings."""
 
     name = "all-MiniLM-L6-v2"
@@ -155,7 +155,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def nearest(vectors: Tensor, references: Tensor) -> list[int]:
+def nearest_reference(vectors: Tensor, references: Tensor) -> list[int]:
     """For each row, the number of the reference with the largest cosine; -1 for a row without features."""
     best = (vectors @ references.T).argmax(dim=1)
     return [int(number) if row.any() else -1 for number, row in zip(best, vectors, strict=True)]

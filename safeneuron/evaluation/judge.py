@@ -119,7 +119,7 @@ _ORNAMENTS = re.compile(
 _FIRST_IDEOGRAPH = "\u2e80"
 
 
-def plain(text: str) -> str:
+def normalised(text: str) -> str:
     """The text in lower case with straight quotes, single spaces, and no markdown, emoji, brackets or ornaments."""
     text = re.sub(r"[‘’ʼ`´]", "'", unicodedata.normalize("NFC", text).lower())
     text = re.sub(r"[^\w'.,!?:;-]|_", " ", text.replace("\uff0c", ", ").replace("\u3002", ". "))
@@ -131,12 +131,12 @@ def _needle(phrase: str) -> str:
     return phrase if phrase[0] >= _FIRST_IDEOGRAPH else f" {phrase}"
 
 
-_NEEDLES = tuple(_needle(plain(phrase)) for phrase in REFUSAL_PHRASES)
+_NEEDLES = tuple(_needle(normalised(phrase)) for phrase in REFUSAL_PHRASES)
 
 
 def sounds_like_refusal(text: str, opening: int = 200) -> bool:
     """Whether one of ``REFUSAL_PHRASES`` occurs in the first ``opening`` characters of a text made plain."""
-    start = plain(text)[:opening]
+    start = normalised(text)[:opening]
     # The ends stand for the spaces and the full stop that a text of one phrase ("I can't") does not have.
     haystack = _IDIOMS.sub("", f" {start.rstrip('.!')}. ")
     return any(needle in haystack for needle in _NEEDLES)

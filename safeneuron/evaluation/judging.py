@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safeneuron.data.rows import Row, Source, read_rows
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 from safeneuron.evaluation.coherence import incoherent
 from safeneuron.evaluation.judge import VERDICTS, Judge, RefusalPhrases
 
@@ -32,7 +32,7 @@ def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
     """
     if name not in JUDGES:
         known = ", ".join(JUDGES)
-        raise InputError(f"there is no judge {name!r}{nearest(name.lower(), JUDGES)}; the judges are {known}")
+        raise InputError(f"there is no judge {name!r}{did_you_mean(name.lower(), JUDGES)}; the judges are {known}")
     if name == "refusal-phrases":
         return RefusalPhrases()
     if name == "refusal-embedding":
@@ -126,8 +126,8 @@ def kappa(pairs: Sequence[tuple[str, str]]) -> dict[str, float | None]:
     return {"agreement": observed, "kappa": None if expected == 1 else (observed - expected) / (1 - expected)}
 
 
-PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "forbidden_prompt", "objective", "input")
-RESPONSE_COLUMNS = ("response", "answer", "completion", "generation", "output", "assistant_response", "text")
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "forbidden_prompt", "objective", "input")
+_RESPONSE_COLUMNS = ("response", "answer", "completion", "generation", "output", "assistant_response", "text")
 """Columns of a file of answers, the first that is there counts."""
 
 Answers = Sequence[tuple[str, str]]
@@ -181,7 +181,7 @@ def judged(
     ]
 
 
-def told(found: Judged, judge: str) -> list[str]:
+def verdict_lines(found: Judged, judge: str) -> list[str]:
     """What was said, in lines for people: how many answers got each verdict, and how far the judges agree."""
     counts = Counter(found.verdicts)
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
@@ -196,12 +196,12 @@ def told(found: Judged, judge: str) -> list[str]:
 def read_answers(path: Path, prompt: str = "", response: str = "") -> tuple[list[dict[str, Any]], Answers]:
     """The rows of a .jsonl or .csv file, and their prompts and responses.
 
-    The columns are the given ones, or the first of ``PROMPT_COLUMNS`` and ``RESPONSE_COLUMNS`` that the first row has.
+    The columns are the given ones, or the first of the known names that the first row has.
     A response may be empty, as a broken model's are. Raises ``InputError`` that names place and mistake.
     """
     rows = list(read_rows(Source(str(path))))
-    asked = prompt or _column(rows[0], PROMPT_COLUMNS, "prompts", "--prompt")
-    answered = response or _column(rows[0], RESPONSE_COLUMNS, "responses", "--response")
+    asked = prompt or _column(rows[0], _PROMPT_COLUMNS, "prompts", "--prompt")
+    answered = response or _column(rows[0], _RESPONSE_COLUMNS, "responses", "--response")
     answers = [(_text(row, asked), _text(row, answered)) for row in rows]
     return [row.values for row in rows], answers
 

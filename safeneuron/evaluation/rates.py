@@ -45,7 +45,7 @@ class Difference:
         return asdict(self)
 
 
-def compare(first: Sequence[bool], second: Sequence[bool]) -> Difference | None:
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference | None:
     """The second state against the first, one truth value a prompt and in the same order; ``None`` without a prompt.
 
     ``p_corrected`` is not corrected yet: see ``corrected``.
@@ -167,7 +167,7 @@ def share_of(verdict: str, verdicts: Sequence[str]) -> Rate:
     return wilson(judged.count(verdict), len(judged))
 
 
-def outcome(verdicts: Sequence[str], counted: str) -> dict[str, float]:
+def verdict_rates(verdicts: Sequence[str], counted: str) -> dict[str, float]:
     """How many answers got each verdict, with ``rate``, ``low`` and ``high`` of the verdict that is ``counted``."""
     share = share_of(counted, verdicts)
     counts = {verdict: list(verdicts).count(verdict) for verdict in VERDICTS}

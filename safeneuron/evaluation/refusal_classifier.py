@@ -24,7 +24,7 @@ from torch import Tensor
 from safeneuron.errors import InputError
 from safeneuron.evaluation.coherence import incoherent
 from safeneuron.evaluation.embeddings import SentenceEncoder
-from safeneuron.evaluation.judge import check_lengths, plain, readable, sounds_like_refusal
+from safeneuron.evaluation.judge import check_lengths, normalised, readable, sounds_like_refusal
 
 _OPENING = 240  # characters
 
@@ -64,17 +64,17 @@ _BABBLE = ("empty", "repeated", "non-words")
 _STEP = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*•|])\s|```|^#+ ")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
-NAMES = (
+FEATURE_NAMES = (
     "phrase in opening", "phrase anywhere", *(f"{name} in opening" for name in _WORDS),
     *(f"{name} later" for name in _WORDS), *_BABBLE, "compressibility", "stutters", "distinct", "symbols", "digits",
     "single letters", "long words", "capitals", "steps", "length", "short",
 )  # fmt: skip
-"""What each number of ``signs`` counts."""
+"""What each number of ``refusal_features`` counts."""
 
 
-def signs(text: str) -> list[float]:
-    """The signs in a text, in the order of ``NAMES``."""
-    flat = plain(text[:8000])
+def refusal_features(text: str) -> list[float]:
+    """The signs in a text, in the order of ``FEATURE_NAMES``."""
+    flat = normalised(text[:8000])
     opening, later = flat[:_OPENING], flat[_OPENING:]
     babble = incoherent(text)
     return [
@@ -183,14 +183,14 @@ class Classifier(NamedTuple):
         return torch.softmax(features @ self.weight + self.bias, dim=1)
 
 
-def features_of(encoder: SentenceEncoder, texts: Sequence[str]) -> Tensor:
+def text_features(encoder: SentenceEncoder, texts: Sequence[str]) -> Tensor:
     """What the classifier sees of each text, ``[text, feature]``.
 
     The embeddings of the whole text (its first 256 tokens), of its first and of its last 240 characters; then what
-    ``signs`` counts in it.
+    ``refusal_features`` counts in it.
     """
     parts = [encoder.embed(part) for part in (texts, [t[:_PART] for t in texts], [t[-_PART:] for t in texts])]
-    counted = torch.tensor([signs(text) for text in texts]).reshape(len(texts), len(NAMES))
+    counted = torch.tensor([refusal_features(text) for text in texts]).reshape(len(texts), len(FEATURE_NAMES))
     return torch.cat([*(_SCALE * part for part in parts), counted], dim=1)
 
 
@@ -205,7 +205,7 @@ class RefusalEmbedding:
     name: str = "refusal-embedding"
 
     def __init__(self, encoder: SentenceEncoder, classifier: Classifier) -> None:
-        expected = 3 * encoder.width + len(NAMES)
+        expected = 3 * encoder.width + len(FEATURE_NAMES)
         if tuple(classifier.weight.shape) != (expected, len(CLASSES)):
             raise InputError(
                 f"the classifier's weights have the shape {tuple(classifier.weight.shape)}, expected "
@@ -247,7 +247,7 @@ class RefusalEmbedding:
 
     def probabilities(self, responses: Sequence[str]) -> Tensor:
         """How likely each response is each of ``CLASSES``, ``[response, class]``."""
-        return self.classifier.probabilities(features_of(self.encoder, [readable(text) for text in responses]))
+        return self.classifier.probabilities(text_features(self.encoder, [readable(text) for text in responses]))
 
 
 def read_classifier(path: Path) -> Classifier:

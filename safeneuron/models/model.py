@@ -20,7 +20,7 @@ from safeneuron.neurons.layout import LINEAGE, fingerprint, widths_of
 from safeneuron.runtime import distributed, quantization
 from safeneuron.runtime.devices import Halving
 from safeneuron.runtime.files import whole_folder
-from safeneuron.runtime.offloading import device_of_inputs, meta_explained
+from safeneuron.runtime.offloading import device_of_inputs, explaining_meta_tensors
 
 Message = dict[str, str]
 
@@ -73,29 +73,29 @@ class Model:
         """Token ids of a conversation through the chat template, with the generation prompt at the end.
 
         A picture (see ``Prompt``) stands at the beginning of the first message of the user; the result is then
-        ``vision.Tokens``. A model without a chat template gets the bare text of the messages, with its own special
+        ``vision.ImageTokens``. A model without a chat template gets the bare text of the messages, with its own special
         tokens. Raises ``InputError`` for a picture that the model cannot be shown.
         """
         if self.processor is not None and self._sees_chats:
             if picture is None:
-                return vision.encode(self.processor, messages, None)
+                return vision.encode_image_chat(self.processor, messages, None)
             # The same pictures are asked about under every attack; how many tokens they take is remembered.
             key = (repr(messages), digest_of(picture))
             if key not in self._known:
-                self._known[key] = vision.encode(self.processor, messages, picture)
+                self._known[key] = vision.encode_image_chat(self.processor, messages, picture)
             return self._known[key]
         if picture is not None:
             reason = self.blind or "it is no vision-language model, or its processor has no chat template"
             raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
-        return encode(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages)
 
     def ask(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Token ids of one request, with its picture if it has one, cut to its last ``max_tokens``.
 
-        Raises ``InputError`` like ``encode``, and where a picture would be cut.
+        Raises ``InputError`` like ``encode_chat``, and where a picture would be cut.
         """
         ids = self.encode([{"role": "user", "content": prompt.written}], prompt.image)
-        return ids if max_tokens is None else vision.cut(ids, max_tokens, prompt.text)
+        return ids if max_tokens is None else vision.truncated(ids, max_tokens, prompt.text)
 
     def inputs(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
         """What the network is given of encoded conversations, padded on the given side: ids, mask, pictures.
@@ -103,13 +103,13 @@ class Model:
         Either all rows have a picture or none has.
         """
         ids, mask = pad(rows, int(self.tokenizer.pad_token_id), side, self.device)
-        seen = [row for row in rows if isinstance(row, vision.Tokens)]
+        seen = [row for row in rows if isinstance(row, vision.ImageTokens)]
         assert len(seen) in (0, len(rows)), "rows with and without a picture do not share a batch"
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.processor is None or not seen:
             return inputs
-        features = [vision.features_of(self.processor, row) for row in seen]
-        together = vision.joined(features, [len(row) for row in seen], ids.shape[1], side)
+        features = [vision.image_features(self.processor, row) for row in seen]
+        together = vision.joined_images(features, [len(row) for row in seen], ids.shape[1], side)
         return inputs | vision.pixels_at(together, self.network)
 
     def save(self, folder: Path) -> None:
@@ -146,7 +146,7 @@ class Sampling:
             )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation for whatever answers it; see ``Model.encode``."""
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
@@ -206,7 +206,7 @@ def generate(
         inputs = model.inputs([prompts[i] for i in batch], "left")
         around = nullcontext() if within is None else within(batch)
         seeded = _seeded(sampling, batch[0], model.device)
-        with torch.inference_mode(), meta_explained(model.network), seeded, around:
+        with torch.inference_mode(), explaining_meta_tensors(model.network), seeded, around:
             out = answer(**inputs, generation_config=settings)
         width = inputs["input_ids"].shape[1]
         texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)
@@ -217,7 +217,7 @@ def generate(
     def in_halves(batch: list[int]) -> list[str]:
         # Prompts with and without a picture may be in one batch, but not in one pass.
         found: dict[int, str] = {}
-        for places in vision.kinds([prompts[index] for index in batch]):
+        for places in vision.input_kinds([prompts[index] for index in batch]):
             alike = [batch[place] for place in places]
             texts = [text for part in halving.over(alike, texts_of) for text in part]
             found |= dict(zip(alike, texts, strict=True))

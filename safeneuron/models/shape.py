@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from safeneuron.errors import InputError
 from safeneuron.models import embedded
-from safeneuron.models.vision import sees
+from safeneuron.models.vision import takes_images
 from safeneuron.neurons.anatomy import decoder_of, layers_of
 from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer
 from safeneuron.neurons.layout import layers, widths_of
@@ -105,7 +105,7 @@ class Shape:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(source, revision=revision or "main", **options)
-            kind: Any = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+            kind: Any = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
             with torch.device("meta"):
                 network: PreTrainedModel = kind.from_config(config, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

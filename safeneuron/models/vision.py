@@ -1,6 +1,6 @@
 """What a vision-language model sees: its processor, prompts with a picture as tokens, and pictures as tensors.
 
-A conversation with a picture is a list of token ids like any other (``Tokens``), in which the processor has put as
+A conversation with a picture is a list of token ids like any other (``ImageTokens``), in which the processor has put as
 many ids as the picture has patches. Its pixels are computed anew for each batch, so that thousands of prompts take no
 memory. Rows with and without a picture never share a batch.
 """
@@ -21,7 +21,7 @@ from safeneuron.data.images import name_of, opened
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.layout import network_of
-from safeneuron.runtime.offloading import device_of_inputs, meta_explained
+from safeneuron.runtime.offloading import device_of_inputs, explaining_meta_tensors
 
 OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """What processors return for each token of a row, ``[row, token, ...]``, beside its id; all else is of the pictures."""
@@ -33,7 +33,7 @@ Features = dict[str, Tensor]
 """What a model is given of the picture of one row."""
 
 
-class Tokens(list[int]):
+class ImageTokens(list[int]):
     """Token ids of a conversation with a picture, and what is needed to show it to the model.
 
     ``text`` is the conversation as the template has it, before the picture's place is widened. What is added with ``+``
@@ -45,8 +45,8 @@ class Tokens(list[int]):
         self.text = text
         self.picture = picture
 
-    def __add__(self, more: list[int]) -> Tokens:  # type: ignore[override]
-        return Tokens([*self, *more], self.text, self.picture)
+    def __add__(self, more: list[int]) -> ImageTokens:  # type: ignore[override]
+        return ImageTokens([*self, *more], self.text, self.picture)
 
 
 class _NoVideo(dict[str, Any]):
@@ -56,7 +56,7 @@ class _NoVideo(dict[str, Any]):
     model_input_names: tuple[str, ...] = ()
 
 
-def sees(config: Any) -> bool:
+def takes_images(config: Any) -> bool:
     """Whether a config describes a vision-language model, one that answers to images and text."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -113,11 +113,12 @@ def no_video() -> Any:
     return _NoVideo()
 
 
-def encode(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], picture: Any) -> list[int]:
+def encode_image_chat(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], picture: Any) -> list[int]:
     """Token ids of a conversation through the processor's chat template, with the generation prompt at the end.
 
-    A picture stands before the first message of the user, and makes ``Tokens`` of the result. Raises ``InputError``
-    for a picture that cannot be opened or that the processor cannot take, and for a text with the picture's mark in it.
+    A picture stands before the first message of the user, and makes ``ImageTokens`` of the result. Raises
+    ``InputError`` for a picture that cannot be opened or that the processor cannot take, and
+    for a text with the picture's mark in it.
     """
     maker: Any = processor
     mark = str(getattr(maker, "image_token", "") or "")
@@ -128,7 +129,7 @@ def encode(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], pic
     if picture is None:
         return list(maker.tokenizer(text, add_special_tokens=special)["input_ids"])
     ids = _processed(processor, text, picture)["input_ids"][0].tolist()
-    return Tokens(ids, text, picture)
+    return ImageTokens(ids, text, picture)
 
 
 def rendered(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], pictured: bool, answer: str = "") -> str:
@@ -155,7 +156,7 @@ def answer_ids(
     return list(maker.tokenizer(whole[start:], add_special_tokens=False)["input_ids"])
 
 
-def features_of(processor: ProcessorMixin, row: Tokens) -> Features:
+def image_features(processor: ProcessorMixin, row: ImageTokens) -> Features:
     """What the model is given of a row's picture, as the processor makes it."""
     found = _processed(processor, row.text, row.picture)
     return {name: value for name, value in found.items() if name not in NOT_FOR_MODELS}
@@ -176,7 +177,7 @@ def _processed(processor: ProcessorMixin, text: str, picture: Any) -> Any:
         ) from error
 
 
-def joined(features: Sequence[Features], lengths: Sequence[int], width: int, side: str) -> Features:
+def joined_images(features: Sequence[Features], lengths: Sequence[int], width: int, side: str) -> Features:
     """The features of the rows of a batch as one, for rows of these lengths that are padded to ``width`` on a side.
 
     What is of tokens is widened like the ids: tokens that follow the conversation are like its last one, padding is
@@ -213,19 +214,19 @@ def _of_one_size(values: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def kinds(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def input_kinds(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The places of the rows without a picture, and of those with one, as far as there are any."""
     apart: tuple[list[int], list[int]] = ([], [])
     for place, row in enumerate(rows):
-        apart[isinstance(row, Tokens)].append(place)
+        apart[isinstance(row, ImageTokens)].append(place)
     return [places for places in apart if places]
 
 
-def cut(ids: list[int], most: int, text: str = "") -> list[int]:
+def truncated(ids: list[int], most: int, text: str = "") -> list[int]:
     """The last ``most`` tokens of a conversation. Raises ``InputError`` if that would cut through a picture."""
     if len(ids) <= most:
         return ids
-    if isinstance(ids, Tokens):
+    if isinstance(ids, ImageTokens):
         raise InputError(
             f"the prompt {text[:60]!r} with its image is {len(ids)} tokens long, and an image cannot be cut; raise "
             f"max_tokens from {most} to at least that, or use smaller images"
@@ -241,11 +242,11 @@ def run_without_head(network: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     inner = network_of(network)
     pictured = inputs.keys() - {"input_ids", "inputs_embeds", "attention_mask"}
     runs: Callable[..., Any] = cast("PreTrainedModel", inner).base_model if pictured else decoder_of(inner)
-    with meta_explained(inner):
+    with explaining_meta_tensors(inner):
         return runs(**inputs, use_cache=False)
 
 
-def parameters_of_sight(network: nn.Module) -> list[nn.Parameter]:
+def vision_parameters(network: nn.Module) -> list[nn.Parameter]:
     """The parameters of the vision tower and the projector: all that are neither the decoder's nor the LM head's."""
     inner = network_of(network)
     whole = cast("Any", inner)

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Progress
 from safeneuron.models.model import Model
-from safeneuron.models.vision import parameters_of_sight, run_without_head
+from safeneuron.models.vision import run_without_head, vision_parameters
 from safeneuron.neurons.interventions import Change, Edit, everywhere, pruned, require_eager
 from safeneuron.neurons.layout import network_of
-from safeneuron.neurons.neuron_set import EYES, NeuronSet
+from safeneuron.neurons.neuron_set import VISION_SUFFIX, NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, Moments
+from safeneuron.runtime.progress import Progress
 
-POOLINGS = ("mean", "max")
+TOWER_POOLINGS = ("mean", "max")
 
 
-class Place(NamedTuple):
+class TowerFFN(NamedTuple):
     """An FFN of the eyes: where it lies in the model, how many neurons it has, and the projection that reads them."""
 
     name: str
@@ -35,19 +35,19 @@ class Place(NamedTuple):
     output: nn.Linear
 
 
-def towers_of(model: Model) -> list[Place]:
+def towers_of(model: Model) -> list[TowerFFN]:
     """The FFNs of the vision tower and of the projector, in the order of the model's modules.
 
     An FFN is a module with two or three linear layers of its own, outside of attention, of which the last reads what
     the others write. Raises ``InputError`` for a model without any, such as a model of text.
     """
     network = network_of(model)
-    sight = {id(parameter) for parameter in parameters_of_sight(network)}
+    sight = {id(parameter) for parameter in vision_parameters(network)}
     found = []
     for name, module in network.named_modules():
         linears = [child for child in module.children() if isinstance(child, nn.Linear)]
         if _is_feed_forward(name, module, linears) and id(linears[-1].weight) in sight:
-            found.append(Place(name, linears[-1].in_features, linears[-1]))
+            found.append(TowerFFN(name, linears[-1].in_features, linears[-1]))
     if not found:
         raise InputError(
             f"{model.name} has no FFN in a vision tower or projector: expected a vision-language model, found "
@@ -66,7 +66,7 @@ def _is_feed_forward(name: str, module: nn.Module, linears: Sequence[nn.Linear])
 
 def fingerprint_of_towers(model: Model) -> str:
     """Whose neurons these are: the model's own fingerprint, marked."""
-    return f"{model.fingerprint}{EYES}"
+    return f"{model.fingerprint}{VISION_SUFFIX}"
 
 
 def measure_towers(
@@ -85,8 +85,8 @@ def measure_towers(
     Raises ``InputError`` for a prompt without an image, another pooling, a class with fewer than 2 prompts, or
     activations that are not finite.
     """
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling {pooling!r} has no meaning for images; expected {' or '.join(POOLINGS)}")
+    if pooling not in TOWER_POOLINGS:
+        raise InputError(f"pooling {pooling!r} has no meaning for images; expected {' or '.join(TOWER_POOLINGS)}")
     check_classes(list(unsafe), list(safe))
     places, total, done = towers_of(model), len(unsafe) + len(safe), 0
     moments = []
@@ -102,7 +102,7 @@ def measure_towers(
     return ActivationStats(moments[0], moments[1], widths, fingerprint_of_towers(model), pooling)
 
 
-def _vector(model: Model, places: Sequence[Place], prompt: Prompt, pooling: str) -> Tensor:
+def _vector(model: Model, places: Sequence[TowerFFN], prompt: Prompt, pooling: str) -> Tensor:
     """One value for each neuron of the eyes, ``[neuron]``."""
     if prompt.image is None:
         raise InputError(
@@ -166,4 +166,4 @@ def pruned_anywhere(model: Model, neurons: NeuronSet | Edit | None) -> AbstractC
     if neurons is None:
         return pruned(model, None)
     chosen = neurons.neurons if isinstance(neurons, Edit) else neurons
-    return (towers_pruned if chosen.fingerprint.endswith(EYES) else pruned)(model, neurons)
+    return (towers_pruned if chosen.fingerprint.endswith(VISION_SUFFIX) else pruned)(model, neurons)

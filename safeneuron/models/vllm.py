@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from safeneuron.errors import InputError
-from safeneuron.models.model import Message, by_length, encode, end_tokens
+from safeneuron.models.model import Message, by_length, encode_chat, end_tokens
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Server:
         """
         if picture is not None:
             raise InputError('prompts with images are not answered by vLLM here; use attack.backend = "transformers"')
-        return encode(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def served(folder: Path | str, dtype: str = "auto", gpus: int = 1, memory_share:
             torch.cuda.empty_cache()
 
 
-def generate(
+def server_generate(
     server: Server,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

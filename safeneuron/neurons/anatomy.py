@@ -122,7 +122,7 @@ def decoder_of(network: nn.Module) -> nn.Module:
         return network
     raise InputError(
         f"{type(network).__name__} has no text decoder with a list of layers: get_decoder() should have one, found "
-        f"{names_of(network.named_children())}; use a causal language model"
+        f"{module_names(network.named_children())}; use a causal language model"
     )
 
 
@@ -157,7 +157,7 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList:
     if len(found) != 1:
         raise InputError(
             f"{type(decoder).__name__} has {len(found)} lists of layers with an FFN, where one was expected: found "
-            f"{names_of(decoder.named_children())}; this architecture is not known"
+            f"{module_names(decoder.named_children())}; this architecture is not known"
         )
     return found[0]
 
@@ -244,7 +244,7 @@ def _shapes(layer: nn.Module) -> str:
     return ", ".join(own) or "no matrix"
 
 
-def names_of(modules: Iterator[tuple[str, nn.Module]]) -> str:
+def module_names(modules: Iterator[tuple[str, nn.Module]]) -> str:
     """Names and types of modules, for people."""
     return ", ".join(f"{name} ({type(module).__name__})" for name, module in modules if name) or "nothing"
 

@@ -32,11 +32,11 @@ PRODUCTS = {
     Tensor.mm,
     Tensor.__matmul__,
 }
-Tap = Callable[["Flow"], Tensor | None]
+Tap = Callable[["TokenStream"], Tensor | None]
 
 
 @dataclass
-class Tokens:
+class TokenLayout:
     """The batch that the decoder is running on: how many rows, how many tokens each, and which comes first."""
 
     rows: int = 0
@@ -53,7 +53,7 @@ class Tokens:
 
 
 @dataclass
-class Flow:
+class TokenStream:
     """Activations on their way into one output projection.
 
     ``activations`` is ``[..., channel]``, ``first`` the place of its first channel among the layer's, and ``places``
@@ -64,7 +64,7 @@ class Flow:
     first: int
     activations: Tensor
     places: Tensor | None
-    tokens: Tokens
+    tokens: TokenLayout
 
     def whole(self) -> Tensor:
         """The activations as ``[row, token, channel]``, zero at tokens that were not routed here."""
@@ -94,13 +94,13 @@ class Flow:
 
 
 @contextmanager
-def watched(decoder: nn.Module, layers: list[Layer], tap: Tap) -> Iterator[None]:
+def observed(decoder: nn.Module, layers: list[Layer], tap: Tap) -> Iterator[None]:
     """Within the block ``tap`` gets all that flows into the layers' output projections, and may return another tensor.
 
     Several such blocks, one within another, see what the outer ones have made of it. Raises ``InputError`` while the
     model runs where experts compute in a way that cannot be followed.
     """
-    tokens = Tokens(time_first=bool(vars(vars(decoder)["config"]).get(TIME_FIRST)))
+    tokens = TokenLayout(time_first=bool(vars(vars(decoder)["config"]).get(TIME_FIRST)))
     with ExitStack() as stack:
         stack.callback(decoder.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         for layer in layers:
@@ -127,20 +127,22 @@ def _parent(layer: nn.Module, block: FeedForward) -> nn.Module:
     return layer.get_submodule(".".join(path[:-2]))
 
 
-def _dense_hook(block: FeedForward, tap: Tap, tokens: Tokens) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+def _dense_hook(block: FeedForward, tap: Tap, tokens: TokenLayout) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        changed = tap(Flow(block.layer, block.first, inputs[0], None, tokens))
+        changed = tap(TokenStream(block.layer, block.first, inputs[0], None, tokens))
         return None if changed is None else (changed, *inputs[1:])
 
     return hook
 
 
 def _routed_hook(
-    block: FeedForward, tap: Tap, tokens: Tokens, seen: _Seen
+    block: FeedForward, tap: Tap, tokens: TokenLayout, seen: _Seen
 ) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         values: Tensor = inputs[0]
-        flow = Flow(block.layer, block.first, values.flatten(0, -2), seen.places(values.flatten(0, -2), tokens), tokens)
+        flow = TokenStream(
+            block.layer, block.first, values.flatten(0, -2), seen.places(values.flatten(0, -2), tokens), tokens
+        )
         changed = tap(flow)
         return None if changed is None else (changed.view_as(values), *inputs[1:])
 
@@ -167,7 +169,7 @@ class _Seen(TorchFunctionMode):
                 self.picked, self.taken = picked, 0
         return func(*args, **(kwargs or {}))
 
-    def places(self, values: Tensor, tokens: Tokens) -> Tensor:
+    def places(self, values: Tensor, tokens: TokenLayout) -> Tensor:
         """Which tokens these vectors are of. Raises ``InputError`` where that cannot be told.
 
         The rows that were picked for one expert, or of those that were picked for all of them the next ones.
@@ -186,7 +188,7 @@ class _Seen(TorchFunctionMode):
 class _Products(_Seen):
     """While it is entered, activations on their way into a stack's output projection pass through its taps."""
 
-    def __init__(self, block: ExpertStack, taps: list[tuple[Tap, Tokens]]) -> None:
+    def __init__(self, block: ExpertStack, taps: list[tuple[Tap, TokenLayout]]) -> None:
         super().__init__()
         self.block, self.taps = block, taps
         self.entering: Tensor | None = None
@@ -238,15 +240,15 @@ class _Products(_Seen):
             parts.append(one)
         return torch.stack(parts)
 
-    def _tapped(self, expert: int, values: Tensor, here: Tensor, tap: Tap, tokens: Tokens) -> Tensor:
+    def _tapped(self, expert: int, values: Tensor, here: Tensor, tap: Tap, tokens: TokenLayout) -> Tensor:
         first = self.block.first + expert * self.block.width
         chosen = values if len(here) == len(values) else values[here]
-        changed = tap(Flow(self.block.layer, first, chosen, here, tokens))
+        changed = tap(TokenStream(self.block.layer, first, chosen, here, tokens))
         if changed is None:
             return values
         return changed if len(here) == len(values) else values.index_copy(0, here, changed)
 
-    def _asked(self, expert: int, tokens: Tokens) -> Tensor:
+    def _asked(self, expert: int, tokens: TokenLayout) -> Tensor:
         """The tokens that an expert was asked about, where all experts are handed a copy of all tokens."""
         count = tokens.rows * tokens.length
         assert self.entering is not None, "experts have an input"
@@ -258,11 +260,11 @@ class _Products(_Seen):
 
 
 # The taps of each module of experts that is watched now, outermost first.
-_TAPS: WeakKeyDictionary[nn.Module, list[tuple[Tap, Tokens]]] = WeakKeyDictionary()
+_TAPS: WeakKeyDictionary[nn.Module, list[tuple[Tap, TokenLayout]]] = WeakKeyDictionary()
 
 
 @contextmanager
-def _tapped(block: ExpertStack, tap: Tap, tokens: Tokens) -> Iterator[None]:
+def _tapped(block: ExpertStack, tap: Tap, tokens: TokenLayout) -> Iterator[None]:
     taps = _TAPS.setdefault(block.module, [])
     taps.append((tap, tokens))
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import decoder_of
-from safeneuron.neurons.hooks import Flow, watched
+from safeneuron.neurons.hooks import TokenStream, observed
 from safeneuron.neurons.layout import HasNetwork, fingerprint, layers, network_of, widths_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
@@ -184,14 +184,14 @@ def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] |
         recording.layer = layer
         recording.layers[layer] = activations if reduce is None else reduce(activations)
 
-    def tap(flow: Flow) -> None:
+    def tap(flow: TokenStream) -> None:
         if found[flow.layer].is_plain:
             keep(flow.layer, flow.whole().detach())
         else:
             sheets.write(flow, found[flow.layer].width)
 
     with ExitStack() as stack:
-        stack.enter_context(watched(decoder_of(network), list(found.values()), tap))
+        stack.enter_context(observed(decoder_of(network), list(found.values()), tap))
         for layer in found.values():
             if layer.blocks and not layer.is_plain:
 
@@ -209,7 +209,7 @@ class _Sheets:
     def __init__(self) -> None:
         self.of: dict[int, Tensor] = {}
 
-    def write(self, flow: Flow, width: int) -> None:
+    def write(self, flow: TokenStream, width: int) -> None:
         """Put the activations of one FFN into those of its layer, at the tokens that went through it."""
         values = flow.activations.detach()
         if flow.layer not in self.of:
@@ -257,11 +257,11 @@ def _rewritten(
     require_eager(model)
     network = network_of(model)
 
-    def tap(flow: Flow) -> Tensor | None:
+    def tap(flow: TokenStream) -> Tensor | None:
         change = at(flow.layer, flow.first, flow.activations.shape[-1])
         return None if change is None else flow.narrowed(change(flow.whole()))
 
-    with watched(decoder_of(network), [layer for layer in layers(network) if layer.index in chosen], tap):
+    with observed(decoder_of(network), [layer for layer in layers(network) if layer.index in chosen], tap):
         yield
 
 

@@ -1,7 +1,7 @@
 """What neurons are called: the network behind a model, the layers with their FFNs, whose neurons they are, and where.
 
 In a mixture of experts the neurons of a layer are those of expert 0, 1, ... laid end to end, then those of shared
-experts and dense FFNs; ``places`` says of each which expert it is of, in whatever layout the weights are.
+experts and dense FFNs; ``neuron_addresses`` says of each which expert it is of, in whatever layout the weights are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safeneuron.neurons.blocks import (
 )
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime import sharding
-from safeneuron.runtime.offloading import at_hand, is_offloaded
+from safeneuron.runtime.offloading import is_offloaded, materialised
 from safeneuron.runtime.quantization import dense, in_four_bits
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
@@ -94,7 +94,7 @@ def widths_of(model: nn.Module | HasNetwork) -> tuple[int, ...]:
     return tuple(layer.width for layer in layers(model))
 
 
-class Place(NamedTuple):
+class NeuronAddress(NamedTuple):
     """A neuron by where it is: ``expert`` is the number of a routed expert, or the name of the FFN within its layer."""
 
     layer: int
@@ -102,21 +102,21 @@ class Place(NamedTuple):
     channel: int
 
 
-def places(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Place]:
+def neuron_addresses(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[NeuronAddress]:
     """Where the neurons of a set are. The same for every layout of one model's weights."""
     found = []
     for layer in layers(model):
         channels = neurons.layer(layer.index)
         for expert, first, width in _spans(layer):
             own = channels[(channels >= first) & (channels < first + width)] - first
-            found += [Place(layer.index, expert, channel) for channel in own.tolist()]
+            found += [NeuronAddress(layer.index, expert, channel) for channel in own.tolist()]
     return found
 
 
 def neurons_at(
     model: nn.Module | HasNetwork, where: Sequence[tuple[int, int | str, int]], label: str = ""
 ) -> NeuronSet:
-    """The set of the neurons at these places, (layer, expert, channel); the inverse of ``places``.
+    """The set of the neurons at these places, (layer, expert, channel); the inverse of ``neuron_addresses``.
 
     Raises ``InputError`` for a place that the model does not have.
     """
@@ -195,7 +195,7 @@ def _samples(
     name: str, block: FeedForward | ExpertStack, precision: torch.dtype
 ) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
     """The shape of each output projection and some of its first rows; of experts only those of the first."""
-    with at_hand(block.module if isinstance(block, ExpertStack) else linear_in(block.output)):
+    with materialised(block.module if isinstance(block, ExpertStack) else linear_in(block.output)):
         yield from _samples_here(name, block, precision)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from safeneuron.errors import InputError
 from safeneuron.runtime.files import read_json, write_json
 
-SCHEMA = 1
-EYES = "-eyes"
+_SCHEMA = 1
+VISION_SUFFIX = "-eyes"
 """How a fingerprint ends that is of a model's vision tower and projector, and not of its text decoder."""
 
 
@@ -149,7 +149,7 @@ class NeuronSet:
     def require(self, fingerprint: str, widths: tuple[int, ...]) -> NeuronSet:
         """Itself, if it belongs to the model with this fingerprint; else ``InputError``."""
         parts = "a text decoder", "a model's eyes (vision tower and projector)"
-        own, expected = (parts[one.endswith(EYES)] for one in (self.fingerprint, fingerprint))
+        own, expected = (parts[one.endswith(VISION_SUFFIX)] for one in (self.fingerprint, fingerprint))
         if own != expected:
             raise InputError(
                 f"this neuron set is of {own}, where neurons of {expected} are expected; take a set that was found "
@@ -187,7 +187,7 @@ class NeuronSet:
         """The set as plain JSON: schema, fingerprint, label, widths and the channels of each layer."""
         layers = {str(layer): channels.tolist() for layer, channels in self.layers().items()}
         return {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "kind": "neurons",
             "fingerprint": self.fingerprint,
             "label": self.label,
@@ -199,9 +199,9 @@ class NeuronSet:
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> NeuronSet:
         """The set written by ``to_json``; ``InputError`` if the record is something else."""
-        if record.get("kind") != "neurons" or record.get("schema") != SCHEMA:
+        if record.get("kind") != "neurons" or record.get("schema") != _SCHEMA:
             raise InputError(
-                f"expected a neuron set of schema {SCHEMA}, found kind {record.get('kind')!r} of schema "
+                f"expected a neuron set of schema {_SCHEMA}, found kind {record.get('kind')!r} of schema "
                 f"{record.get('schema')!r}; write it again with this version of safeneuron"
             )
         try:

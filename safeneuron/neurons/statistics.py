@@ -77,7 +77,7 @@ class Moments:
         return self.m2 / (self.count - 1 if self.counts is None else (self.counts - 1).clamp(min=1))
 
 
-SCHEMA = 1
+_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ActivationStats:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, whole or not at all."""
-    text = json.dumps({"schema": SCHEMA, **header}, sort_keys=True)
+    text = json.dumps({"schema": _SCHEMA, **header}, sort_keys=True)
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"safeneuron": text}))
 
 
@@ -153,9 +153,9 @@ def load_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); run its stage again") from error
-    if kind is not None and (header.get("kind") != kind or header.get("schema") != SCHEMA):
+    if kind is not None and (header.get("kind") != kind or header.get("schema") != _SCHEMA):
         raise InputError(
-            f"{path} should hold {kind} of schema {SCHEMA}, but holds {header.get('kind', 'something else')!r} of "
+            f"{path} should hold {kind} of schema {_SCHEMA}, but holds {header.get('kind', 'something else')!r} of "
             f"schema {header.get('schema')}; run the stage that writes it again"
         )
     for name, tensor in tensors.items():
@@ -257,7 +257,7 @@ class TopicStats:
         )
 
 
-def one_of_each(labels: Sequence[str], names: Sequence[str]) -> Tensor:
+def label_weights(labels: Sequence[str], names: Sequence[str]) -> Tensor:
     """Weights ``[prompt, name]`` of the groups with these labels: 1 where a prompt has the label, 0 elsewhere."""
     places = {name: number for number, name in enumerate(names)}
     weights = torch.zeros(len(labels), len(names), dtype=torch.float64)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import INTERLEAVED, TIME_FIRST, decoder_of
 from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer
-from safeneuron.neurons.hooks import Flow, watched
+from safeneuron.neurons.hooks import TokenStream, observed
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.layout import HasNetwork, config_of, layers, network_of
-from safeneuron.neurons.weights import biases, changed, column, in_the_open, rows_of
-from safeneuron.runtime.offloading import at_hand, device_of_inputs, is_offloaded
+from safeneuron.neurons.weights import biases, changed, column, is_plain, rows_of
+from safeneuron.runtime.offloading import device_of_inputs, is_offloaded, materialised
 
 ROWS, TOKENS = 2, 6
 
@@ -63,7 +63,7 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
         if silent:
             unproved.append(f"layer {', '.join(silent)}, which text alone does not run")
         for layer in kinds.values():
-            with at_hand(layer.module):
+            with materialised(layer.module):
                 for block in layer.blocks:
                     unproved += _prove_block(network, layer, block)
                 if not layer.is_plain:
@@ -140,7 +140,7 @@ def _vocabulary(network: nn.Module) -> int:
     return size if isinstance(size, int) else 100
 
 
-def run(network: nn.Module, last: nn.Module | None = None, turned: bool = False) -> None:
+def run_network(network: nn.Module, last: nn.Module | None = None, turned: bool = False) -> None:
     """A few tokens through the decoder, up to and with the module ``last`` if given; ``turned`` swaps the rows."""
     decoder: Any = decoder_of(network)
     ids = _ids(network).flip(0) if turned else _ids(network)
@@ -159,13 +159,13 @@ def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
     """The layers that run; ``InputError`` unless each of their FFNs runs once in a pass, over all tokens or some."""
     count: dict[tuple[int, int], int] = {}
 
-    def tap(flow: Flow) -> None:
+    def tap(flow: TokenStream) -> None:
         flow.whole()
         count[flow.layer, flow.first] = count.get((flow.layer, flow.first), 0) + 1
 
-    with watched(decoder_of(network), found, tap):
+    with observed(decoder_of(network), found, tap):
         try:
-            run(network)
+            run_network(network)
         except InputError:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
@@ -188,7 +188,7 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     """Probe the busiest neuron of a block; returns what could not be tried."""
     seen: dict[int, Tensor] = {}
 
-    def look(flow: Flow) -> None:
+    def look(flow: TokenStream) -> None:
         if _within(block, flow):
             seen[flow.first] = flow.activations.detach().clone().flatten(0, -2)
 
@@ -200,11 +200,11 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
         norm = block.norm if isinstance(block, FeedForward) else None
         with ExitStack() as stack:
             if norm is None:
-                stack.enter_context(watched(decoder_of(network), [layer], look))
+                stack.enter_context(observed(decoder_of(network), [layer], look))
             else:
                 # What is scaled together is each neuron's own only before that.
                 stack.callback(norm.register_forward_pre_hook(before_norm).remove)
-            run(network, layer.module)
+            run_network(network, layer.module)
         return dict(seen)
 
     before = activations()
@@ -213,7 +213,7 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
     first = max(before, key=lambda key: float(before[key].abs().amax()))
     channel = int(before[first].abs().amax(dim=0).argmax())
     name = f"layer {layer.index} {block.name}".strip()
-    if not in_the_open(block):
+    if not is_plain(block):
         if isinstance(block, FeedForward):
             _prove_order(network, layer, block)
         return [f"the weights of {name}, which are quantised or spread"]
@@ -232,12 +232,12 @@ def _prove_order(network: nn.Module, layer: Layer, block: FeedForward) -> None:
     with ExitStack() as stack:
         for part in parts:
             stack.callback(part.register_forward_pre_hook(lambda module, _: ran.append(module)).remove)
-        run(network, layer.module)
+        run_network(network, layer.module)
     if block.output in ran[: len(parts) - 1] and len(ran) == len(parts):
         raise _failed(network, layer, block, "what was taken for its output projection runs before its other matrices")
 
 
-def _within(block: FeedForward | ExpertStack, flow: Flow) -> bool:
+def _within(block: FeedForward | ExpertStack, flow: TokenStream) -> bool:
     size = block.width * (block.count if isinstance(block, ExpertStack) else 1)
     return block.first <= flow.first < block.first + size
 
@@ -245,14 +245,14 @@ def _within(block: FeedForward | ExpertStack, flow: Flow) -> bool:
 def _prove_column(
     network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, first: int, channel: int, expert: int
 ) -> None:
-    def prune(flow: Flow) -> Tensor | None:
+    def prune(flow: TokenStream) -> Tensor | None:
         if flow.first != first:
             return None
         index = torch.tensor([channel], device=flow.activations.device)
         return flow.activations.index_fill(-1, index, 0)
 
     plain = _output(network, layer)
-    with watched(decoder_of(network), [layer], prune):
+    with observed(decoder_of(network), [layer], prune):
         by_hook = _output(network, layer)
     with changed(column(block, expert, channel), torch.zeros_like):
         by_weight = _output(network, layer)
@@ -327,7 +327,7 @@ def _prove_routes(network: nn.Module, layer: Layer) -> None:
     heard = []
     for turned in (False, True):
         with recorded(network) as recording:
-            run(network, layer.module, turned)
+            run_network(network, layer.module, turned)
         if layer.index not in recording.layers:
             return
         heard.append(recording.layers[layer.index].float())
@@ -352,7 +352,7 @@ def _output(network: nn.Module, layer: Layer) -> Tensor:
 
     with ExitStack() as stack:
         stack.callback(layer.module.register_forward_hook(keep).remove)
-        run(network, layer.module)
+        run_network(network, layer.module)
     return found[0]
 
 

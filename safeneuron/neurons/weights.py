@@ -198,7 +198,7 @@ def _require_trainable(
         )
 
 
-def in_the_open(block: FeedForward | ExpertStack) -> bool:
+def is_plain(block: FeedForward | ExpertStack) -> bool:
     """Whether the weights can be read and written here as what they are."""
     if isinstance(block, ExpertStack):
         weights: list[nn.Parameter | None] = [block.parameter(one) for one in (*block.inputs, block.output)]

@@ -19,9 +19,9 @@ from safeneuron.data.rows import Source
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
-from safeneuron.planning.lengths import pairs_at_hand, prompts_at_hand, some_of
-from safeneuron.planning.memory import Device, bytes_of
-from safeneuron.planning.plan import Paper, training_of
+from safeneuron.planning.lengths import available_pairs, available_prompts, some_of
+from safeneuron.planning.memory import Device, bytes_per_number
+from safeneuron.planning.plan import ModelSpec, training_of
 from safeneuron.runtime.devices import device_named
 from safeneuron.training.settings import Training
 
@@ -133,7 +133,7 @@ def training_seconds(shape: Shape, speed: Speed, training: Training, pairs: int,
     return flops / speed.flops + steps * ADAM_BYTES * trained / speed.bandwidth + calls * shape.layers * CALL
 
 
-def bandwidth_said(text: str) -> float:
+def parse_bandwidth(text: str) -> float:
     """Bytes a second of a text such as 3.3TB. Raises ``InputError`` for one that is none."""
     units = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
     number, unit = text.strip().upper().removesuffix("/S")[:-2], text.strip().upper().removesuffix("/S")[-2:]
@@ -146,7 +146,7 @@ def bandwidth_said(text: str) -> float:
     return found
 
 
-def in_words(seconds: float) -> str:
+def time_words(seconds: float) -> str:
     """A time to two figures, in the unit that suits it."""
     units = {"days": (86400, 3 * 86400), "h": (3600, 2 * 3600), "min": (60, 120), "s": (1, 0)}
     unit = next(name for name, (_, least) in units.items() if seconds >= least)
@@ -188,7 +188,7 @@ class Clock:
     ``fetched`` collects the sources whose rows are guessed.
     """
 
-    paper: Paper
+    paper: ModelSpec
     device: Device
     computing: Speed
     training: Speed
@@ -215,19 +215,19 @@ class Clock:
         """What these sources hold, each prompt cut to ``most`` tokens."""
         parts = []
         for table in tables:
-            found = prompts_at_hand(Source(**table.model_dump()))
+            found = available_prompts(Source(**table.model_dump()))
             if found is None:
                 parts.append(self._unseen(table, most))
                 continue
             shown = found.pictured or list(some_of(found.all))
-            parts.append(self._amount(len(found.all), [(asked(one), one.image) for one in shown], most))
+            parts.append(self._amount(len(found.all), [(conversation_of(one), one.image) for one in shown], most))
         return _together(parts)
 
     def pairs(self, tables: Sequence[Any], most: int, wanted: int | None) -> Amount:
         """The same of pairs, each as long as the longer of its sequences; unseen there are as many as ``wanted``."""
         parts = []
         for table in tables:
-            found = pairs_at_hand(Source(**table.model_dump()))
+            found = available_pairs(Source(**table.model_dump()))
             if found is None:
                 parts.append(self._unseen(table, most, wanted))
                 continue
@@ -250,7 +250,7 @@ class Clock:
         return Amount(table.count or wanted or ROWS, min(most, TOKENS), 0)
 
 
-def asked(prompt: Prompt) -> tuple[dict[str, str], ...]:
+def conversation_of(prompt: Prompt) -> tuple[dict[str, str], ...]:
     """The conversation of a prompt."""
     return ({"role": "user", "content": prompt.written},)
 
@@ -270,7 +270,7 @@ def jobs(config: Config, clock: Clock) -> Iterator[Job]:
     """The stages of a run that compute with the model, in order; those that are alike once, with their number."""
     states = states_of(config)
     table, attack = config.measure, config.attack
-    b = bytes_of(config.model.dtype, clock.device)
+    b = bytes_per_number(config.model.dtype, clock.device)
     classes = clock.prompts([*config.data.unsafe, *config.data.safe], table.max_tokens)
     once = clock.reading(classes, table.batch_tokens, b)
     yield Job("measure", len(states), once, f"{classes.number:,} prompts of {classes.length:.0f} tokens")
@@ -356,7 +356,9 @@ def _pairs(config: Config, clock: Clock) -> tuple[Amount, Amount]:
     return together._replace(number=min(together.number, table.count or together.number)), _together(made)
 
 
-def clock_for(config: Config, paper: Paper, device: Device, flops: float, bandwidth: str, here: bool) -> Clock | None:
+def clock_for(
+    config: Config, paper: ModelSpec, device: Device, flops: float, bandwidth: str, here: bool
+) -> Clock | None:
     """The clock of a device that is ``here``, whose speed is measured, or of one whose speed is given.
 
     ``None`` for a device that is elsewhere and of unknown speed. Raises ``InputError`` for one figure without the
@@ -368,12 +370,12 @@ def clock_for(config: Config, paper: Paper, device: Device, flops: float, bandwi
             "both, or none to have this machine measured"
         )
     if flops:
-        said = Speed(flops, bandwidth_said(bandwidth))
+        said = Speed(flops, parse_bandwidth(bandwidth))
         return Clock(paper, device, said, said)
     if not here:
         return None
     place = device_named(config.model.device)
-    precisions = [bytes_of(config.model.dtype, device), bytes_of(config.align.precision, device)]
+    precisions = [bytes_per_number(config.model.dtype, device), bytes_per_number(config.align.precision, device)]
     speeds = {b: measured(place, b, paper.shape) for b in set(precisions)}
     computing, training = (speeds[b] for b in precisions)
     return Clock(paper, device, computing, training)
@@ -413,9 +415,9 @@ def _beyond(config: Config, clock: Clock) -> float:
     memory = clock.device.memory
     if not config.model.device_map or memory is None or clock.device.kind == "cpu":
         return 0.0
-    return max(0.0, bytes_of(config.model.dtype, clock.device) * clock.paper.shape.parameters - 0.9 * memory)
+    return max(0.0, bytes_per_number(config.model.dtype, clock.device) * clock.paper.shape.parameters - 0.9 * memory)
 
 
 def between(seconds: float) -> str:
     """A range of times."""
-    return f"{in_words(seconds)} - {in_words(SLOWER * seconds)}"
+    return f"{time_words(seconds)} - {time_words(SLOWER * seconds)}"

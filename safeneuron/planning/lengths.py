@@ -19,15 +19,15 @@ from safeneuron.data.prompts import read_prompts
 from safeneuron.data.rows import Source
 from safeneuron.errors import InputError
 from safeneuron.models import embedded
-from safeneuron.models.model import Message, encode
-from safeneuron.models.vision import Tokens, features_of, parameters_of_sight, processor_of, sees
-from safeneuron.models.vision import encode as encode_seen
+from safeneuron.models.model import Message, encode_chat
+from safeneuron.models.vision import ImageTokens, image_features, processor_of, takes_images, vision_parameters
+from safeneuron.models.vision import encode_image_chat as encode_seen
 
 SAMPLE = 16
 """So many texts or pictures stand for all of a source."""
 TEMPLATE = 24
 """About what a chat template adds to a request."""
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Lengths:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            seeing = sees(AutoConfig.from_pretrained(source, **options))
+            seeing = takes_images(AutoConfig.from_pretrained(source, **options))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
             return cls()
         try:
@@ -57,24 +57,24 @@ class Lengths:
         if picture is not None:
             return len(encode_seen(self.processor, messages, picture)) if self.processor is not None else None
         if self.tokenizer is not None:
-            return len(encode(self.tokenizer, messages))
-        return sum(guessed(message["content"]) for message in messages) + TEMPLATE
+            return len(encode_chat(self.tokenizer, messages))
+        return sum(estimated_length(message["content"]) for message in messages) + TEMPLATE
 
     def words(self, text: str) -> int:
         """Tokens of a text alone."""
-        return guessed(text) if self.tokenizer is None else len(self.tokenizer(text)["input_ids"])
+        return estimated_length(text) if self.tokenizer is None else len(self.tokenizer(text)["input_ids"])
 
-    def patches(self, eyes: Eyes, messages: Sequence[Message], picture: Any) -> int:
+    def patches(self, eyes: VisionShape, messages: Sequence[Message], picture: Any) -> int:
         """Patches of a picture, as the vision tower is given them; 0 without a processor."""
         if self.processor is None:
             return 0
         seen = encode_seen(self.processor, messages, picture)
-        assert isinstance(seen, Tokens), "there is a picture"
-        return eyes.patches(features_of(self.processor, seen))
+        assert isinstance(seen, ImageTokens), "there is a picture"
+        return eyes.patches(image_features(self.processor, seen))
 
 
 @dataclass(frozen=True)
-class Eyes:
+class VisionShape:
     """The sizes of a vision tower with its projector, in numbers: all weights, the widest layer, the width of a patch.
 
     ``pixels`` is how many numbers a patch has.
@@ -86,11 +86,11 @@ class Eyes:
     pixels: int
 
     @classmethod
-    def of(cls, network: PreTrainedModel) -> Eyes | None:
+    def of(cls, network: PreTrainedModel) -> VisionShape | None:
         """Those of a network, whose weights may be on the meta device; ``None`` for a model of text."""
-        if not sees(network.config):
+        if not takes_images(network.config):
             return None
-        sight = {id(parameter): parameter for parameter in parameters_of_sight(network)}
+        sight = {id(parameter): parameter for parameter in vision_parameters(network)}
         own = [part for part in network.modules() if id(part._parameters.get("weight")) in sight]
         linear = [part for part in own if isinstance(part, nn.Linear)]
         # Patches are embedded by a convolution whose steps do not overlap, or by the first linear layer.
@@ -118,36 +118,36 @@ class Eyes:
         return patches * (4 * b * self.width + 24 * self.hidden)
 
 
-class Glance(NamedTuple):
+class SourceSample(NamedTuple):
     """What a source holds: all of it without the pictures that are drawn, and some of those with a picture, drawn."""
 
     all: list[Any]
     pictured: list[Any]
 
 
-def prompts_at_hand(source: Source) -> Glance | None:
+def available_prompts(source: Source) -> SourceSample | None:
     """The prompts of a source; ``None`` where they have yet to be fetched. Raises ``InputError`` as reading does."""
     return None if prompts_by_name(source).path.startswith("hub:") else _glance(source, read_prompts)
 
 
-def pairs_at_hand(source: Source) -> Glance | None:
+def available_pairs(source: Source) -> SourceSample | None:
     """The same of preference pairs."""
     return None if by_name(source).path.startswith("hub:") else _glance(source, read_pairs)
 
 
-def _glance(source: Source, read: Callable[[Source], list[Any]]) -> Glance:
+def _glance(source: Source, read: Callable[[Source], list[Any]]) -> SourceSample:
     found = read(replace(source, as_image=False, said=source.said if not source.as_image else ""))
     if source.as_image:
-        return Glance(found, read(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
-    return Glance(found, list(some_of([one for one in found if one.image is not None])))
+        return SourceSample(found, read(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
+    return SourceSample(found, list(some_of([one for one in found if one.image is not None])))
 
 
-def guessed(text: str) -> int:
+def estimated_length(text: str) -> int:
     """About how many tokens a text has: one for four bytes."""
     return math.ceil(len(text.encode()) / 4)
 
 
-def some_of(items: Sequence[Item], most: int = SAMPLE) -> Sequence[Item]:
+def some_of(items: Sequence[_Item], most: int = SAMPLE) -> Sequence[_Item]:
     """At most so many of them, evenly spread."""
     step = max(1.0, len(items) / most)
     return [items[int(number * step)] for number in range(min(most, len(items)))]

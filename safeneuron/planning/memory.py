@@ -69,7 +69,7 @@ class Device:
         return self.count if self.sharded else 1
 
 
-def total(need: Need) -> float:
+def total_bytes(need: Need) -> float:
     """All of it, with what allocators waste."""
     libraries = need.get("libraries", 0.0)
     return (sum(need.values()) - libraries) * (1 + WASTE) + libraries
@@ -148,7 +148,7 @@ def align_need(
     moments.append({"comparison": 24 * shape.largest})
     if lora_rank or shards > 1:
         moments.append({"merged model": 4 * shape.parameters})
-    return {name: size for name, size in (held | max(moments, key=total)).items() if size}
+    return {name: size for name, size in (held | max(moments, key=total_bytes)).items() if size}
 
 
 def layer_activations(shape: Shape, length: int, c: int) -> float:
@@ -196,7 +196,7 @@ def measure_need(
     statistics   of a batch of prompts of about 32 tokens: 20 bytes of each neuron of each prompt
     vision tower as ``sight`` says
     """
-    b = bytes_of(dtype, device)
+    b = bytes_per_number(dtype, device)
     tokens = max(batch_tokens, max_tokens)
     return {
         "libraries": LIBRARIES.get(device.kind, 0.0),
@@ -224,7 +224,7 @@ def attack_need(
     logits       (b + 8) V for each of B answers; perplexity has 512 tokens at once
     vision tower as ``sight`` says
     """
-    b = bytes_of(dtype, device)
+    b = bytes_per_number(dtype, device)
     cache = 2 * b * shape.keys * batch_size * (prompt_tokens + max_new_tokens)
     return {
         "libraries": LIBRARIES.get(device.kind, 0.0),
@@ -258,7 +258,7 @@ def pairs_at_once(training: Training, device: Device) -> int:
     return min(training.at_once or training.micro_batch_size, training.micro_batch_size, share)
 
 
-def bytes_of(dtype: str, device: Device) -> int:
+def bytes_per_number(dtype: str, device: Device) -> int:
     """Bytes of a number in the precision of that name on the device."""
     return 2 if dtype in ("bfloat16", "float16") or (dtype == "auto" and device.bfloat16) else 4
 
@@ -289,7 +289,7 @@ class Plan:
     def to_record(self) -> dict[str, Any]:
         """The plan for JSON, sizes in bytes."""
         return {
-            "need": {name: round(size) for name, size in self.need.items()} | {"total": round(total(self.need))},
+            "need": {name: round(size) for name, size in self.need.items()} | {"total": round(total_bytes(self.need))},
             "available": None if self.device.memory is None else round(self.device.memory),
             "length": self.length,
             "at_once": self.training.at_once,
@@ -298,7 +298,7 @@ class Plan:
         }
 
 
-def plan(
+def plan_training(
     training: Training, device: Device, length: int, need: Callable[[Training], Need], change: bool = True
 ) -> Plan:
     """The training as it is asked for if it fits, or, with ``change``, in the first of these ways that does.
@@ -326,14 +326,14 @@ def require_fit(plan: Plan, what: str) -> None:
 
 def fits(need: Need, device: Device) -> bool:
     """Whether it fits, with a margin; without knowledge of the device it does."""
-    return device.memory is None or total(need) * MARGIN <= device.memory
+    return device.memory is None or total_bytes(need) * MARGIN <= device.memory
 
 
 def needs(need: Need) -> str:
     """The total and its largest parts: ``5.1 GB (activations 1.9, optimizer 1.0, weights 0.5, ...)``."""
     largest = sorted(need.items(), key=lambda part: -part[1])
     named = [f"{name} {size / GB:.1f}" for name, size in largest if size >= GB / 20][:5]
-    return f"{gigabytes(total(need))} ({', '.join(named)})" if named else gigabytes(total(need))
+    return f"{gigabytes(total_bytes(need))} ({', '.join(named)})" if named else gigabytes(total_bytes(need))
 
 
 def available(device: Device) -> str:

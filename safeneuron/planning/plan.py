@@ -17,7 +17,7 @@ from safeneuron.models import embedded
 from safeneuron.models.model import Message, Model
 from safeneuron.models.shape import Shape
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.planning.lengths import SAMPLE, Eyes, Lengths, pairs_at_hand, prompts_at_hand, some_of
+from safeneuron.planning.lengths import SAMPLE, Lengths, VisionShape, available_pairs, available_prompts, some_of
 from safeneuron.planning.memory import (
     GB,
     Device,
@@ -25,15 +25,15 @@ from safeneuron.planning.memory import (
     Plan,
     align_need,
     attack_need,
-    bytes_of,
+    bytes_per_number,
     fits,
     gigabytes,
     longest_pair,
     measure_need,
     pairs_at_once,
-    plan,
+    plan_training,
     require_fit,
-    total,
+    total_bytes,
     ways,
 )
 from safeneuron.runtime import distributed
@@ -49,15 +49,15 @@ TEMPLATE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Paper:
+class ModelSpec:
     """A model as it is on paper: its sizes, those of its vision tower if it has one, and what counts its tokens."""
 
     shape: Shape
-    eyes: Eyes | None
+    eyes: VisionShape | None
     lengths: Lengths
 
     @classmethod
-    def of(cls, config: Config, words: bool = False) -> Paper:
+    def of(cls, config: Config, words: bool = False) -> ModelSpec:
         """What a config's model is, without its weights; with a tokenizer for pictures alone, or for ``words`` too.
 
         Raises ``InputError`` where the model's config cannot be read.
@@ -65,7 +65,7 @@ class Paper:
         table = config.model
         network = Shape.network(table.name, table.revision, table.trust_remote_code)
         shape = Shape.of(network, embedded.LABEL if table.name == embedded.NAME else table.name)
-        eyes = Eyes.of(network)
+        eyes = VisionShape.of(network)
         known = words or eyes is not None
         lengths = Lengths.read(table.name, table.revision, table.trust_remote_code) if known else Lengths()
         return cls(shape, eyes, lengths)
@@ -90,8 +90,8 @@ def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: Ne
 
     Raises ``InputError`` if it may be changed and there is no way.
     """
-    paper = Paper(
-        Shape.of(model.network, model.name), Eyes.of(model.network), Lengths(model.tokenizer, model.processor)
+    paper = ModelSpec(
+        Shape.of(model.network, model.name), VisionShape.of(model.network), Lengths(model.tokenizer, model.processor)
     )
     length = longest_pair(model, pairs, training.max_length)
     seen = _pictures(paper, [(pair.prompt, pair.image) for pair in some_of([p for p in pairs if p.image is not None])])
@@ -114,7 +114,7 @@ def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
 
     Raises ``InputError`` if even one pair of a few words at a time would not fit, for training that may be changed.
     """
-    paper = Paper.of(config)
+    paper = ModelSpec.of(config)
     device = Device.of(device_named(config.model.device))
     found = {}
     for state in states:
@@ -141,20 +141,20 @@ def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Devi
     return replace(device, count=count, sharded=sharded and count > 1)
 
 
-def table_of_needs(config: Config, device: Device, paper: Paper | None = None) -> list[str]:
+def table_of_needs(config: Config, device: Device, paper: ModelSpec | None = None) -> list[str]:
     """What each stage needs, by what it is for, as lines of text.
 
     Tokens are guessed from the texts' characters where these are at hand, and pictures counted by the model's own
     processor where that is; where they are not, the caps are taken.
     """
-    paper = paper or Paper.of(config)
+    paper = paper or ModelSpec.of(config)
     shape = paper.shape
     plans = dict(_plans(config, paper, device))
     needs = _needs(config, paper, device) | {name: made.need for name, made in plans.items()}
     kinds = list(dict.fromkeys(kind for need in needs.values() for kind in need))
     rows = [["", *needs]]
     rows += [[kind, *(f"{need[kind] / GB:.2f}" if kind in need else "-" for need in needs.values())] for kind in kinds]
-    rows.append(["in all", *(f"{total(need) / GB:.2f}" for need in needs.values())])
+    rows.append(["in all", *(f"{total_bytes(need) / GB:.2f}" for need in needs.values())])
     spread = {"measure", "attack"} if config.model.device_map else set()
     says = {name: "yes" if fits(need, device) else "spread" if name in spread else "no" for name, need in needs.items()}
     rows.append(["fits", *says.values()])
@@ -177,20 +177,20 @@ def table_of_needs(config: Config, device: Device, paper: Paper | None = None) -
     ]
 
 
-def _plans(config: Config, paper: Paper, device: Device) -> Iterator[tuple[str, Plan]]:
+def _plans(config: Config, paper: ModelSpec, device: Device) -> Iterator[tuple[str, Plan]]:
     """The main training, and each variant that needs another amount of memory than those before it."""
     seen: set[str] = set()
     for name in ["", *config.variants]:
         table = config.variant(name)
         made = _planned(config, table, paper, device, _pair_length(config, table, paper))
-        if table.rounds and gigabytes(total(made.need)) not in seen:
-            seen.add(gigabytes(total(made.need)))
+        if table.rounds and gigabytes(total_bytes(made.need)) not in seen:
+            seen.add(gigabytes(total_bytes(made.need)))
             yield name or "align", made
 
 
-def _needs(config: Config, paper: Paper, device: Device) -> dict[str, Need]:
+def _needs(config: Config, paper: ModelSpec, device: Device) -> dict[str, Need]:
     measure, attack, dtype = config.measure, config.attack, config.model.dtype
-    b, most = bytes_of(dtype, device), measure.max_tokens
+    b, most = bytes_per_number(dtype, device), measure.max_tokens
     _, read = _prompt_tokens([*config.data.unsafe, *config.data.safe], most, paper)
     asked, seen = _prompt_tokens([*config.data.test_unsafe, *config.data.test_safe], most, paper)
     together = max(1, measure.batch_tokens // read.fewest) if read else 0
@@ -211,7 +211,7 @@ def _needs(config: Config, paper: Paper, device: Device) -> dict[str, Need]:
 
 
 def _planned(
-    config: Config, table: AlignTable, paper: Paper, device: Device, longest: tuple[int, Pictures | None]
+    config: Config, table: AlignTable, paper: ModelSpec, device: Device, longest: tuple[int, Pictures | None]
 ) -> Plan:
     shape, (length, seen) = paper.shape, longest
     frozen = round((config.select.density or 0.01) * shape.width * shape.layers) if table.freeze != "none" else 0
@@ -219,7 +219,7 @@ def _planned(
 
 
 def _plan(
-    paper: Paper,
+    paper: ModelSpec,
     device: Device,
     training: Training,
     length: int,
@@ -227,17 +227,17 @@ def _plan(
     change: bool,
     seen: Pictures | None,
 ) -> Plan:
-    b = bytes_of(training.precision, device)
+    b = bytes_per_number(training.precision, device)
 
     def need(tried: Training) -> Need:
         # Both sequences of a pair show its picture.
         sight = _sight(paper, seen, 2 * pairs_at_once(tried, device), b)
         return align_need(paper.shape, device, tried, length, frozen, tried.lora_rank, sight=sight)
 
-    return plan(training, device, length, need, change)
+    return plan_training(training, device, length, need, change)
 
 
-def _sight(paper: Paper, seen: Pictures | None, count: int, b: int) -> float:
+def _sight(paper: ModelSpec, seen: Pictures | None, count: int, b: int) -> float:
     """Bytes that the vision tower has at once of so many pictures."""
     return paper.eyes.need(count * seen.patches, b) if paper.eyes is not None and seen is not None else 0.0
 
@@ -256,11 +256,11 @@ def _about(device: Device) -> list[str]:
     return [f"on each of {device.count} devices with {has}, {how}; figures in GB"]
 
 
-def _pair_length(config: Config, table: AlignTable, paper: Paper) -> tuple[int, Pictures | None]:
+def _pair_length(config: Config, table: AlignTable, paper: ModelSpec) -> tuple[int, Pictures | None]:
     """Tokens of the longest pair, about, and what pictures take; the cap where texts are not at hand yet."""
     pairs, most = config.pairs, table.max_length
     parts: tuple[Any, ...] = (pairs.safety, pairs.general)
-    found = [pairs_at_hand(Source(**one.model_dump())) for part in parts if part != "on-policy" for one in part]
+    found = [available_pairs(Source(**one.model_dump())) for part in parts if part != "on-policy" for one in part]
     lengths, seen = [], []
     for one in found:
         if one is None:
@@ -279,9 +279,9 @@ def _pair_length(config: Config, table: AlignTable, paper: Paper) -> tuple[int, 
     return min(most, max(lengths, default=most)), pictures
 
 
-def _prompt_tokens(sources: Sequence[SourceTable], most: int, paper: Paper) -> tuple[int, Pictures | None]:
+def _prompt_tokens(sources: Sequence[SourceTable], most: int, paper: ModelSpec) -> tuple[int, Pictures | None]:
     """Tokens of the longest prompt, about, and what pictures take; ``most`` where texts are not at hand yet."""
-    found = [prompts_at_hand(Source(**source.model_dump())) for source in sources]
+    found = [available_prompts(Source(**source.model_dump())) for source in sources]
     lengths, seen = [], []
     for one in found:
         if one is None:
@@ -294,7 +294,7 @@ def _prompt_tokens(sources: Sequence[SourceTable], most: int, paper: Paper) -> t
     return max(lengths, default=most), pictures
 
 
-def _pictures(paper: Paper, seen: Sequence[tuple[Sequence[Message], Any]]) -> Pictures | None:
+def _pictures(paper: ModelSpec, seen: Sequence[tuple[Sequence[Message], Any]]) -> Pictures | None:
     """What these conversations with a picture take; ``None`` where there are none, or nobody here can count them."""
     if not seen or paper.eyes is None or paper.lengths.processor is None:
         return None
@@ -303,7 +303,7 @@ def _pictures(paper: Paper, seen: Sequence[tuple[Sequence[Message], Any]]) -> Pi
     return Pictures(min(tokens), max(tokens), max(patches))
 
 
-def _of_pictures(config: Config, paper: Paper) -> list[str]:
+def _of_pictures(config: Config, paper: ModelSpec) -> list[str]:
     """What is known of the pictures, as lines."""
     if paper.eyes is None:
         return []

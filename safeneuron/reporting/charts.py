@@ -14,8 +14,8 @@ from safeneuron.reporting.results import attack_of, attack_title, columns_of, in
 Chart = dict[str, Any]
 
 RATE = {"title": "attack success rate", "percent": True, "min": 0, "max": 1}
-NOTES = [{"text": "incoherent", "class": "hatched"}, {"text": "95 % interval", "class": "interval"}]
-PARTS = (("ES only", 1), ("ES and SAS", 4), ("SAS only", 2))
+_LEGEND = [{"text": "incoherent", "class": "hatched"}, {"text": "95 % interval", "class": "interval"}]
+_CRITERIA = (("ES only", 1), ("ES and SAS", 4), ("SAS only", 2))
 """The parts of a set found by either criterion, with their colours."""
 
 
@@ -60,7 +60,7 @@ def attack_chart(results: dict[str, Any]) -> Chart:
         "groups": [attack_title(*column) for column in columns],
         "series": _series(states),
         "bars": bars,
-        "notes": NOTES,
+        "notes": _LEGEND,
     }
     return {"panels": [panel] if bars else []}
 
@@ -89,7 +89,15 @@ def curve_chart(states: Sequence[dict[str, Any]]) -> Chart:
     wide = bool(densities) and min(densities) > 0 and max(densities) >= 10 * min(densities)
     axis = {"title": "share of all neurons pruned, highest scores first", "log": wide, "ticks": ticks[:9]}
     label = "Attack success rate as more neurons are pruned"
-    panel = {"kind": "plot", "lines": True, "label": label, "x": axis, "y": RATE, "series": series, "notes": NOTES[1:]}
+    panel = {
+        "kind": "plot",
+        "lines": True,
+        "label": label,
+        "x": axis,
+        "y": RATE,
+        "series": series,
+        "notes": _LEGEND[1:],
+    }
     return {"panels": [panel] if series else []}
 
 
@@ -105,7 +113,9 @@ def layers_chart(states: Sequence[dict[str, Any]]) -> Chart:
             # The set is the union of both, so its size tells how many are in both.
             sizes = (full - sas, es + sas - full, full - es)
             parts = [
-                {"value": size, "colour": colour} for size, (_, colour) in zip(sizes, PARTS, strict=True) if size > 0
+                {"value": size, "colour": colour}
+                for size, (_, colour) in zip(sizes, _CRITERIA, strict=True)
+                if size > 0
             ]
             tip = f"{state['name']}, layer {layer}: {full:,} neurons\nES {es:,}, SAS {sas:,}, both {sizes[1]:,}"
             bars.append({"group": layer, "series": 0, "parts": parts, "tip": tip})
@@ -121,7 +131,7 @@ def layers_chart(states: Sequence[dict[str, Any]]) -> Chart:
                 "groups": [str(layer) for layer in range(len(bars))],
                 "series": [{"name": state["name"]}],
                 "bars": bars,
-                "notes": [{"text": text, "colour": colour} for text, colour in PARTS] if not panels else [],
+                "notes": [{"text": text, "colour": colour} for text, colour in _CRITERIA] if not panels else [],
             }
         )
     return {"panels": panels}
@@ -134,7 +144,7 @@ def neuron_chart(neurons: Mapping[str, Sequence[Sequence[float]]], layers: int) 
     """
     panels = []
     for name, found in neurons.items():
-        groups: dict[str, list[dict[str, Any]]] = {title: [] for title, _ in PARTS}
+        groups: dict[str, list[dict[str, Any]]] = {title: [] for title, _ in _CRITERIA}
         for layer, index, width, d, z, by in found:
             title = {1: "ES only", 2: "SAS only", 3: "ES and SAS"}[int(by)]
             tip = f"layer {layer:.0f}, neuron {index:.0f} ({title})\neffect size d {d:.2f}, shift z {z:.2f}"
@@ -148,7 +158,7 @@ def neuron_chart(neurons: Mapping[str, Sequence[Sequence[float]]], layers: int) 
                 "radius": 2.6,
                 "x": {"title": "layer, and place of the neuron in it", "min": 0, "max": layers},
                 "y": {"title": "effect size d"},
-                "series": [{"name": t, "colour": c, "points": groups[t]} for t, c in PARTS if groups[t]],
+                "series": [{"name": t, "colour": c, "points": groups[t]} for t, c in _CRITERIA if groups[t]],
             }
         )
     return {"panels": [panel for panel in panels if panel["series"]], "choose": True}
@@ -186,7 +196,7 @@ def scatter_chart(points: Sequence[Mapping[str, Any]], x: str, y: str) -> Chart:
         series.append({"name": point["name"], "colour": index, "points": [{**place, "tip": tip}]})
     axes = {"x": {"title": x, "percent": True, "min": 0, "max": 1}, "y": {**RATE, "title": y}}
     panel = {"kind": "plot", "label": f"{y} against {x}", "height": 300, "radius": 5.5, **axes, "series": series}
-    return {"panels": [{**panel, "notes": NOTES[1:]}] if series else []}
+    return {"panels": [{**panel, "notes": _LEGEND[1:]}] if series else []}
 
 
 def _series(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

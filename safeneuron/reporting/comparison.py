@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeneuron.evaluation.rates import bootstrap_interval, compare, corrected
+from safeneuron.evaluation.rates import bootstrap_interval, corrected, paired_difference
 from safeneuron.reporting.charts import attack_chart, curve_chart, scatter_chart
 from safeneuron.reporting.figures import scatter, themed
-from safeneuron.reporting.rendering import as_page, piped, plain, tabled
+from safeneuron.reporting.rendering import as_page, escaped, table_escaped, tabled
 from safeneuron.reporting.results import (
     COMPARED,
     attack_of,
     attack_title,
     columns_of,
-    listed,
+    joined_words,
+    judged_share,
     percent,
     refusal_of,
-    share_of,
     success_of,
 )
 from safeneuron.reporting.tables import (
@@ -65,7 +65,7 @@ def merge(runs: Sequence[Compared]) -> dict[str, Any]:
     return {**runs[0].results, "states": states, "layers": max(run.results["layers"] for run in runs)}
 
 
-def differences(runs: Sequence[Compared]) -> list[dict[str, Any]]:
+def run_differences(runs: Sequence[Compared]) -> list[dict[str, Any]]:
     """Every other run against the first: states of one name, on the requests that both were asked."""
     first, *others = runs
     found: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def differences(runs: Sequence[Compared]) -> list[dict[str, Any]]:
                 one, other = (run.verdicts.get(asked, {}) for run in (first, second))
                 # An answer that could not be judged leaves its pair out.
                 both = [p for p in one if p in other and "cannot say" not in (one[p], other[p])]
-                result = compare([one[p] == verdict for p in both], [other[p] == verdict for p in both])
+                result = paired_difference([one[p] == verdict for p in both], [other[p] == verdict for p in both])
                 if result is not None:
                     what = {"kind": kind, "verdict": verdict, "set": which, "knowledge": knowledge}
                     names_of = {"first": first.name, "second": second.name, "state": state}
@@ -98,7 +98,7 @@ def over_seeds(runs: Sequence[Compared]) -> list[dict[str, Any]]:
                 if prompts:
                     found.append(
                         {
-                            "runs": listed(run.name for run in group),
+                            "runs": joined_words(run.name for run in group),
                             "state": state,
                             "set": which,
                             "knowledge": knowledge,
@@ -139,11 +139,11 @@ def scatter_points(merged: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     tasks = [task for task in scores[0] if all(task in found for found in scores)]
     found = []
     for state, own in zip(states, scores, strict=True):
-        robust = share_of(under_attack(state), "harmful", "refused")
+        robust = judged_share(under_attack(state), "harmful", "refused")
         refused = refusal_of(attack_of(state, "ORI", "none"))
         if robust is None or (not tasks and refused is None):
             continue
-        interval = wilson(robust.hits, robust.total)
+        interval = wilson_interval(robust.hits, robust.total)
         if tasks:
             mean = sum(own[task]["value"] for task in tasks) / len(tasks)
             half = 1.96 * sum(own[task]["stderr"] ** 2 for task in tasks) ** 0.5 / len(tasks)
@@ -152,7 +152,7 @@ def scatter_points(merged: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
             assert refused is not None
             up = (1 - refused.rate, 1 - refused.high, 1 - refused.low)
         found.append({"name": state["name"], "x": (robust.hits / robust.total, *interval), "y": up})
-    return found, f"mean of {listed(tasks)}" if tasks else "harmless requests not refused"
+    return found, f"mean of {joined_words(tasks)}" if tasks else "harmless requests not refused"
 
 
 def under_attack(state: dict[str, Any]) -> dict[str, Any] | None:
@@ -160,7 +160,7 @@ def under_attack(state: dict[str, Any]) -> dict[str, Any] | None:
     return attack_of(state, "FULL", "adaptive")
 
 
-def wilson(hits: int, total: int) -> tuple[float, float]:
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     """95 % Wilson interval of a share, whose counts alone are in the results."""
     from scipy.stats import binomtest
 
@@ -168,7 +168,7 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-NOTES = {
+_NOTES = {
     "differences": "Each run against the first, on the requests that both were asked: the share of each, the paired "
     "difference with its 95 % interval (Newcombe), the requests on which only one has the outcome, and the p-value of "
     "the exact McNemar test, as it is and corrected for the number of tests in this table (Holm).",
@@ -182,7 +182,7 @@ NOTES = {
 def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
     """Relative path and content of every file of the comparison."""
     merged = merge(runs)
-    found = differences(runs)
+    found = run_differences(runs)
     seeds = over_seeds(runs)
     points, capability = scatter_points(merged)
     axes = ("robustness (refused under FULL adaptive)", capability)
@@ -202,21 +202,21 @@ def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
         "further": further_table(merged),
         "capability": capability_table(merged),
         "states": state_table(merged),
-        "differences": difference_table(found),
+        "differences": run_difference_table(found),
         "seeds": seed_table(seeds),
         "charts": charts,
         "figures": {name: themed(text) for name, text in figures.items()},
         "captions": {
             "attack": "Attack success rate of every state of every run, with 95 % Wilson intervals.",
             "curve": "Attack success rate as more neurons are pruned.",
-            "scatter": NOTES["scatter"],
+            "scatter": _NOTES["scatter"],
         },
-        "notes": NOTES,
+        "notes": _NOTES,
     }
     tables = {"differences": found, "seeds": seeds}
     return {
         "comparison.html": as_page("comparison.html", values, {"charts": charts}),
-        "comparison.md": as_markdown(runs, merged, found, seeds, bool(points)),
+        "comparison.md": comparison_markdown(runs, merged, found, seeds, bool(points)),
         "tables/attacks.csv": as_csv(attack_records(merged)),
         "tables/states.csv": as_csv(state_records(merged)),
         **{f"tables/{name}.csv": as_csv(records) for name, records in tables.items() if records},
@@ -226,13 +226,15 @@ def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
 
 def summary(runs: Sequence[Compared], found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]]) -> list[str]:
     """What the comparison says, in sentences that follow the numbers."""
-    said = [f"{len(runs)} runs: {listed(run.name for run in runs)}; differences are those from {runs[0].name}."]
+    said = [f"{len(runs)} runs: {joined_words(run.name for run in runs)}; differences are those from {runs[0].name}."]
     models = dict.fromkeys(run.results["model"] for run in runs)
     if len(models) > 1:
-        said.append(f"They are of different models ({listed(models)}), so their neurons are not the same ones.")
+        said.append(f"They are of different models ({joined_words(models)}), so their neurons are not the same ones.")
     judges = dict.fromkeys(run.results["judge"] for run in runs)
     if len(judges) > 1:
-        said.append(f"They were judged by different judges ({listed(judges)}): a difference may be one of the judges.")
+        said.append(
+            f"They were judged by different judges ({joined_words(judges)}): a difference may be one of the judges."
+        )
     clear = [record for record in found if record["p_corrected"] < 0.05]
     if not found:
         said.append("No state was asked the same requests in two runs, so there are no paired differences.")
@@ -256,7 +258,7 @@ def points_of(record: Mapping[str, Any]) -> str:
     return f"{value} ({low} to {high})"
 
 
-def difference_table(found: Sequence[dict[str, Any]]) -> Table:
+def run_difference_table(found: Sequence[dict[str, Any]]) -> Table:
     """The paired differences, one row each."""
     header = ["state", "compared", "share of requests", "n", "first", "second", "difference (points)"]
     rows = []
@@ -284,7 +286,7 @@ def seed_table(seeds: Sequence[dict[str, Any]]) -> Table:
     return ["state", "attack", "runs", "seeds", "n", "mean", "lowest and highest seed"], rows
 
 
-def as_markdown(
+def comparison_markdown(
     runs: Sequence[Compared],
     merged: dict[str, Any],
     found: Sequence[dict[str, Any]],
@@ -292,15 +294,15 @@ def as_markdown(
     pictured: bool,
 ) -> str:
     """The comparison for a release note or a pull request."""
-    blocks = [f"# {plain(listed(run.name for run in runs))} side by side"]
-    blocks.append("\n".join(f"- {plain(text)}" for text in summary(runs, found, seeds)))
+    blocks = [f"# {escaped(joined_words(run.name for run in runs))} side by side"]
+    blocks.append("\n".join(f"- {escaped(text)}" for text in summary(runs, found, seeds)))
     blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
-    blocks.append(piped(attack_table(merged)))
+    blocks.append(table_escaped(attack_table(merged)))
     blocks += tabled("Other attacks", "Success with its interval; refused, incoherent.", further_table(merged))
-    blocks += tabled("Over seeds", NOTES["seeds"], seed_table(seeds))
-    blocks += tabled("Differences", NOTES["differences"], difference_table(found))
+    blocks += tabled("Over seeds", _NOTES["seeds"], seed_table(seeds))
+    blocks += tabled("Differences", _NOTES["differences"], run_difference_table(found))
     if pictured:
-        blocks += ["## Capability against robustness", NOTES["scatter"], "![scatter](figures/scatter.svg)"]
+        blocks += ["## Capability against robustness", _NOTES["scatter"], "![scatter](figures/scatter.svg)"]
     blocks += tabled("Capability", "Score in per cent ± its standard error.", capability_table(merged))
     blocks += tabled("The neurons and the training", "Of each state.", state_table(merged))
     return "\n\n".join(blocks) + "\n"

@@ -30,7 +30,7 @@ FAINT = "#d9dce1"
 BLUE = "#0072b2"
 COLOURS = ("#868d96", BLUE, "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STROKES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
-MARKS = "osD^v"
+MARKERS = "osD^v"
 WIDTH = 8.6
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 
@@ -63,7 +63,7 @@ STYLE: dict[RcKeyType, Any] = {
 }
 
 
-def draw(results: dict[str, Any]) -> dict[str, str]:
+def draw_figures(results: dict[str, Any]) -> dict[str, str]:
     """SVG text of every figure for which there are numbers: some of ``attack``, ``curve``, ``layers``, ``training``."""
     drawn = {}
     for name, figure in wanted(results).items():
@@ -277,7 +277,7 @@ def stroke(index: int) -> Literal["-", "--", ":"]:
 
 def mark(index: int) -> str:
     """Mark of a state, so that it is known without its colour too."""
-    return MARKS[index % len(MARKS)]
+    return MARKERS[index % len(MARKERS)]
 
 
 def headroom(axes: Axes, highest: float, entries: int) -> None:

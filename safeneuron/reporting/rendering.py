@@ -80,7 +80,7 @@ def masked(text: str) -> tuple[str, int]:
     return opening, len(text) - len(opening)
 
 
-def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
+def examples_shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
     """Examples by state and attack as a reader may see them.
 
     Without ``show_text`` the response is cut here, before any template sees it.
@@ -93,7 +93,7 @@ def shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list
     return kept
 
 
-def packed(responses: Sequence[dict[str, Any]], show_text: bool) -> dict[str, Any]:
+def compressed(responses: Sequence[dict[str, Any]], show_text: bool) -> dict[str, Any]:
     """The answers for the browser: lists of names and prompts, each once, and rows that point into them.
 
     A row is state, attack, kind, verdict, prompt (all indices), text, and the number of characters that are not there:
@@ -139,21 +139,21 @@ def _cut_to(limit: int) -> Callable[[str], tuple[str, int]]:
 
 def tabled(title: str, note: str, table: Table) -> list[str]:
     """A section with a table, or nothing if the table has no rows."""
-    return [f"## {title}", note, piped(table)] if table[1] else []
+    return [f"## {title}", note, table_escaped(table)] if table[1] else []
 
 
-def plain(text: object) -> str:
+def escaped(text: object) -> str:
     """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
     line = re.sub(r"[\r\n]+", " ", str(text)).strip()
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
 
 
-def piped(table: Table) -> str:
+def table_escaped(table: Table) -> str:
     """A Markdown table."""
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else plain(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else escaped(cell) for cell in line)} |" for line in lines)
 
 
 def fenced(text: str) -> str:

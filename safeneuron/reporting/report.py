@@ -12,8 +12,17 @@ from typing import Any
 
 from safeneuron.errors import InputError
 from safeneuron.reporting.charts import charts_of
-from safeneuron.reporting.figures import draw, themed
-from safeneuron.reporting.rendering import as_image, as_page, fenced, packed, piped, plain, shown, tabled
+from safeneuron.reporting.figures import draw_figures, themed
+from safeneuron.reporting.rendering import (
+    as_image,
+    as_page,
+    compressed,
+    escaped,
+    examples_shown,
+    fenced,
+    table_escaped,
+    tabled,
+)
 from safeneuron.reporting.results import attack_title, columns_of, refusal_of, success_of
 from safeneuron.reporting.summary import READING, headline, limits, methods, points
 from safeneuron.reporting.tables import (
@@ -36,14 +45,14 @@ from safeneuron.reporting.tables import (
 
 __all__ = ["Details", "attack_table", "render"]
 
-SCHEMA = 1
+REPORT_SCHEMA = 1
 BRACKETS = "Brackets hold 95 % Wilson intervals."
 DIFFERENCES = (
     "Two states on the same requests: the share of each, the paired difference with its 95 % interval (Newcombe), the "
     "requests on which only one of them has the outcome, and the p-value of the exact McNemar test, as it is and "
     "corrected for the number of tests in this table (Holm)."
 )
-FURTHER = (
+_FURTHER = (
     "Attackers who look for as many neurons in other ways, set them to other values, or do not prune at all. A cell: "
     "harmful requests complied with and the 95 % interval; then the shares refused and incoherent."
 )
@@ -91,14 +100,14 @@ def render(
     in any of the files. Raises ``InputError`` for results of another schema or without a state.
     """
     details = details or Details()
-    if results.get("schema") != SCHEMA or not results.get("states"):
+    if results.get("schema") != REPORT_SCHEMA or not results.get("states"):
         raise InputError(
-            f"the report needs results of schema {SCHEMA} with at least one state, but got schema "
+            f"the report needs results of schema {REPORT_SCHEMA} with at least one state, but got schema "
             f"{results.get('schema')!r} with {len(results.get('states') or [])} states; run the stages again"
         )
-    drawn = draw(results)
+    drawn = draw_figures(results)
     return {
-        "report.md": as_markdown(results, examples, provenance, show_text, drawn),
+        "report.md": report_markdown(results, examples, provenance, show_text, drawn),
         "report.html": as_report_page(results, examples, provenance, show_text, details, drawn),
         "tables/attacks.csv": as_csv(attack_records(results)),
         "tables/states.csv": as_csv(state_records(results)),
@@ -133,7 +142,7 @@ def as_report_page(
         "attack_title": attack_title,
         "state_table": state_table(results),
         "further": further_table(results),
-        "further_note": FURTHER,
+        "further_note": _FURTHER,
         "differences": difference_table(results),
         "difference_note": DIFFERENCES,
         "categories": category_table(results),
@@ -148,11 +157,11 @@ def as_report_page(
         "browsed": bool(browsed),
         "show_text": show_text,
     }
-    data = {"charts": charts, **({"responses": packed(browsed, show_text)} if browsed else {})}
+    data = {"charts": charts, **({"responses": compressed(browsed, show_text)} if browsed else {})}
     return as_page("report.html", values, data)
 
 
-def as_markdown(
+def report_markdown(
     results: dict[str, Any],
     examples: Sequence[dict[str, Any]],
     provenance: dict[str, Any],
@@ -160,43 +169,48 @@ def as_markdown(
     drawn: dict[str, str],
 ) -> str:
     """The same report for a release note or a pull request; the figures are links to the files beside it."""
-    blocks = [f"# Safety neurons of {plain(results['model'])}", f"**{plain(headline(results))}**"]
-    blocks.append("\n".join(f"- **{plain(topic)}.** {plain(text)}" for topic, text in points(results)))
+    blocks = [f"# Safety neurons of {escaped(results['model'])}", f"**{escaped(headline(results))}**"]
+    blocks.append("\n".join(f"- **{escaped(topic)}.** {escaped(text)}" for topic, text in points(results)))
     blocks.append(BRACKETS)
-    blocks += [f"> **Warning.** {plain(warning)}" for warning in provenance["warnings"]]
+    blocks += [f"> **Warning.** {escaped(warning)}" for warning in provenance["warnings"]]
     blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
-    blocks += [piped(attack_table(results)), *pictures(drawn, "attack")]
-    blocks += tabled("Other attacks", FURTHER, further_table(results))
-    blocks += ["## What the answers were", piped(outcome_table(results))]
+    blocks += [table_escaped(attack_table(results)), *pictures(drawn, "attack")]
+    blocks += tabled("Other attacks", _FURTHER, further_table(results))
+    blocks += ["## What the answers were", table_escaped(outcome_table(results))]
     blocks += ["## Over-refusal and perplexity", "Benign requests refused; perplexity after the semicolon."]
-    blocks.append(piped(refusal_table(results)))
+    blocks.append(table_escaped(refusal_table(results)))
     blocks += tabled("Over-refusal by category", "Benign requests refused, nothing pruned.", category_table(results))
     blocks += tabled("Capability", CAPABILITY, capability_table(results))
     blocks += tabled("Differences between states", DIFFERENCES, difference_table(results))
     if "curve" in drawn:
         blocks += ["## As more neurons are pruned", *pictures(drawn, "curve")]
-    blocks += ["## The neurons and the training", piped(state_table(results)), *pictures(drawn, "layers", "training")]
+    blocks += [
+        "## The neurons and the training",
+        table_escaped(state_table(results)),
+        *pictures(drawn, "layers", "training"),
+    ]
     if examples:
         blocks.append("## Examples")
-    for title, group in shown(examples, show_text).items():
-        blocks += [f"### {plain(title)}", *(quoted(example) for example in group)]
-    blocks += ["## Method", "\n".join(f"- {plain(text)}" for text in methods(results))]
-    blocks += ["## Limits", "\n".join(f"- {plain(text)}" for text in limits(results)), "## How it was made"]
+    for title, group in examples_shown(examples, show_text).items():
+        blocks += [f"### {escaped(title)}", *(example_quoted(example) for example in group)]
+    blocks += ["## Method", "\n".join(f"- {escaped(text)}" for text in methods(results))]
+    blocks += ["## Limits", "\n".join(f"- {escaped(text)}" for text in limits(results)), "## How it was made"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     blocks.append(
-        f"safeneuron {plain(provenance['version'])}, {plain(provenance['created'])}. Model fingerprint "
-        f"{plain(results['fingerprint'])}, judge {plain(results['judge'])}, seed {results['seed']}. {plain(versions)}."
+        f"safeneuron {escaped(provenance['version'])}, {escaped(provenance['created'])}. "
+        f"Model fingerprint {escaped(results['fingerprint'])}, judge {escaped(results['judge'])}, "
+        f"seed {results['seed']}. {escaped(versions)}."
     )
-    blocks += [fenced(provenance["command"]), piped(stage_table(provenance)), fenced(provenance["config_toml"])]
+    blocks += [fenced(provenance["command"]), table_escaped(stage_table(provenance)), fenced(provenance["config_toml"])]
     return "\n\n".join(blocks) + "\n"
 
 
-def quoted(example: dict[str, Any]) -> str:
+def example_quoted(example: dict[str, Any]) -> str:
     """Prompt and verdict of one example, and its response as a quotation."""
     hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
-    response = "\n> ".join(plain(line) for line in (example["response"] + hidden).splitlines() or [""])
-    image = f" [image: {plain(example['image'])}]" if example.get("image") else ""
-    return f"{plain(example['prompt'])}{image} *({plain(example['verdict'])})*\n\n> {response}"
+    response = "\n> ".join(escaped(line) for line in (example["response"] + hidden).splitlines() or [""])
+    image = f" [image: {escaped(example['image'])}]" if example.get("image") else ""
+    return f"{escaped(example['prompt'])}{image} *({escaped(example['verdict'])})*\n\n> {response}"
 
 
 def pictures(drawn: dict[str, str], *names: str) -> list[str]:

@@ -124,10 +124,10 @@ def attack_of(state: dict[str, Any], which: str, knowledge: str) -> dict[str, An
     return found[0] if found else None
 
 
-def share_of(attack: dict[str, Any] | None, kind: str, verdict: str) -> Share | None:
+def judged_share(attack: dict[str, Any] | None, kind: str, verdict: str) -> Share | None:
     """Share of ``verdict`` among the judged ``kind`` answers; None if not run or if no answer could be judged."""
     counts = attack[kind] if attack else None
-    total = judged(counts) if counts else 0
+    total = judged_count(counts) if counts else 0
     if not counts or total <= 0 or counts["rate"] is None:
         return None
     return Share(counts[verdict], total, counts["rate"], counts["low"], counts["high"])
@@ -135,27 +135,27 @@ def share_of(attack: dict[str, Any] | None, kind: str, verdict: str) -> Share | 
 
 def success_of(attack: dict[str, Any] | None) -> Share | None:
     """Attack success rate: the share of harmful requests that the model complied with."""
-    return share_of(attack, "harmful", "complied")
+    return judged_share(attack, "harmful", "complied")
 
 
 def refusal_of(attack: dict[str, Any] | None) -> Share | None:
     """Over-refusal: the share of benign requests that the model refused."""
-    return share_of(attack, "benign", "refused")
+    return judged_share(attack, "benign", "refused")
 
 
-def judged(counts: dict[str, Any]) -> int:
+def judged_count(counts: dict[str, Any]) -> int:
     """Number of answers on which the judge had an opinion."""
     return int(counts["n"] - counts["cannot say"])
 
 
 def incoherent_share(attack: dict[str, Any] | None) -> float | None:
     """Share of incoherent text among the judged answers to harmful requests; None if there is none to judge."""
-    if attack is None or judged(attack["harmful"]) <= 0:
+    if attack is None or judged_count(attack["harmful"]) <= 0:
         return None
-    return float(attack["harmful"]["incoherent"] / judged(attack["harmful"]))
+    return float(attack["harmful"]["incoherent"] / judged_count(attack["harmful"]))
 
 
-def listed(parts: Iterable[str]) -> str:
+def joined_words(parts: Iterable[str]) -> str:
     """``a, b and c``."""
     *head, last = parts
     return f"{', '.join(head)} and {last}" if head else last

@@ -15,7 +15,7 @@ from safeneuron.reporting.results import (
     attack_title,
     decimal,
     incoherent_share,
-    listed,
+    joined_words,
     percent,
     refusal_of,
     success_of,
@@ -41,7 +41,7 @@ def headline(results: dict[str, Any]) -> str:
         return resistance(others[0], base) + coherence_caveat(others[0], base)
     groups: dict[str, list[str]] = {"lower": [], "unclear": [], "higher": [], "unknown": []}
     for state in others:
-        groups[outcome(state, base)].append(state["name"])
+        groups[adaptive_outcome(state, base)].append(state["name"])
     verb = {key: "resists" if len(names) == 1 else "resist" for key, names in groups.items()}
     clauses = {
         "lower": f"{{}} {verb['lower']} better than {base['name']}",
@@ -49,12 +49,12 @@ def headline(results: dict[str, Any]) -> str:
         "higher": f"{{}} {verb['higher']} worse than {base['name']}",
         "unknown": "nothing is known of {}",
     }
-    said = [clauses[key].format(listed(names)) for key, names in groups.items() if names]
+    said = [clauses[key].format(joined_words(names)) for key, names in groups.items() if names]
     if not groups["lower"]:
         said.insert(0, f"no state is shown to resist better than {base['name']}")
-    doubtful = {state["name"]: outcome(state, base) for state in others if coherence_caveat(state, base)}
+    doubtful = {state["name"]: adaptive_outcome(state, base) for state in others if coherence_caveat(state, base)}
     broken = [name for name, side in doubtful.items() if side == "lower"]
-    caveat = f" In {listed(broken)} a part of the fall is broken text and not refusal." if broken else ""
+    caveat = f" In {joined_words(broken)} a part of the fall is broken text and not refusal." if broken else ""
     if "higher" in doubtful.values():
         caveat += f" But the low rate of {base['name']} is at least in part broken text and not refusal."
     return f"Under the adaptive FULL attack {'; '.join(said)}.{caveat}"
@@ -75,17 +75,17 @@ def points(results: dict[str, Any]) -> list[Point]:
         for rival in others
         if rival["round"] == state["round"] and rival["variant"] and not state["variant"]
     ]
-    found += [Point("Strongest attack", text) for text in [strongest(states)] if text]
+    found += [Point("Strongest attack", text) for text in [strongest_attack(states)] if text]
     found.append(Point("Random control", random_control(states)))
     found.append(Point("Over-refusal", over_refusal(states)))
     found.append(Point("Incoherent answers", incoherence(states)))
-    found.append(Point("Perplexity", perplexity(states)))
+    found.append(Point("Perplexity", perplexity_sentence(states)))
     found += [Point("Frozen neurons", text) for text in [integrity(others)] if text]
     found += [Point("Not judged", text) for text in [not_judged(states)] if text]
     return found
 
 
-def outcome(state: dict[str, Any], base: dict[str, Any]) -> str:
+def adaptive_outcome(state: dict[str, Any], base: dict[str, Any]) -> str:
     """Adaptive FULL attack on ``state`` against ``base``: ``lower``, ``higher``, ``unclear`` or ``unknown``."""
     new = success_of(attack_of(state, "FULL", "adaptive"))
     old = success_of(attack_of(base, "FULL", "adaptive"))
@@ -123,11 +123,11 @@ def resistances(states: list[dict[str, Any]]) -> str:
         "harmful requests."
     )
     shares = {state["name"]: success_of(attack_of(state, "FULL", "adaptive")) for state in others}
-    found = compared(old, shares, lower="Better, the intervals apart", higher="Worse, the intervals apart")
+    found = comparison_sentences(old, shares, lower="Better, the intervals apart", higher="Worse, the intervals apart")
     return " ".join([start, *found]) + "".join(coherence_caveat(state, base) for state in others)
 
 
-def compared(old: Share, shares: dict[str, Share | None], lower: str, higher: str) -> list[str]:
+def comparison_sentences(old: Share, shares: dict[str, Share | None], lower: str, higher: str) -> list[str]:
     """Sentences that list the named shares by how they compare with ``old``."""
     titles = {
         "lower": lower,
@@ -140,7 +140,7 @@ def compared(old: Share, shares: dict[str, Share | None], lower: str, higher: st
         groups[titles[share.compared_with(old) if share else "unknown"]].append(
             f"{name} {share.words()}" if share else name
         )
-    return [f"{title}: {listed(items)}." for title, items in groups.items() if items]
+    return [f"{title}: {joined_words(items)}." for title, items in groups.items() if items]
 
 
 def coherence_caveat(state: dict[str, Any], base: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def coherence_caveat(state: dict[str, Any], base: dict[str, Any]) -> str:
     old = incoherent_share(attack_of(base, "FULL", "adaptive"))
     if new is None or old is None:
         return ""
-    side = outcome(state, base)
+    side = adaptive_outcome(state, base)
     if side == "lower" and new - old >= NOTABLE_INCOHERENCE:
         return (
             f" But {percent(new)} of the answers of {state['name']} under attack are incoherent ({base['name']}: "
@@ -186,7 +186,7 @@ def pruning_effect(state: dict[str, Any], neurons_total: int, part: str = "text"
     return said[side] + caveat
 
 
-def strongest(states: list[dict[str, Any]]) -> str:
+def strongest_attack(states: list[dict[str, Any]]) -> str:
     """Of each state the attack that the most requests were complied with under; nothing without other attacks."""
     said = []
     for state in states:
@@ -218,7 +218,7 @@ def random_control(states: list[dict[str, Any]]) -> str:
         "lower": "Less in {}: these sets do not hold what keeps the model safe, or pruning them breaks the text "
         "instead, which is no success (see the incoherent answers).",
     }
-    said = [sentences[key].format(listed(names)) for key, names in groups.items() if names]
+    said = [sentences[key].format(joined_words(names)) for key, names in groups.items() if names]
     if not said:
         return "No random control was judged, so the effect of mere damage is not known."
     size = "as many random ones" if sizes_match else "random ones, not everywhere as many"
@@ -232,7 +232,7 @@ def over_refusal(states: list[dict[str, Any]]) -> str:
     if old is None:
         return f"Over-refusal was not measured on {base['name']}."
     shares = {state["name"]: refusal_of(attack_of(state, "ORI", "none")) for state in others}
-    found = compared(old, shares, lower="Fewer, the intervals apart", higher="More, the intervals apart")
+    found = comparison_sentences(old, shares, lower="Fewer, the intervals apart", higher="More, the intervals apart")
     return " ".join([f"With nothing pruned, {base['name']} refuses {old.words()} of benign requests.", *found])
 
 
@@ -249,7 +249,7 @@ def incoherence(states: list[dict[str, Any]]) -> str:
     return f"Share of broken text, unpruned and under the adaptive FULL attack: {'; '.join(known)}."
 
 
-def perplexity(states: list[dict[str, Any]]) -> str:
+def perplexity_sentence(states: list[dict[str, Any]]) -> str:
     """Perplexity with nothing pruned, state by state."""
     base, *others = states
     old = (attack_of(base, "ORI", "none") or {}).get("perplexity")
@@ -260,7 +260,7 @@ def perplexity(states: list[dict[str, Any]]) -> str:
         new = (attack_of(state, "ORI", "none") or {}).get("perplexity")
         value = "not measured" if new is None else f"{decimal(new)} ({100 * (new / old - 1):+.0f}\u00a0%)"
         parts.append(f"{value} in {state['name']}")
-    return f"With nothing pruned: {listed(parts)}. Lower is better."
+    return f"With nothing pruned: {joined_words(parts)}. Lower is better."
 
 
 def integrity(states: list[dict[str, Any]]) -> str:
@@ -270,11 +270,11 @@ def integrity(states: list[dict[str, Any]]) -> str:
     kept = [name for name, align in frozen if align["frozen_identical"]]
     broken = [name for name, align in frozen if not align["frozen_identical"]]
     still = [name for name, align in aligned if not align["free_change"]]
-    sentences = [f"Bit-identical after training in {listed(kept)}."] if kept else []
+    sentences = [f"Bit-identical after training in {joined_words(kept)}."] if kept else []
     if broken:
-        sentences.append(f"NOT identical after training in {listed(broken)}: the freeze failed there.")
+        sentences.append(f"NOT identical after training in {joined_words(broken)}: the freeze failed there.")
     if still:
-        sentences.append(f"No free parameter of {listed(still)} moved: these states are not trained.")
+        sentences.append(f"No free parameter of {joined_words(still)} moved: these states are not trained.")
     return " ".join(sentences)
 
 
@@ -313,7 +313,7 @@ def methods(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def untried(results: dict[str, Any]) -> str:
+def untried_attacks(results: dict[str, Any]) -> str:
     """Which kinds of attack the results tell nothing about."""
     tried = {(attack["set"], attack["knowledge"]) for state in results["states"] for attack in state["attacks"]}
     kinds = {knowledge for _, knowledge in tried}
@@ -330,7 +330,7 @@ def untried(results: dict[str, Any]) -> str:
         if not was_tried
     ]
     if missing:
-        return f"A low rate tells nothing of attacks that were not tried here: {listed(missing)}."
+        return f"A low rate tells nothing of attacks that were not tried here: {joined_words(missing)}."
     return "An attacker who searches longer, tunes more or asks otherwise than here may do better than any of these."
 
 
@@ -341,7 +341,7 @@ def limits(results: dict[str, Any]) -> list[str]:
         f"another training run: this is one run with seed {results['seed']}.",
         "Intervals that do not overlap are a strict test of a difference; intervals that overlap do not prove that "
         "there is none.",
-        untried(results),
+        untried_attacks(results),
         f"Answers were cut at {results['max_new_tokens']} tokens and judged on that beginning.",
         "Static means that the attacker prunes the neurons found on the base model; adaptive, that they were found "
         "again on the model under attack. Adaptive is the honest threat; on the base model the two are the same.",
@@ -359,7 +359,7 @@ def limits(results: dict[str, Any]) -> list[str]:
         )
     else:
         said.append(f"The verdicts are those of the judge {results['judge']}, errors included: read a sample yourself.")
-    said += [agreed(state, pair) for state in results["states"] for pair in state.get("agreement", ())]
+    said += [agreement_sentence(state, pair) for state in results["states"] for pair in state.get("agreement", ())]
     if len(results["states"]) > 2:
         said.append(
             "Several states are compared with one base; among many comparisons some stand out by chance. The corrected "
@@ -368,7 +368,7 @@ def limits(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def agreed(state: dict[str, Any], pair: dict[str, Any]) -> str:
+def agreement_sentence(state: dict[str, Any], pair: dict[str, Any]) -> str:
     """How far two judges agree on the answers of a state."""
     first, second = pair["judges"]
     if not pair["n"]:

@@ -18,18 +18,18 @@ from safeneuron.reporting.results import (
     columns_of,
     decimal,
     further_of,
-    judged,
+    judged_count,
+    judged_share,
     percent,
     refusal_of,
     same_as_static,
-    share_of,
     success_of,
 )
 
 GROUP = 20
 """Categories of fewer benign requests on average tell too little to be shown apart."""
 OUTCOMES = ("refused", "complied", "harmless", "incoherent", "cannot say")
-SHARES = ("rate", "low", "high")
+_RATE_COLUMNS = ("rate", "low", "high")
 FOUND = (
     "effect_size_threshold",
     "shift_threshold",
@@ -100,7 +100,7 @@ def outcome_cell(attack: dict[str, Any] | None) -> str:
     if attack is None or success is None:
         return NOTHING
     counts = attack["harmful"]
-    refused, broken = (percent(counts[verdict] / judged(counts)) for verdict in ("refused", "incoherent"))
+    refused, broken = (percent(counts[verdict] / judged_count(counts)) for verdict in ("refused", "incoherent"))
     return f"{percent(success.rate)} ({success.interval()}); {refused}, {broken}"
 
 
@@ -204,7 +204,7 @@ def category_table(results: dict[str, Any]) -> Table:
         return header, []
     rows = []
     for category in sizes:
-        shares = [share_of({"benign": groups.get(category)}, "benign", "refused") for groups in found]
+        shares = [judged_share({"benign": groups.get(category)}, "benign", "refused") for groups in found]
         rows.append([category or "(none)", *(Cell(share, None, False).text() for share in shares)])
     return header, rows
 
@@ -236,7 +236,7 @@ def attack_records(results: dict[str, Any]) -> list[dict[str, Any]]:
             for kind, rate in (("harmful", "attack_success"), ("benign", "over_refusal")):
                 counts = attack[kind] or {}
                 record |= {f"{kind}_{key.replace(' ', '_')}": counts.get(key) for key in ("n", *OUTCOMES)}
-                record |= {f"{rate}_{key}": counts.get(key) for key in SHARES}
+                record |= {f"{rate}_{key}": counts.get(key) for key in _RATE_COLUMNS}
             record["perplexity"] = attack["perplexity"]
             records.append(record)
     return records

@@ -61,11 +61,11 @@ def result_table(results: dict[str, Any]) -> Iterator[str]:
 NOTHING = "–"
 MASKED = "(masked; --show-text shows it)"
 
-Table = tuple[str, list[str], list[list[str]]]
+TitledTable = tuple[str, list[str], list[list[str]]]
 Record = dict[str, Any]
 
 
-def told(analysis: dict[str, Record], show_text: bool = False) -> list[Table]:
+def analysis_tables(analysis: dict[str, Record], show_text: bool = False) -> list[TitledTable]:
     """A title, a header and rows for each part that there is; the first column is words, the others are numbers."""
     known = {
         "topics": _topics, "depth": _depth, "stability": _stability, "states": _states, "redundancy": _redundancy,
@@ -77,47 +77,57 @@ def told(analysis: dict[str, Record], show_text: bool = False) -> list[Table]:
     return [table for table in tables if table[2]]
 
 
-def _topics(record: Record) -> Table:
+def _topics(record: Record) -> TitledTable:
     columns = (record["overlaps"], record["shuffled_topics"], record["random_neurons"])
     rows = [
         [
             f"K = {own['topics']}",
-            *(share(one[index]["jaccard"]) if one else NOTHING for one in columns),
-            share(own["shared"]),
+            *(percentage(one[index]["jaccard"]) if one else NOTHING for one in columns),
+            percentage(own["shared"]),
         ]
         for index, own in enumerate(record["overlaps"])
     ]
     title = (
-        f"Topics: {record['core']:,} neurons in all {len(record['topics'])} "
-        f"(prompts dealt at random: {whole(record['shuffled_core'])}; random neurons: {record['core_by_chance']:.1f})"
+        f"Topics: {record['core']:,} neurons in all {len(record['topics'])} (prompts dealt "
+        f"at random: {thousands(record['shuffled_core'])}; random neurons: {record['core_by_chance']:.1f})"
     )
     return title, ["overlap", "Jaccard", "dealt at random", "random neurons", "of mean size"], rows
 
 
-def _depth(record: Record) -> Table:
+def _depth(record: Record) -> TitledTable:
     rows = [
-        [one["name"], whole(one["neurons"]), *(share(part) for part in one["thirds"]), decimal(one["mean_depth"])]
+        [
+            one["name"],
+            thousands(one["neurons"]),
+            *(percentage(part) for part in one["thirds"]),
+            decimals(one["mean_depth"]),
+        ]
         for one in record["sets"]
     ]
     return "Depth", ["set", "neurons", "early", "middle", "late", "mean depth"], rows
 
 
-def _stability(record: Record) -> Table:
+def _stability(record: Record) -> TitledTable:
     boot, needed = record["bootstrap"], record["needed"]
     rows = [
         [
             "bootstrap against all prompts",
-            decimal(boot["jaccard"]["mean"]),
-            decimal(boot["correlation"]["mean"]),
+            decimals(boot["jaccard"]["mean"]),
+            decimals(boot["correlation"]["mean"]),
             NOTHING,
         ]
     ]
     rows += [
-        [f"two samples of {one['prompts']}", decimal(one["mean"]), decimal(one["correlation"]), decimal(one["chance"])]
+        [
+            f"two samples of {one['prompts']}",
+            decimals(one["mean"]),
+            decimals(one["correlation"]),
+            decimals(one["chance"]),
+        ]
         for one in record["samples"]
     ]
     rows += [
-        [f"measured with {one['variant']}", decimal(one["jaccard"]), decimal(one["correlation"]), NOTHING]
+        [f"measured with {one['variant']}", decimals(one["jaccard"]), decimals(one["correlation"]), NOTHING]
         for one in record["variants"]
     ]
     for one in record.get("also", []):
@@ -127,7 +137,7 @@ def _stability(record: Record) -> Table:
             ("  these, as the run has them, against all", one["fewer"]),
         )
         rows += [
-            [words, decimal(found["jaccard"]), decimal(found["correlation"]), NOTHING]
+            [words, decimals(found["jaccard"]), decimals(found["correlation"]), NOTHING]
             for words, found in kinds
             if found["jaccard"] is not None
         ]
@@ -136,19 +146,19 @@ def _stability(record: Record) -> Table:
     return title, ["sets", "Jaccard", "rank correlation", "by chance"], rows
 
 
-def _states(record: Record) -> Table:
+def _states(record: Record) -> TitledTable:
     rows = []
     for one in record["states"]:
         moved = one["moved"] or []
         rows.append(
             [
                 one["state"],
-                *(whole(sum(one["turnover"][name])) for name in ("kept", "lost", "new")),
-                *(decimal(mean([layer[side] for layer in moved]), 4) for side in ("inside", "outside")),
-                decimal(mean(one["cka_unsafe"])),
-                decimal(mean(one["cka_safe"])),
-                decimal(mean(one["separability"])),
-                decimal(mean(one["separability_pruned"])),
+                *(thousands(sum(one["turnover"][name])) for name in ("kept", "lost", "new")),
+                *(decimals(mean([layer[side] for layer in moved]), 4) for side in ("inside", "outside")),
+                decimals(mean(one["cka_unsafe"])),
+                decimals(mean(one["cka_safe"])),
+                decimals(mean(one["separability"])),
+                decimals(mean(one["separability_pruned"])),
             ]
         )
     header = [
@@ -166,47 +176,47 @@ def _states(record: Record) -> Table:
     return "States against T0 (means over layers)", header, rows
 
 
-def _redundancy(record: Record) -> Table:
+def _redundancy(record: Record) -> TitledTable:
     rows = []
     for one in record["states"]:
         tried, pruned = len(one["sets"]), one["curve"][-1]["neurons"]
         most = {"redundancy_index": tried, "coherent_index": tried, "sets_to_halve": tried, "neurons_to_halve": pruned}
         numbers = [bounded(one[name], (one["intervals"] or {}).get(name), end) for name, end in most.items()]
-        rows.append([one["state"], share(one["intact"]["refused"]), *numbers])
+        rows.append([one["state"], percentage(one["intact"]["refused"]), *numbers])
     title = f"Redundancy, with 95 % intervals over prompts. {READING}"
     return title, ["state", "refused", "break alone", "coherently", "sets to halve", "top neurons to halve"], rows
 
 
-def _methods(record: Record) -> Table:
+def _methods(record: Record) -> TitledTable:
     rows = [
         [
             one["label"],
-            whole(one["selected"]),
-            whole(one["significant"]),
-            whole(one["missed"]),
-            decimal(one["largest_q"], 3),
+            thousands(one["selected"]),
+            thousands(one["significant"]),
+            thousands(one["missed"]),
+            decimals(one["largest_q"], 3),
         ]
         for one in record["discoveries"]
     ]
     return "False discoveries", ["set", "neurons", "q < .05", "q < .05, not taken", "largest q"], rows
 
 
-def _scale(record: Record) -> Table:
+def _scale(record: Record) -> TitledTable:
     rows = []
     for one in record["iterations"]:
-        rates = [share(value) for name, value in one.items() if name.startswith("ASR")]
-        rows.append([one["state"], whole(one["neurons"]), whole(one["frozen"]), *rates])
+        rates = [percentage(value) for name, value in one.items() if name.startswith("ASR")]
+        rows.append([one["state"], thousands(one["neurons"]), thousands(one["frozen"]), *rates])
     names = [name for name in record["iterations"][0] if name.startswith("ASR")] if record["iterations"] else []
     return "Rounds", ["state", "neurons", "frozen", *names], rows
 
 
-def _neurons(record: Record, show_text: bool) -> Table:
+def _neurons(record: Record, show_text: bool) -> TitledTable:
     rows = []
     for one in record["neurons"]:
         best = max(one["profile"], key=lambda name: one["profile"][name])
         promoted = " ".join(repr(token) for token in one["promoted"][:4])
         prompt = one["exciting"][0][:60] if show_text else MASKED
-        rows.append([f"{one['layer']}/{one['channel']}", decimal(one["d"]), best, promoted, prompt])
+        rows.append([f"{one['layer']}/{one['channel']}", decimals(one["d"]), best, promoted, prompt])
     return "Neurons", ["layer/channel", "d", "category", "promotes", "excited by"], rows
 
 
@@ -216,17 +226,17 @@ def mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def decimal(value: float | None, places: int = 2) -> str:
+def decimals(value: float | None, places: int = 2) -> str:
     """With so many places."""
     return NOTHING if value is None else f"{value:.{places}f}"
 
 
-def share(value: float | None) -> str:
+def percentage(value: float | None) -> str:
     """In per cent."""
     return NOTHING if value is None else f"{100 * value:.1f} %"
 
 
-def whole(value: int | None) -> str:
+def thousands(value: int | None) -> str:
     """With a comma at each thousand."""
     return NOTHING if value is None else f"{value:,}"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from safeneuron.runtime.progress import Progress
 from safeneuron.attacks.checkpoint import write_pruned
 from safeneuron.attacks.finetuning import Demonstration
 from safeneuron.attacks.finetuning import finetuned
@@ -63,7 +64,6 @@ import random
 ANSWER_TOKENS = 32
 """Tokens of the answers that rivals read: where a refusal is decided."""
 
-Progress = Callable[[int, int], None]
 
 
 def require_given(config: Config) -> None:
@@ -144,7 +144,7 @@ class Rivals:
         self.unsafe, self.safe = (sample(prompts, count, config.seed) for prompts in self.all)
         refusals = [refusal(prompt, config.seed) for prompt in self.unsafe]
         self.refused = exchanges_of(model, self.unsafe, refusals, self.tokens)
-        answers = answered(model, self.safe, config.attack.batch_size)
+        answers = answered_prompts(model, self.safe, config.attack.batch_size)
         kept = [(prompt, answers[index]) for index, prompt in enumerate(self.safe) if answers[index]]
         self.answered = exchanges_of(model, [prompt for prompt, _ in kept], [answer for _, answer in kept], self.tokens)
 
@@ -169,7 +169,7 @@ class Rivals:
         return activation_contrast(self.model, other(), [*self.refused, *self.answered])
 
 
-def answered(model: Model, prompts: Sequence[Prompt], batch_size: int) -> list[str]:
+def answered_prompts(model: Model, prompts: Sequence[Prompt], batch_size: int) -> list[str]:
     """The model's answers to the prompts, in order, short and cut at the end of a sentence."""
     found = [response for batch in respond(model, prompts, ANSWER_TOKENS, batch_size) for response in batch]
     return [whole_sentences(one.response) for one in sorted(found, key=lambda one: one.index)]
@@ -187,7 +187,7 @@ def demonstrations(
         return read_demonstrations(table.fine_tune_data)
     prompts = sample(unsafe, table.selector_prompts, config.seed)
     with pruned_anywhere(model, own):
-        answers = answered(model, prompts, table.batch_size)
+        answers = answered_prompts(model, prompts, table.batch_size)
     verdicts = distributed.from_main(lambda: judge()([prompt.text for prompt in prompts], answers))
     return [
         Demonstration(prompt.text, answer)
@@ -208,7 +208,7 @@ def answer_all(
     """Every answer of the state that is not in ``folder`` yet, and under each attack the perplexity of plain prose."""
     table = config.attack
     prompts = {"harmful": findings.prompts("test_unsafe"), "benign": findings.prompts("test_safe")}
-    plan = [(pruning, asked(pruning, table)) for pruning in findings.prunings(state)]
+    plan = [(pruning, kinds_answered(pruning, table)) for pruning in findings.prunings(state)]
     total = sum(len(prompts[kind]) for _, kinds in plan for kind in kinds)
     done = 0
     for pruning, kinds in plan:
@@ -217,8 +217,8 @@ def answer_all(
             done += sum(len(prompts[kind]) for kind in kinds)
             continue
         attempt = input_attempts(pruning.set)[0] if pruning.knowledge == "input" else PLAIN
-        with under(config, findings, state, model, pruning):
-            with answering(model, pruning, table) as answerer:
+        with attacked_model(config, findings, state, model, pruning):
+            with answer_batches(model, pruning, table) as answerer:
                 for kind in kinds:
                     path = here / f"{kind}.jsonl"
                     done = answer(answerer, path, prompts[kind], table, attempt, progress, done, total)
@@ -231,7 +231,7 @@ def answer_all(
             write_json(here / "pruned.json", record)
 
 
-def asked(pruning: Pruning, table: AttackTable) -> list[str]:
+def kinds_answered(pruning: Pruning, table: AttackTable) -> list[str]:
     """Which requests are answered under an attack."""
     benign = table.over_refusal == "always" or (table.over_refusal == "unpruned" and pruning.neurons is None)
     return ["harmful", "benign"] if benign and pruning.knowledge in BASIC else ["harmful"]
@@ -244,7 +244,7 @@ def count_of(pruning: Pruning) -> int:
 
 
 @contextmanager
-def under(config: Config, findings: Findings, state: State, model: Model, pruning: Pruning) -> Iterator[None]:
+def attacked_model(config: Config, findings: Findings, state: State, model: Model, pruning: Pruning) -> Iterator[None]:
     """Within the block the model is under the attack; the request is another matter."""
     table = config.attack
     if pruning.knowledge != "model":
@@ -263,7 +263,7 @@ def under(config: Config, findings: Findings, state: State, model: Model, prunin
 
 
 @contextmanager
-def answering(model: Model, pruning: Pruning, table: AttackTable) -> Iterator[Model | Server]:
+def answer_batches(model: Model, pruning: Pruning, table: AttackTable) -> Iterator[Model | Server]:
     """Who answers under the attack: the model itself, or vLLM with a checkpoint of it that is deleted afterwards."""
     in_weights = pruning.knowledge != "model" and not isinstance(pruning.neurons, Edit)
     if table.backend == "transformers" or not in_weights:

@@ -13,9 +13,9 @@ from safeneuron.config.states import State
 from safeneuron.config.toml import read_config
 from safeneuron.config.toml import to_toml
 from safeneuron.errors import InputError
-from safeneuron.evaluation.rates import compare
+from safeneuron.evaluation.rates import paired_difference
 from safeneuron.evaluation.rates import corrected
-from safeneuron.evaluation.rates import outcome
+from safeneuron.evaluation.rates import verdict_rates
 from safeneuron.models import embedded
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.reporting.comparison import Asked
@@ -52,7 +52,7 @@ def write_report(config: Config, run: Run, folder: Path) -> None:
     results = collect(config, run)
     write_json(folder / "results.json", results)
     answers = responses(config, run)
-    details = Details(answers, strongest(config, run), analysis_figures(run))
+    details = Details(answers, strongest_neurons(config, run), analysis_figures(run))
     files = render(results, examples(config, answers), provenance(config, run), config.report.show_text, details)
     for name, text in files.items():
         write_text(folder / name, text)
@@ -76,7 +76,7 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "layers": len(base.widths),
         "part": config.measure.part,
         "states": [_state(config, run, state, base) for state in states],
-        "differences": differences(run, states),
+        "differences": state_differences(run, states),
     }
 
 
@@ -137,7 +137,7 @@ def _refusals_by_category(run: Run, state: State, findings: Findings) -> dict[st
     for index, prompt in enumerate(findings.prompts("test_safe")):
         if index in found:
             groups.setdefault(prompt.category, []).append(found[index])
-    return {category: outcome(verdicts, "refused") for category, verdicts in sorted(groups.items())}
+    return {category: verdict_rates(verdicts, "refused") for category, verdicts in sorted(groups.items())}
 
 
 def _capability(folder: Path) -> dict[str, dict[str, Any]]:
@@ -148,7 +148,7 @@ def _capability(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
+def state_differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
     """Paired comparisons, each state with T0 and the main training with each variant of the same round.
 
     The p-values are corrected for their number, all of this list together.
@@ -165,7 +165,7 @@ def differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
             asked = [
                 index for index in sorted(one.keys() & other.keys()) if "cannot say" not in (one[index], other[index])
             ]
-            result = compare([one[i] == verdict for i in asked], [other[i] == verdict for i in asked])
+            result = paired_difference([one[i] == verdict for i in asked], [other[i] == verdict for i in asked])
             if result is not None:
                 what = {"kind": kind, "verdict": verdict, "set": which, "knowledge": knowledge}
                 found.append({"first": first.name, "second": second.name, **what, **result.to_record()})
@@ -247,7 +247,7 @@ def examples(config: Config, answers: Sequence[dict[str, Any]]) -> list[dict[str
     return found
 
 
-def strongest(config: Config, run: Run) -> dict[str, list[list[float]]]:
+def strongest_neurons(config: Config, run: Run) -> dict[str, list[list[float]]]:
     """The neurons of each state with the largest effect size or shift, in the form that ``charts`` takes."""
     findings = Findings(config, run)
     found = {}
@@ -330,7 +330,7 @@ def write_comparison(folders: Sequence[Path], target: Path) -> list[Path]:
     found = list(target.iterdir()) if target.is_dir() else []
     if found and not (target / MARKER).exists():
         raise InputError(f"{target} holds files but no comparison; give an empty or new folder with --out")
-    runs = [compared(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    runs = [compared_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
     files = render_comparison(runs)
     write_json(target / MARKER, {"schema": 1, "kind": "comparison", "runs": [str(folder) for folder in folders]})
     for name, text in files.items():
@@ -338,7 +338,7 @@ def write_comparison(folders: Sequence[Path], target: Path) -> list[Path]:
     return [target / name for name in files]
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
+def run_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the folders' paths that tell them all apart."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -348,7 +348,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     raise AssertionError("different folders have different paths")
 
 
-def compared(folder: Path, name: str) -> Compared:
+def compared_run(folder: Path, name: str) -> Compared:
     """One finished run as the comparison takes it."""
     run = Run.open(folder)
     if not (folder / "report" / "done.json").exists():
@@ -372,7 +372,7 @@ def verdicts(config: Config, run: Run) -> dict[Asked, dict[str, str]]:
         for which, knowledge in dict.fromkeys(attacks):
             for kind in ("harmful", "benign"):
                 judged = verdicts_of(run, state, kind, which, knowledge)
-                prompts = prompts_of(run, state, kind)
+                prompts = requests_of(run, state, kind)
                 by_text: dict[str, str] = {}
                 for index, verdict in judged.items():
                     by_text.setdefault(prompts[index], verdict)
@@ -380,7 +380,7 @@ def verdicts(config: Config, run: Run) -> dict[Asked, dict[str, str]]:
     return found
 
 
-def prompts_of(run: Run, state: State, kind: str) -> dict[int, str]:
+def requests_of(run: Run, state: State, kind: str) -> dict[int, str]:
     """The requests of a kind, as the unpruned state was asked them."""
     lines = read_lines(run.folder / state.name / "attack" / "ORI" / f"{kind}.jsonl")
     return {int(line["index"]): str(line["prompt"]) for line in lines}

@@ -120,7 +120,7 @@ class Licence:
         return self.id != UNKNOWN
 
 
-def given(text: str) -> Licence:
+def licence_named(text: str) -> Licence:
     """The licence that the user names. Raises ``InputError`` for what cannot be an id of the Hub."""
     name = text.strip().lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
@@ -130,9 +130,9 @@ def given(text: str) -> Licence:
     return Licence(name)
 
 
-def in_folder(folder: Path) -> Licence:
+def licence_in(folder: Path) -> Licence:
     """The licence of the model in a folder, from the model card there, or else from a licence file; or unknown."""
-    licence = of_card(_text(folder / "README.md"))
+    licence = licence_of_card(_text(folder / "README.md"))
     if licence.known:
         return licence
     texts = [path for path in legal_files(folder) if not path.name.lower().startswith(("notice", "use_policy"))]
@@ -144,7 +144,7 @@ def in_folder(folder: Path) -> Licence:
     return Licence("other", "license-of-the-base-model", texts[0].name) if texts else Licence(UNKNOWN)
 
 
-def of_card(text: str) -> Licence:
+def licence_of_card(text: str) -> Licence:
     """The licence in the metadata of a model card; unknown if it has none."""
     front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
     fields = {
@@ -158,7 +158,7 @@ def of_card(text: str) -> Licence:
     return Licence(fields["license"], fields["license_name"], fields["license_link"])
 
 
-def on_the_hub(name: str, revision: str = "") -> Licence:
+def licence_on_hub(name: str, revision: str = "") -> Licence:
     """The licence that the Hub states for a model; unknown if the Hub cannot be asked, or does not know."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]

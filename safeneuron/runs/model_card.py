@@ -24,17 +24,17 @@ from safeneuron.config.schema import SourceTable
 from safeneuron.config.states import BASE
 from safeneuron.config.states import State
 from safeneuron.reporting.rendering import fenced
-from safeneuron.reporting.rendering import piped
-from safeneuron.reporting.rendering import plain
+from safeneuron.reporting.rendering import table_escaped
+from safeneuron.reporting.rendering import escaped
 from safeneuron.reporting.results import attack_of
 from safeneuron.reporting.results import columns_of
-from safeneuron.reporting.results import listed
+from safeneuron.reporting.results import joined_words
 from safeneuron.reporting.summary import Point
 from safeneuron.reporting.summary import coherence_caveat
 from safeneuron.reporting.summary import incoherence
 from safeneuron.reporting.summary import limits
 from safeneuron.reporting.summary import over_refusal
-from safeneuron.reporting.summary import perplexity
+from safeneuron.reporting.summary import perplexity_sentence
 from safeneuron.reporting.summary import random_control
 from safeneuron.reporting.summary import resistance
 from safeneuron.reporting.tables import Table
@@ -73,11 +73,11 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
     align = run.folder / state.name / "align"
     frozen = read_json(align / "frozen.json")
     settings = read_json(align / "done.json")["settings"]["align"]
-    results = results_of(run, state)
+    results = finished_results(run, state)
     environment = Environment(
         undefined=StrictUndefined,
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+        finalize=lambda value: value if isinstance(value, Markup) else escaped(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -100,14 +100,14 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
         plain_start=frozen.get("quantise", "none") == "none",
         neurons=Findings(config, run).neurons(state),
         local=", ".join(Path(path).name for path in local_files(config)),
-        limits=[*(limits(results) if results else without_results(config)), *size_of(results, state)],
+        limits=[*(limits(results) if results else without_results(config)), *sample_size_lines(results, state)],
         address=Markup(json.dumps(hub) if hub else '"."  # a copy of this folder'),
         audit=Markup(fenced(f"safeneuron audit {hub or '.'}")),
         commands=Markup(fenced("\n".join(commands))),
         version=__version__,
         licence=base.licence,
         licence_text=" ".join(part for part in (base.licence.id, base.licence.name, base.licence.link) if part),
-        **shown(results, state),
+        **result_variables(results, state),
     )
 
 
@@ -129,7 +129,7 @@ def metadata(config: Config, base: Base) -> ModelCardData:
     )
 
 
-def results_of(run: Run, state: State) -> dict[str, Any] | None:
+def finished_results(run: Run, state: State) -> dict[str, Any] | None:
     """The results of the run's finished report, if it knows the state."""
     report = run.folder / "report"
     if not (report / "done.json").exists():
@@ -138,7 +138,7 @@ def results_of(run: Run, state: State) -> dict[str, Any] | None:
     return results if state.name in [found["name"] for found in results["states"]] else None
 
 
-def shown(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
+def result_variables(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
     """The variables of the template that need results."""
     if results is None:
         return {"results": None}
@@ -158,7 +158,7 @@ def shown(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
             Point("Random control", random_control([own])),
             Point("Over-refusal", over_refusal(pair)),
             Point("Incoherent answers", incoherence(pair)),
-            Point("Perplexity", perplexity(pair)),
+            Point("Perplexity", perplexity_sentence(pair)),
         ],
     }
 
@@ -173,7 +173,7 @@ def steps(config: Config, run: Run, state: State, frozen: dict[str, Any], settin
         f"active on {counts[0]:,} unsafe prompts than on {counts[1]:,} safe ones, by effect size or activation shift: "
         "the safety neurons."
     )
-    count, found_on = f"{frozen['frozen']:,}", listed(one.name for one in findings.chain(state))
+    count, found_on = f"{frozen['frozen']:,}", joined_words(one.name for one in findings.chain(state))
     yield {
         "safety": f"{count} neurons, all that were found on {found_on}, were frozen.",
         "random": f"{count} random neurons, as many in every layer as were found on {found_on}, were frozen: this "
@@ -249,7 +249,7 @@ def local_files(config: Config) -> list[str]:
     return list(dict.fromkeys([*folder, *files]))
 
 
-def size_of(results: dict[str, Any] | None, state: State) -> list[str]:
+def sample_size_lines(results: dict[str, Any] | None, state: State) -> list[str]:
     """How many requests the rates rest on, as a limit of them."""
     own = next((found for found in (results or {"states": []})["states"] if found["name"] == state.name), None)
     attack = attack_of(own, "ORI", "none") if own else None
@@ -258,7 +258,7 @@ def size_of(results: dict[str, Any] | None, state: State) -> list[str]:
     counts = [f"{attack[kind]['n']:,} {name}" for kind, name in (("harmful", "harmful"), ("benign", "harmless"))
               if attack[kind]]  # fmt: skip
     return [
-        f"Every rate rests on {listed(counts)} requests.",
+        f"Every rate rests on {joined_words(counts)} requests.",
         "Of the model's abilities only perplexity and over-refusal were measured.",
     ]
 
@@ -273,7 +273,7 @@ def without_results(config: Config) -> list[str]:
 
 
 def _table(table: Table) -> Markup:
-    return Markup(piped(table))
+    return Markup(table_escaped(table))
 
 
 def _marked(table: Table, state: State) -> Table:

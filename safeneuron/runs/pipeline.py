@@ -38,12 +38,12 @@ from safeneuron.data.prompts import check_splits
 from safeneuron.data.types import Pair
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.errors import nearest
+from safeneuron.errors import did_you_mean
 from safeneuron.evaluation.capability import benchmark
 from safeneuron.evaluation.capability import require_benchmarks
 from safeneuron.evaluation.judging import agreement
 from safeneuron.evaluation.judging import judged
-from safeneuron.evaluation.rates import outcome
+from safeneuron.evaluation.rates import verdict_rates
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import measure_towers
 from safeneuron.models.vision_tower import pruned_anywhere
@@ -76,7 +76,7 @@ from safeneuron.runtime.devices import hand_back_memory
 from safeneuron.runtime.devices import peak_memory_mb
 from safeneuron.runtime.devices import reset_peak_memory
 from safeneuron.runtime.devices import reuse_memory
-from safeneuron.runtime.devices import shortage_told
+from safeneuron.runtime.devices import reporting_shortage
 from safeneuron.runtime.files import read_json
 from safeneuron.runtime.files import read_lines
 from safeneuron.runtime.files import write_json
@@ -91,7 +91,7 @@ from safeneuron.selection.scores import resolve_thresholds
 from safeneuron.selection.scores import score
 from safeneuron.training.ablation import Ablation
 from safeneuron.training.alignment import align
-from safeneuron.training.settings import require_trainable
+from safeneuron.training.settings import require_trainable_settings
 from typing import Any
 import shlex
 import time
@@ -124,7 +124,7 @@ class Pipeline:
         base, *trained = states_of(self.config)
         for state in trained:
             table = self.config.variant(state.variant)
-            require_trainable(training_of(self.config, table), table.refresh > 0)
+            require_trainable_settings(training_of(self.config, table), table.refresh > 0)
         self.foresee(trained)
         self.examine(base)
         if trained:
@@ -323,7 +323,7 @@ class Pipeline:
                 lines = [{"index": a["index"], **record} for a, record in zip(stream, said.records(), strict=True)]
                 write_lines(here / f"{kind}.jsonl", lines)
                 write_json(
-                    here / f"{kind}.json", outcome(said.verdicts, "complied" if kind == "harmful" else "refused")
+                    here / f"{kind}.json", verdict_rates(said.verdicts, "complied" if kind == "harmful" else "refused")
                 )
             if len(table.names) > 1:
                 own = {name: [v for said in found for v in said.own[name]] for name in found[0].own}
@@ -503,7 +503,7 @@ class Pipeline:
         hand_back_memory()
         reset_peak_memory()
         begun = time.monotonic()
-        with shortage_told(self.watcher.warned):
+        with reporting_shortage(self.watcher.warned):
             if together:
                 work(stage.folder)
             else:
@@ -594,7 +594,7 @@ def _made_from(run: Run, names: Sequence[str]) -> list[str]:
         meant = {name for name in present if wanted in (name, name.split("/")[-1])}
         if not meant:
             known = ", ".join(sorted(present)) or "none yet"
-            raise InputError(f"--redo {wanted}: the run has no such stage{nearest(wanted, present)}; it has {known}")
+            raise InputError(f"--redo {wanted}: the run has no such stage{did_you_mean(wanted, present)}; it has {known}")
         doomed |= meant
     inputs = {name: _inputs_of(run, name) for name in present}
     while more := {name for name in present - doomed if inputs[name] & doomed}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from safeneuron.runtime.progress import Progress
 from safeneuron._version import __version__
 from safeneuron.config.schema import Config
 from safeneuron.config.schema import ModelTable
@@ -12,17 +13,17 @@ from safeneuron.config.states import BASE
 from safeneuron.config.states import State
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
-from safeneuron.errors import nearest
+from safeneuron.errors import did_you_mean
 from safeneuron.models import embedded
 from safeneuron.neurons.layout import LINEAGE
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.hub import Licence, given, in_folder, legal_files, on_the_hub
+from safeneuron.runs.hub import Licence, licence_named, licence_in, legal_files, licence_on_hub
 from safeneuron.runs.collect import provenance
 from safeneuron.runs.findings import Findings
 from safeneuron.runs.model_card import Base
 from safeneuron.runs.model_card import local_files
 from safeneuron.runs.model_card import model_card
-from safeneuron.runs.model_card import results_of
+from safeneuron.runs.model_card import finished_results
 from safeneuron.runs.run import DONE
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json
@@ -37,10 +38,9 @@ import shlex
 import shutil
 
 
-SCHEMA = 1
-RECORD = Path("reproduce") / "record.json"
+_SCHEMA = 1
+PUBLICATION_RECORD = Path("reproduce") / "record.json"
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def publish(
         if frozen is not None:
             frozen.save(here / "frozen_neurons.json")
         write_text(here / "README.md", model_card(config, run, state, origin, commands, hub))
-        (here / RECORD).parent.mkdir()
-        shutil.copyfile(run.folder / "config.toml", here / RECORD.parent / "config.toml")
-        write_json(here / RECORD, record(config, run, state, origin, commands, hashes))
+        (here / PUBLICATION_RECORD).parent.mkdir()
+        shutil.copyfile(run.folder / "config.toml", here / PUBLICATION_RECORD.parent / "config.toml")
+        write_json(here / PUBLICATION_RECORD, record(config, run, state, origin, commands, hashes))
     files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
     size = sum((target / file).stat().st_size for file in files)
     return Publication(target, files, size, warnings_of(config, run, state, origin))
@@ -109,7 +109,7 @@ def trained_state(config: Config, run: Run, name: str) -> State:
             f"{', '.join(trained)} with --state"
         )
     if name not in trained:
-        raise InputError(f"{run.folder} has no state {name!r}{nearest(name, trained)}; it has {', '.join(trained)}")
+        raise InputError(f"{run.folder} has no state {name!r}{did_you_mean(name, trained)}; it has {', '.join(trained)}")
     state = trained[name]
     if not (run.folder / name / "align" / DONE).exists():
         ready = all((run.folder / one.name / "select" / DONE).exists() for one in findings.chain(state))
@@ -156,13 +156,13 @@ def base_of(table: ModelTable, base: str = "", licence: str = "") -> Base:
     """The model that a run begins with; ``base`` and ``licence`` win over what can be found out."""
     if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise InputError(f"--base expects the base model's name on the Hub, OWNER/NAME, but found {base!r}")
-    chosen = given(licence) if licence else None
+    chosen = licence_named(licence) if licence else None
     folder = Path(table.name)
     if table.name == embedded.NAME:
         return Base(embedded.LABEL, base or EMBEDDED_HUB, chosen or Licence("apache-2.0"))
     if folder.is_dir():
-        return Base(base or folder.resolve().name, base, chosen or in_folder(folder))
-    return Base(base or table.name, base or table.name, chosen or on_the_hub(table.name, table.revision))
+        return Base(base or folder.resolve().name, base, chosen or licence_in(folder))
+    return Base(base or table.name, base or table.name, chosen or licence_on_hub(table.name, table.revision))
 
 
 def commands_of(config: Config, state: State, base: str = "", licence: str = "") -> list[str]:
@@ -183,7 +183,7 @@ def record(
     stages = {done["stage"]: done for path in run.folder.rglob(DONE) if (done := read_json(path))}
     files = {name: done["settings"]["files"] for name, done in stages.items() if "files" in done["settings"]}
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "kind": "publication",
         "safeneuron": __version__,
         "created": made["created"],
@@ -213,7 +213,7 @@ def warnings_of(config: Config, run: Run, state: State, base: Base) -> list[str]
         found.append(
             f"the licence of {base.label} is unknown, and the card says so; find it, and give it with --license"
         )
-    if results_of(run, state) is None:
+    if finished_results(run, state) is None:
         report = shlex.join(["safeneuron", *_whole_run(run)])
         found.append(
             f"the run has no report that knows {state.name}, so the card has no results; make it with: {report}"
@@ -231,7 +231,7 @@ def _target(folder: Path) -> Path:
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a new folder with --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PUBLICATION_RECORD).is_file():
         raise InputError(f"{folder} holds files that were not published by safeneuron; give a new folder with --out")
     return folder
 

@@ -18,16 +18,17 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from safeneuron.runtime.progress import Progress
 from safeneuron.data.prompts import read_prompts
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.errors import nearest
+from safeneuron.errors import did_you_mean
 from safeneuron.evaluation.coherence import incoherent
 from safeneuron.evaluation.embeddings import Likeness
 from safeneuron.evaluation.embeddings import first_of_each
 from safeneuron.evaluation.embeddings import likeness
 from safeneuron.evaluation.embeddings import mean_distance
-from safeneuron.evaluation.embeddings import nearest as nearest_texts
+from safeneuron.evaluation.embeddings import nearest_reference as nearest_texts
 from safeneuron.evaluation.embeddings import self_bleu
 from safeneuron.evaluation.judge import Judge
 from safeneuron.evaluation.judge import sounds_like_refusal
@@ -64,7 +65,7 @@ NEAREST = 3
 
 
 @dataclass(frozen=True)
-class Sifted:
+class FilterResult:
     """For each text ``KEPT`` or one of ``LOSSES``; how alike the texts that were kept are, None for fewer than two."""
 
     fates: list[str]
@@ -77,9 +78,9 @@ class Sifted:
         return {fate: found[fate] for fate in (*LOSSES, KEPT)}
 
 
-def sift_prompts(
+def filter_prompts(
     texts: Sequence[str], topics: Sequence[str], harmful: Sequence[Prompt], harmless: Sequence[Prompt], like: Likeness
-) -> Sifted:
+) -> FilterResult:
     """Sift requests that a model wrote on ``topics``, one each, which are categories of the ``harmful`` prompts.
 
     On topic: of the mean vectors of all categories, that of its own is among the ``NEAREST`` most similar. Harmless: on
@@ -106,9 +107,9 @@ def sift_prompts(
     return _sifted(texts, verdicts, on_topic, own, like.repeated, bad)
 
 
-def sift_answers(
+def filter_answers(
     texts: Sequence[str], asked: Sequence[int], requests: Sequence[Prompt], verdicts: Sequence[str], like: Likeness
-) -> Sifted:
+) -> FilterResult:
     """Sift answers to harmful ``requests``; ``asked`` says to which, ``verdicts`` are those of a judge on them.
 
     On topic: of all requests the most similar is its own, or one of its own's category. Repeated: like an earlier one.
@@ -133,7 +134,7 @@ def _sifted(
     vectors: Tensor,
     repeated: float,
     shown: Tensor | None,
-) -> Sifted:
+) -> FilterResult:
     fates = [
         verdict if verdict != "complied" else KEPT if fits else "off topic"
         for verdict, fits in zip(verdicts, on_topic, strict=True)
@@ -142,7 +143,7 @@ def _sifted(
     for number, new in zip(left, first_of_each(vectors[left], repeated, shown), strict=True):
         fates[number] = KEPT if new else "repeated"
     left = [number for number in left if fates[number] == KEPT]
-    return Sifted(fates, self_bleu([texts[number] for number in left]), mean_distance(vectors[left]))
+    return FilterResult(fates, self_bleu([texts[number] for number in left]), mean_distance(vectors[left]))
 
 
 def _form(text: str) -> str:
@@ -150,7 +151,6 @@ def _form(text: str) -> str:
         return "refused"
     return "incoherent" if len(text.split()) < 3 or incoherent(text) else "complied"
 
-Progress = Callable[[int, int], None]
 KINDS = ("prompts", "answers")
 STAGES = (*KINDS, "yield")
 SPLIT = "discovery"
@@ -197,7 +197,7 @@ class RedTeam:
         return Sampling(self.temperature, self.top_p, self.seed)
 
 
-DEFAULT = RedTeam()
+_DEFAULT = RedTeam()
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def red_team(
     requests: Sequence[Prompt],
     judge: Judge,
     folder: Path,
-    settings: RedTeam = DEFAULT,
+    settings: RedTeam = _DEFAULT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Let the model, with ``neurons`` pruned, write requests and answer ``requests``; what it yields, as a record.
@@ -249,10 +249,10 @@ def red_team(
     return distributed.from_main(lambda: read_json(run.folder / "yield" / "results.json"))
 
 
-def prepare(run: Run, redo: str) -> None:
+def prepare_redteam(run: Run, redo: str) -> None:
     """Delete a stage and all that follows from it, if one is named. Raises ``InputError`` for a name that is none."""
     if redo and redo not in STAGES:
-        raise InputError(f"there is no stage {redo!r}{nearest(redo, STAGES)}; the stages are {', '.join(STAGES)}")
+        raise InputError(f"there is no stage {redo!r}{did_you_mean(redo, STAGES)}; the stages are {', '.join(STAGES)}")
     for name in {"": (), "yield": ("yield",)}.get(redo, (redo, "yield")):
         run.remove(name)
 
@@ -315,8 +315,8 @@ def _sift(
     asked, numbers = zip(*((sample.asked, sample.topic) for sample in wanted["answers"]), strict=True)
     verdicts = judge(asked, answers)
     sifted = {
-        "prompts": sift_prompts(prompts, topics, harmful, harmless, like),
-        "answers": sift_answers(answers, numbers, requests, verdicts, like),
+        "prompts": filter_prompts(prompts, topics, harmful, harmless, like),
+        "answers": filter_answers(answers, numbers, requests, verdicts, like),
     }
     records: dict[str, list[dict[str, str]]] = {
         "prompts": [{"prompt": text, "category": topic} for text, topic in zip(prompts, topics, strict=True)],
@@ -333,7 +333,7 @@ def _sift(
     )
 
 
-def yield_of(sifted: Sifted) -> dict[str, Any]:
+def yield_of(sifted: FilterResult) -> dict[str, Any]:
     """Samples, losses by filter, and the share that was kept with its Wilson interval, as a record."""
     counts = sifted.counts()
     share = wilson(counts[KEPT], len(sifted.fates))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
-from safeneuron.runtime.files import SCHEMA
+from safeneuron.runtime.files import FILE_SCHEMA
 from safeneuron.runtime.files import discard
 from safeneuron.runtime.files import key_of
 from safeneuron.runtime.files import read_json
@@ -80,7 +80,7 @@ class Stage:
 
     def _record(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA,
+            "schema": FILE_SCHEMA,
             "stage": self.name,
             "key": self.key,
             "settings": dict(self.settings),
@@ -124,7 +124,7 @@ class Run:
         if found and "run.json" not in found:
             raise InputError(f"{folder} holds files but no run; give an empty or new folder with --out")
         if not found:
-            write_json(folder / "run.json", {"schema": SCHEMA, "kind": "run"})
+            write_json(folder / "run.json", {"schema": FILE_SCHEMA, "kind": "run"})
         return Run(folder)
 
     @staticmethod

@@ -18,7 +18,7 @@ import csv
 
 
 
-def results_of(path: Path) -> dict[str, Any] | None:
+def results_at(path: Path) -> dict[str, Any] | None:
     """The results of the run at ``path``, or those in the file itself; None where there are none yet."""
     if path.name == "results.json" and path.is_file():
         return read_json(path)
@@ -41,7 +41,7 @@ def explain(path: Path, table: bool = True) -> Iterator[str]:
         )
     with _damage_told(path):
         yield from teller(path)
-        results = results_of(path)
+        results = results_at(path)
         if table and results is not None:
             yield from ([""] if path.is_dir() else [])
             yield from result_table(results)
@@ -50,7 +50,7 @@ def explain(path: Path, table: bool = True) -> Iterator[str]:
 def grid(path: Path) -> Grid | None:
     """The result table of the run at ``path``; None where there is none yet. Raises ``InputError`` like ``explain``."""
     with _damage_told(path):
-        results = results_of(path)
+        results = results_at(path)
         return None if results is None else grid_of(results)
 
 
@@ -215,10 +215,10 @@ def _config(path: Path) -> Iterator[str]:
 
 
 def _neurons(path: Path) -> Iterator[str]:
-    from safeneuron.neurons.neuron_set import EYES, NeuronSet
+    from safeneuron.neurons.neuron_set import VISION_SUFFIX, NeuronSet
 
     neurons = NeuronSet.load(path)
-    whose = "eyes of the model" if neurons.fingerprint.endswith(EYES) else "model"
+    whose = "eyes of the model" if neurons.fingerprint.endswith(VISION_SUFFIX) else "model"
     yield f"A neuron set: {neurons}, of the {whose} with fingerprint {neurons.fingerprint}."
     peak = max(range(len(neurons.counts)), key=neurons.counts.__getitem__)
     yield f"Most of them in layer {peak}: {neurons.counts[peak]} of {neurons.widths[peak]}."

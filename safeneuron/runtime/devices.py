@@ -120,8 +120,8 @@ def _figure(file: Path, name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's errors say when an allocation has failed, on the CPU, on a GPU and in the libraries it calls."""
@@ -140,7 +140,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def shortage_told(tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_shortage(tell: Callable[[str], None]) -> Iterator[None]:
     """Within the block a ``MemoryShortage`` is told to ``tell`` instead of being shown as Python shows warnings."""
     shown = warnings.showwarning
 
@@ -157,30 +157,30 @@ def shortage_told(tell: Callable[[str], None]) -> Iterator[None]:
         warnings.showwarning = shown
 
 
-class Halving(Generic[Item]):
+class Halving(Generic[_Item]):
     """Work on lists of items, in parts that fit into memory: where one does not, its halves are tried, and remembered.
 
     ``most`` is what a part may cost, 0 for no limit yet; ``cost`` is what memory depends on, the number of items if
     nothing else is said. ``what`` names the work and ``advice`` says what a user can do when a single item is too much.
     """
 
-    def __init__(self, what: str, advice: str, cost: Callable[[Sequence[Item]], int] = len, most: int = 0) -> None:
+    def __init__(self, what: str, advice: str, cost: Callable[[Sequence[_Item]], int] = len, most: int = 0) -> None:
         self.what = what
         self.advice = advice
         self.cost = cost
         self.most = most
 
-    def parts(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+    def parts(self, items: Sequence[_Item]) -> list[Sequence[_Item]]:
         """The items in order, in parts that cost no more than ``most``, made by halving; the larger half is first."""
         if len(items) <= 1 or not self.most or self.cost(items) <= self.most:
             return [items]
         middle = (len(items) + 1) // 2
         return [*self.parts(items[:middle]), *self.parts(items[middle:])]
 
-    def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> list[Result]:
+    def over(self, items: Sequence[_Item], work: Callable[[Sequence[_Item]], _Result]) -> list[_Result]:
         """What ``work`` makes of the parts, in order. Raises ``InputError`` if a single item is too much."""
         waiting = self.parts(items)
-        results: list[Result] = []
+        results: list[_Result] = []
         while waiting:
             try:
                 results.append(work(waiting[0]))
@@ -195,7 +195,7 @@ class Halving(Generic[Item]):
             waiting = [part for large in waiting for part in self.parts(large)]
         return results
 
-    def halve(self, part: Sequence[Item], error: BaseException) -> None:
+    def halve(self, part: Sequence[_Item], error: BaseException) -> None:
         """Let no later part cost more than half of this one, which was too much; one warning says so.
 
         Raises ``InputError`` if the part is a single item.

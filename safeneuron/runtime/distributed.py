@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What the environment of a launched process holds; with less, a process is the only one."""
@@ -110,7 +110,7 @@ def agree(problem: str) -> None:
         raise InputError(found[0])
 
 
-def from_main(work: Callable[[], Result]) -> Result:
+def from_main(work: Callable[[], _Result]) -> _Result:
     """What ``work`` gives on rank 0, which does it alone while the others wait; JSON must be able to write it.
 
     An ``InputError`` there is raised on every rank.
@@ -131,11 +131,11 @@ def from_main(work: Callable[[], Result]) -> Result:
     heard, problem = _hear(f"{number}/0")
     if problem:
         raise InputError(problem)
-    told: Result = heard
+    told: _Result = heard
     return told
 
 
-def deal(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+def deal(items: Sequence[_Item], work: Callable[[_Item], _Result]) -> Iterator[_Result]:
     """``work(item)`` for each item, in order; the ranks do one item each in turn, and all of them get every result."""
     for start in range(0, len(items), world()):
         mine = items[start : start + world()][rank() : rank() + 1]

@@ -16,7 +16,7 @@ from typing import Any
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
 
-SCHEMA = 1
+FILE_SCHEMA = 1
 FREE_SPACE = "free some space and give the same command again; finished stages are kept"
 FULL_DISK_SIGNS = ("(os error 27)", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed", "unexpected pos")
 

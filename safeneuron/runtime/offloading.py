@@ -93,7 +93,7 @@ def device_of_inputs(network: nn.Module) -> torch.device | None:
 
 
 @contextmanager
-def meta_explained(network: nn.Module) -> Iterator[None]:
+def explaining_meta_tensors(network: nn.Module) -> Iterator[None]:
     """Within the block a computation with weights that are not at hand is an ``InputError`` that says what helps."""
     try:
         yield
@@ -107,7 +107,7 @@ def meta_explained(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def at_hand(*modules: nn.Module) -> Iterator[None]:
+def materialised(*modules: nn.Module) -> Iterator[None]:
     """Within the block the modules' offloaded weights are where they are computed with, as copies; then away again.
 
     A change made to them within the block is seen by the passes in it, and forgotten afterwards. Weights that are not

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+Progress = Callable[[int, int], None]
+"""Told how much of a piece of work is done: ``progress(done, total)``."""
 
 
 class Watcher(Protocol):

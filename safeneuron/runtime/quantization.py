@@ -24,7 +24,7 @@ BLOCK = 64
 # How the configs of checkpoints name the library that stored them.
 COMPRESSED = "compressed-tensors"
 # What transformers notes on a network whose weights are quantised.
-MARKS = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
+QUANTIZATION_ATTRIBUTES = {"is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"}
 
 
 def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device) -> None:
@@ -78,7 +78,7 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
 
 def forget(network: PreTrainedModel) -> None:
     """Take off a plain network what transformers noted when its weights were quantised, as those of GGUF files are."""
-    for mark in vars(network).keys() & MARKS:
+    for mark in vars(network).keys() & QUANTIZATION_ATTRIBUTES:
         delattr(network, mark)
     vars(network.config).pop("quantization_config", None)
 

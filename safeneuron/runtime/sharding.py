@@ -96,7 +96,9 @@ class _Run:
         return here, numbers[here] - self.first + self.start
 
 
-def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> list[Part]:
+def local_parts(
+    name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None
+) -> list[Part]:
     """What this process holds of the entries ``index`` along ``dim`` of the whole parameter, or of its ``experts``.
 
     The part of the weights themselves comes first; where the optimizer steps on a copy of them, the part of that copy
@@ -121,7 +123,7 @@ def parts(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: 
     return weights
 
 
-def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> Tensor:
+def gather_whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None) -> Tensor:
     """The entries of the whole parameter, ``parameter.index_select(dim, index)`` or of its experts, in every process.
 
     Only these entries are exchanged, never a whole parameter. All processes that share the parameter must call it.
@@ -129,7 +131,7 @@ def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: 
     index = index.to(parameter.device)
     if isinstance(parameter, DTensor):
         here, group = _rows_here(name, parameter)
-        values = parts(name, parameter, dim, index, experts)[0].values()
+        values = local_parts(name, parameter, dim, index, experts)[0].values()
         rows = torch.arange(here.start, here.stop, device=index.device)
         if dim == 0 or experts is not None:
             along = index if experts is None else experts.to(index.device)
@@ -150,11 +152,11 @@ def whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: 
 
 
 def first_rows(name: str, parameter: nn.Parameter, count: int) -> Tensor:
-    """The first rows of the whole parameter, in every process; see ``whole``."""
+    """The first rows of the whole parameter, in every process; see ``thousands``."""
     if not is_spread(parameter):
         return parameter.detach()[:count]
     rows = min(count, shape_of(parameter)[0])
-    return whole(name, parameter, 0, torch.arange(rows, device=parameter.device))
+    return gather_whole(name, parameter, 0, torch.arange(rows, device=parameter.device))
 
 
 def is_spread(parameter: nn.Parameter) -> bool:
@@ -233,7 +235,7 @@ def keep_gradient_zero(
         assert isinstance(handle, RemovableHandle), "torch makes no other"
         return handle
     # Under FSDP2 only this kind of hook sees the gradient of the shard; everywhere it comes before clipping.
-    (part,) = parts(name, parameter, dim, index, experts)
+    (part,) = local_parts(name, parameter, dim, index, experts)
     handle = parameter.register_post_accumulate_grad_hook(lambda _: part.clear_gradient())  # type: ignore[no-untyped-call]
     assert isinstance(handle, RemovableHandle), "torch makes no other"
     return handle

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Batch, Exchange, Progress, common_ending, run_backward, run_decoder, total
+from safeneuron.models.forward import Batch, Exchange, common_ending, run_backward, run_decoder, total_gradient_work
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import recorded, require_eager
 from safeneuron.neurons.layout import feed_forwards, require_dense
 from safeneuron.neurons.statistics import ActivationStats
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.ranking import Ranking
 
 
@@ -54,7 +55,7 @@ def activation_contrast(
         return torch.cat([sums[layer] for layer in sorted(sums)])
 
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
-    squares = total(exchanges, work, batch_tokens, progress)
+    squares = total_gradient_work(exchanges, work, batch_tokens, progress)
     return Ranking((squares / tokens).sqrt(), model.widths, model.fingerprint, "contrast")
 
 
@@ -105,9 +106,11 @@ def gradient_gap(
         whole = len(refused) + len(safe)
         return None if progress is None else lambda done, _: progress(start + done, whole)
 
-    harmful = total(refused, lambda part: _ending(model, part, count, gradients=True), batch_tokens, done(0))
+    harmful = total_gradient_work(
+        refused, lambda part: _ending(model, part, count, gradients=True), batch_tokens, done(0)
+    )
     gradient, activation = harmful / len(refused)
-    (harmless,) = total(
+    (harmless,) = total_gradient_work(
         safe, lambda part: _ending(model, part, count, gradients=False), batch_tokens, done(len(refused))
     ) / len(safe)
     scores = (gradient * (activation - harmless)).sum(dim=0)

@@ -13,10 +13,11 @@ from torch.nn import functional
 from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Progress, length_batches, over_ranks, pooled, prompts_alone
+from safeneuron.models.forward import length_batches, over_ranks, pooled, prompts_alone
 from safeneuron.models.model import Model
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import Halving
+from safeneuron.runtime.progress import Progress
 from safeneuron.selection.ranking import Ranking
 from safeneuron.selection.scores import shift_zscore
 

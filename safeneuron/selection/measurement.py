@@ -10,13 +10,14 @@ from torch import Tensor
 from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Progress, length_batches, pooled
+from safeneuron.models.forward import length_batches, pooled
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import Halving
+from safeneuron.runtime.progress import Progress
 
 POOLINGS = ("last", "mean", "max")
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Batch, Exchange, Progress, run_backward, run_decoder, total
+from safeneuron.models.forward import Batch, Exchange, run_backward, run_decoder, total_gradient_work
 from safeneuron.models.model import Model
 from safeneuron.neurons.blocks import linear_in
 from safeneuron.neurons.interventions import require_eager
 from safeneuron.neurons.layout import feed_forwards, names_in, require_dense
-from safeneuron.runtime.offloading import at_hand
+from safeneuron.runtime.offloading import materialised
+from safeneuron.runtime.progress import Progress
 from safeneuron.runtime.quantization import dense
 from safeneuron.selection.ranking import Ranking
 
@@ -45,7 +46,7 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """The weights as they are computed with; those that are offloaded within ``at_hand`` alone."""
+        """The weights as they are computed with; those that are offloaded within ``materialised`` alone."""
         return dense(linear_in(self.module).weight)
 
     @property
@@ -70,7 +71,7 @@ def snip(
     the product of what flows into a matrix and what flows back out of it, made, used and forgotten on the spot.
     """
     matrices = _matrices(model)
-    sums = total(exchanges, _gradient_pass(model, matrices, Matrix.per_neuron), batch_tokens, progress)
+    sums = total_gradient_work(exchanges, _gradient_pass(model, matrices, Matrix.per_neuron), batch_tokens, progress)
     sizes = [matrix.shape[1 if matrix.first is None else 0] for matrix in matrices]
     parts = torch.split_with_sizes(sums, sizes)
     return _lifted(model, matrices, [part / len(exchanges) for part in parts], "SNIP")
@@ -87,7 +88,7 @@ def wanda(
     norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
     sums = []
     for matrix, norm in zip(matrices, norms, strict=True):
-        with at_hand(linear_in(matrix.module)):
+        with materialised(linear_in(matrix.module)):
             sums.append(matrix.per_neuron(matrix.weight.abs().double().cpu() * norm))
     return _lifted(model, matrices, sums, "Wanda")
 
@@ -100,7 +101,9 @@ def snip_weights(
     Takes two to three times 4 bytes for each FFN weight.
     """
     matrices = _matrices(model)
-    sums = total(exchanges, _gradient_pass(model, matrices, lambda matrix, scores: scores), batch_tokens, progress)
+    sums = total_gradient_work(
+        exchanges, _gradient_pass(model, matrices, lambda matrix, scores: scores), batch_tokens, progress
+    )
     parts = torch.split_with_sizes(sums, [math.prod(matrix.shape) for matrix in matrices])
     return {
         matrix.name: (part / len(exchanges)).view(matrix.shape) for matrix, part in zip(matrices, parts, strict=True)
@@ -115,7 +118,7 @@ def wanda_weights(
     norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
     found = {}
     for matrix, norm in zip(matrices, norms, strict=True):
-        with at_hand(linear_in(matrix.module)):
+        with materialised(linear_in(matrix.module)):
             found[matrix.name] = matrix.weight.abs().float().cpu() * norm.float()
     return found
 
@@ -229,7 +232,7 @@ def _input_norms(
             run_decoder(model, batch)
         return torch.cat([found[matrix.name].cpu() for matrix in matrices])
 
-    sums = total(exchanges, work, batch_tokens, progress)
+    sums = total_gradient_work(exchanges, work, batch_tokens, progress)
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
     parts = torch.split_with_sizes(sums, [matrix.shape[1] for matrix in matrices])
     return [(part / tokens).sqrt() for part in parts]

@@ -20,7 +20,7 @@ from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
 from safeneuron.models.loading import quiet
 from safeneuron.models.model import Model
-from safeneuron.models.vision import parameters_of_sight
+from safeneuron.models.vision import vision_parameters
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.layout import LINEAGE
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -28,19 +28,19 @@ from safeneuron.neurons.weights import parameters_of_no_neuron, routers
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import hand_back_memory
 from safeneuron.runtime.offloading import require_whole
+from safeneuron.runtime.progress import Progress
 from safeneuron.runtime.quantization import dequantised, has_four_bits
 from safeneuron.training.ablation import AblateSteps, Ablation, Refresh
 from safeneuron.training.freezing import Freeze, FreezeNeurons
 from safeneuron.training.lora import adapters_of, add_adapters, lora_config, require_unpacked
 from safeneuron.training.settings import (
-    Progress,
     Training,
     Watch,
     arguments_of,
-    borrowed,
     is_sharded,
     last_checkpoint,
-    require_trainable,
+    model_restored,
+    require_trainable_settings,
     training_log,
 )
 
@@ -67,7 +67,7 @@ def base_of_adapters(model: Model, training: Training) -> PreTrainedModel:
     """
     base = copy.deepcopy(model.network)
     if not has_four_bits(base):
-        lasting = lasting_dtype(base, model.stored_dtype)
+        lasting = checkpoint_dtype(base, model.stored_dtype)
         small = lasting == torch.bfloat16 and training.computes_in_bfloat16(model.device) and not is_sharded()
         store_in(torch.bfloat16 if small else torch.float32, base.parameters())
     setattr(base.config, LINEAGE, model.fingerprint)
@@ -97,7 +97,7 @@ def gathered(
     return whole, proof
 
 
-def lasting_dtype(network: nn.Module, dtype: torch.dtype) -> torch.dtype:
+def checkpoint_dtype(network: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The precision of the given checkpoint, in which the frozen slices are the given ones, bit for bit.
 
     float32, in which the policy was trained, if the given weights have been changed in memory to values that the
@@ -144,7 +144,7 @@ def free_change(policy: nn.Module, reference: nn.Module, proof: Freeze | None, f
     return (change / size) ** 0.5 if size > 0 else 0.0
 
 
-DEFAULT = Training()
+_DEFAULT = Training()
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def align(
     model: Model,
     pairs: Sequence[Pair],
     frozen: NeuronSet | None,
-    training: Training = DEFAULT,
+    training: Training = _DEFAULT,
     ablation: Ablation | None = None,
     refresh: Refresh | None = None,
     freeze_rest: bool = False,
@@ -200,7 +200,7 @@ def align(
     from safeneuron.training.dpo import answers_scored_alone
 
     quiet()
-    require_trainable(training, refresh is not None)
+    require_trainable_settings(training, refresh is not None)
     distributed.start_group()
     _check(model, pairs, training, freeze_rest)
     if ablation is not None:
@@ -215,7 +215,7 @@ def align(
             policy.cpu()  # FSDP2 takes it to the GPU in shards.
         proof = Freeze(policy, held, whole_layers=freeze_rest) if held is not None else None
         digest = proof.digest() if proof is not None else ""
-        cleanup.enter_context(borrowed(policy))
+        cleanup.enter_context(model_restored(policy))
         cleanup.enter_context(answers_scored_alone())
         fixed = _fixed(policy, training, freeze_rest) if not training.lora_rank else []
         cleanup.enter_context(untrained(fixed))
@@ -245,7 +245,7 @@ def align(
         policy, proof = gathered(policy, model, frozen, freeze_rest)
         fixed = _fixed(policy, training, freeze_rest)
     given = dequantised(model.network)
-    store_in(lasting_dtype(given, model.stored_dtype), policy.parameters())
+    store_in(checkpoint_dtype(given, model.stored_dtype), policy.parameters())
     identical = proof is None or not proof.changed()
     assert identical, "frozen neurons changed in spite of FreezeNeurons"
     change = free_change(policy, given, proof, {id(parameter) for parameter in fixed})
@@ -265,7 +265,7 @@ def align(
 
 def _fixed(policy: PreTrainedModel, training: Training, freeze_rest: bool) -> list[nn.Parameter]:
     """Whole parameters that are not trained; the vision tower and the projector never are."""
-    sight = parameters_of_sight(policy)
+    sight = vision_parameters(policy)
     if freeze_rest:
         return [*sight, *parameters_of_no_neuron(policy)]
     return [*sight, *(routers(policy) if training.freeze_routers else [])]

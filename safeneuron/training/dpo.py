@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from safeneuron.data.types import Pair
 from safeneuron.models.model import Model
-from safeneuron.models.vision import Tokens, answer_ids, features_of, joined, pixels_at
+from safeneuron.models.vision import ImageTokens, answer_ids, image_features, joined_images, pixels_at
 from safeneuron.neurons.layout import network_of
 from safeneuron.training.microbatches import Inputs, PartsTrainer, pair_count
 
@@ -129,7 +129,7 @@ class PreferenceTrainer(PartsTrainer):
         if not features or features[0] is None:
             return rest
         lengths = rest["attention_mask"].sum(dim=1).tolist()
-        together = joined([*features, *features], lengths, rest["input_ids"].shape[1], "right")
+        together = joined_images([*features, *features], lengths, rest["input_ids"].shape[1], "right")
         policy: Any = network_of(cast("nn.Module", self.model))
         return rest | pixels_at(together, policy)
 
@@ -202,9 +202,9 @@ class PreferenceCollator(DataCollatorForPreference):
         batch: dict[str, Any] = super().torch_call(examples)
         prompts = [self.prompts[example[PAIR]] for example in examples]
         processor = self.model.processor
-        if processor is not None and any(isinstance(prompt, Tokens) for prompt in prompts):
+        if processor is not None and any(isinstance(prompt, ImageTokens) for prompt in prompts):
             batch[PICTURES] = [
-                features_of(processor, prompt) if isinstance(prompt, Tokens) else None for prompt in prompts
+                image_features(processor, prompt) if isinstance(prompt, ImageTokens) else None for prompt in prompts
             ]
         return batch
 

@@ -135,7 +135,7 @@ class Freeze:
         for piece in self.slices:
             parameter = self.network.get_parameter(piece.name)
             digest.update(piece.name.encode())
-            entries = sharding.whole(piece.name, parameter, piece.dim, piece.index, piece.experts)
+            entries = sharding.gather_whole(piece.name, parameter, piece.dim, piece.index, piece.experts)
             digest.update(_bits(entries).cpu().numpy().tobytes())
         return digest.hexdigest()
 
@@ -144,7 +144,7 @@ class Freeze:
         found = []
         for piece in self.slices:
             parameter = network.get_parameter(piece.name)
-            found += sharding.parts(piece.name, parameter, piece.dim, piece.index, piece.experts)
+            found += sharding.local_parts(piece.name, parameter, piece.dim, piece.index, piece.experts)
         return found
 
     def _parts_now(self, network: nn.Module) -> list[sharding.Part]:

@@ -79,7 +79,7 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
         for adapter in _trained(network, block.output):
             slices.append(_owned(names, adapter.down, 1, channels, adapter.up))
     for piece in slices:
-        for part in sharding.parts(piece.name, piece.parameter, piece.dim, piece.index):
+        for part in sharding.local_parts(piece.name, piece.parameter, piece.dim, piece.index):
             part.restore(torch.zeros_like(part.values()))
     return slices
 
@@ -197,7 +197,7 @@ def _owned(
     """The slice, after a look whether it is without effect: zero itself, or multiplied with nothing but zeros."""
     piece = Slice(names[id(parameter)], parameter, dim, channels.to(parameter.device))
     # What is spread over processes is put together again, so that all of them come to the same answer.
-    acts = sharding.whole(piece.name, parameter, dim, piece.index).any()
+    acts = sharding.gather_whole(piece.name, parameter, dim, piece.index).any()
     if acts and counterpart is not None:
         acts = _whole(counterpart).any()
     if acts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from safeneuron.data.prompts import fitting_refusal
 from safeneuron.data.types import Pair, Prompt
@@ -14,8 +14,8 @@ from safeneuron.models.model import Model, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime import distributed
+from safeneuron.runtime.progress import Progress
 
-Progress = Callable[[int, int], None]
 USABLE = ("complied", "harmless")
 """Verdicts on answers that can stand in a pair."""
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import bfloat16_pays
+from safeneuron.runtime.progress import Progress
 
-Progress = Callable[[int, int], None]
 COMPLETE = "complete"
 PRECISIONS = ("auto", "bfloat16", "float32")
 TARGETS = ("ffn", "attention", "ffn+attention")
@@ -152,7 +152,7 @@ def is_sharded() -> bool:
     return distributed.world() > 1 and _asked("ACCELERATE_USE_FSDP")
 
 
-def require_trainable(training: Training, refresh: bool) -> None:
+def require_trainable_settings(training: Training, refresh: bool) -> None:
     """Raise ``InputError`` if the ranks, as they were launched, cannot train so, with or without ``refresh``."""
     training.micro_batch()
     if distributed.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
@@ -240,7 +240,7 @@ def last_checkpoint(folder: Path, sharded: bool = False) -> str | None:
 
 
 @contextmanager
-def borrowed(network: PreTrainedModel) -> Iterator[None]:
+def model_restored(network: PreTrainedModel) -> Iterator[None]:
     """Within the block a trainer may patch the model and its settings; afterwards both are as they were."""
     attributes, settings = set(vars(network)), dict(vars(network.config))
     generation = copy.deepcopy(network.generation_config)

@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from safeneuron.analysis.analyser import PARTS, Analyser
+from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
 from safeneuron.analysis.scaling import data_scale, iterations
 from safeneuron.analysis.settings import Effort
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
-from safeneuron.reporting.terminal import MASKED, told
+from safeneuron.reporting.terminal import MASKED, analysis_tables
 from safeneuron.runs.run import Run
 from tests.helpers.tiny_run import Watch
 
@@ -50,8 +50,8 @@ def prompts_of(run: Run) -> list[list[dict[str, str]]]:
 
 
 def test_every_part_leaves_numbers_tables_and_figures(run, analysis):
-    assert tuple(analysis) == PARTS
-    for part in PARTS:
+    assert tuple(analysis) == ANALYSIS_PARTS
+    for part in ANALYSIS_PARTS:
         folder = run.folder / "analysis" / part
         assert json.loads((folder / "numbers.json").read_text()) == analysis[part]
         assert list(folder.glob("*.csv"))
@@ -134,11 +134,11 @@ def test_nothing_but_parts_of_the_analysis_can_be_made_again(run):
 
 
 def test_the_terminal_masks_prompts_unless_they_are_asked_for(analysis):
-    (neurons,) = [table for table in told(analysis) if table[0] == "Neurons"]
+    (neurons,) = [table for table in analysis_tables(analysis) if table[0] == "Neurons"]
     assert {row[-1] for row in neurons[2]} == {MASKED}
-    (shown,) = [table for table in told(analysis, show_text=True) if table[0] == "Neurons"]
+    (shown,) = [table for table in analysis_tables(analysis, show_text=True) if table[0] == "Neurons"]
     assert all("break" in row[-1] for row in shown[2])
-    assert all(len(row) == len(header) for _, header, rows in told(analysis) for row in rows)
+    assert all(len(row) == len(header) for _, header, rows in analysis_tables(analysis) for row in rows)
 
 
 def state(name: str, pairs: int | None, **rates: float):

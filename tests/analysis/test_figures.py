@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 
 from safeneuron.analysis.figures import (
     depth_figure,
-    drawn,
+    figure_files,
     methods_figure,
     redundancy_figure,
     rounds_figure,
@@ -46,7 +46,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 
 def made(draw: Callable[[], Figure]) -> Figure:
-    """The figure as ``drawn`` makes it, laid out."""
+    """The figure as ``figure_files`` makes it, laid out."""
     with matplotlib.rc_context(STYLE):
         figure = draw()
         FigureCanvasAgg(figure).draw()
@@ -89,9 +89,9 @@ def test_no_words_stand_on_words_or_on_bars_and_none_is_cut_off(name: str) -> No
 
 @pytest.mark.parametrize("name", ["redundancy", "rounds"])
 def test_the_same_numbers_give_the_same_files(name: str) -> None:
-    files = drawn({name: FIGURES[name]})
+    files = figure_files({name: FIGURES[name]})
     assert set(files) == {f"{name}.svg", f"{name}.png"}
-    assert files == drawn({name: FIGURES[name]})
+    assert files == figure_files({name: FIGURES[name]})
 
 
 def test_bars_of_topics_stand_on_one_another() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safeneuron.analysis.redundancy import (
-    Found,
+    FoundSet,
     Interval,
     Outcome,
     Redundancy,
@@ -95,7 +95,7 @@ def test_sets_are_disjoint_each_is_tried_alone_and_an_interrupted_search_goes_on
     finds = [neurons(0, 1), neurons(1, 2), neurons(0)]
     refusals = {(): 8, (0, 1): 5, (2,): 4, (0, 1, 2): 3}
     find, outcome, asked = scripted(finds, refusals)
-    heard: list[Found] = []
+    heard: list[FoundSet] = []
     found = find_prune_find(find, outcome, 5, heard.append)
     assert [one.neurons for one in found.sets] == [neurons(0, 1), neurons(2)]
     assert asked == [(), (0, 1), (2,), (0, 1, 2)]
@@ -129,7 +129,7 @@ def test_neurons_to_halve_by_hand(curve, expected):
 
 def found_sets(intact: Outcome, *outcomes: tuple[Outcome, Outcome]) -> Redundancy:
     """Sets of one neuron each, by what is left with each pruned alone, and together with those before it."""
-    sets = tuple(Found(neurons(number), *both) for number, both in enumerate(outcomes))
+    sets = tuple(FoundSet(neurons(number), *both) for number, both in enumerate(outcomes))
     return Redundancy(intact, sets, ((5, outcomes[0][0]), (9, outcomes[-1][1])))
 
 

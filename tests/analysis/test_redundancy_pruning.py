@@ -7,7 +7,7 @@ import pytest
 from safeneuron.analysis.redundancy import redundancy_record
 from safeneuron.analysis.settings import Effort
 from safeneuron.config.toml import read_config
-from safeneuron.reporting.terminal import told
+from safeneuron.reporting.terminal import analysis_tables
 from safeneuron.runtime.files import read_json, write_json
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import score
@@ -74,7 +74,7 @@ def test_the_terminal_shows_both_numbers_and_how_to_read_them(series):
     rare |= dict.fromkeys(("redundancy_index", "coherent_index", "sets_to_halve", "neurons_to_halve"))
     beyond = {**record, "sets_to_halve": None, "neurons_to_halve": None, "state": "T2"}
     beyond["intervals"] = {**record["intervals"], "sets_to_halve": {"low": 2, "high": None}}
-    ((title, header, rows),) = told({"redundancy": {"states": [rare, {"state": "T1", **record}, beyond]}})
+    ((title, header, rows),) = analysis_tables({"redundancy": {"states": [rare, {"state": "T1", **record}, beyond]}})
     assert "points of failure; more sets to halve" in title
     by_name = [dict(zip(header, row, strict=True)) for row in rows]
     assert by_name[0]["sets to halve"] == by_name[0]["break alone"] == "–"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from safeneuron.analysis.stability import chance_jaccard, halves, prompts_needed, rank_correlation, resampled, spread
+from safeneuron.analysis.stability import chance_jaccard, halves, prompts_needed, resampled, score_correlation, spread
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, bootstrap_weights, pair_weights
 from safeneuron.selection.scores import select
@@ -67,8 +67,8 @@ def test_small_sets_by_hand():
     assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
     assert spread([math.nan, 1, 3]) == (2, 1, 3, 2)
     assert math.isnan(spread([]).mean)
-    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
-    assert math.isnan(rank_correlation(torch.ones(3), torch.arange(3.0)))
+    assert score_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
+    assert math.isnan(score_correlation(torch.ones(3), torch.arange(3.0)))
 
 
 def test_the_prompts_needed_within_the_data():

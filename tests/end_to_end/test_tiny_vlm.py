@@ -22,12 +22,12 @@ from safeneuron.data.rows import Source
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.loading import load
-from safeneuron.models.vision import parameters_of_sight
+from safeneuron.models.vision import vision_parameters
 from safeneuron.models.vision_tower import fingerprint_of_towers, measure_towers, pruned_anywhere, towers_of
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
-from safeneuron.reporting.report import quoted
+from safeneuron.reporting.report import example_quoted
 from safeneuron.runs.run import Run
 from safeneuron.runs.show import explain
 from safeneuron.runtime.files import read_json, read_lines
@@ -102,7 +102,7 @@ def test_the_eyes_of_the_aligned_model_are_those_of_the_first(finished: Path, he
     first, last = (
         load(folder, "float32", "cpu") for folder in ("runs/tiny-vlm-start/model", finished / "T1/align/model")
     )
-    for old, new in zip(parameters_of_sight(first.network), parameters_of_sight(last.network), strict=True):
+    for old, new in zip(vision_parameters(first.network), vision_parameters(last.network), strict=True):
         assert torch.equal(old, new)
     assert last.processor is not None
     assert last.fingerprint == first.fingerprint
@@ -116,7 +116,7 @@ def test_the_report_names_the_images(finished: Path) -> None:
 
 def test_the_names_of_images_are_escaped_in_the_report() -> None:
     example = {"prompt": "q", "response": "r", "verdict": "refused", "hidden": 0, "image": "<b>*a*</b>.png"}
-    assert "<b>" not in quoted(example)
+    assert "<b>" not in example_quoted(example)
 
 
 EYES = [

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from safeneuron.evaluation import embeddings
 from safeneuron.evaluation.embeddings import (
-    SharedWords,
+    WordLikeness,
     first_of_each,
     likeness,
     mean_distance,
-    nearest,
+    nearest_reference,
     self_bleu,
     words,
 )
@@ -70,19 +70,19 @@ def test_self_bleu_at_its_ends():
 
 
 def test_shared_words_by_hand():
-    vectors = SharedWords()(["tide tide sea", "Sea, land", "", "42"])
+    vectors = WordLikeness()(["tide tide sea", "Sea, land", "", "42"])
     weight = {"tide": 2 * (1 + math.log(5 / 2)), "sea": 1 + math.log(5 / 3), "land": 1 + math.log(5 / 2)}
     first, second = math.hypot(weight["tide"], weight["sea"]), math.hypot(weight["sea"], weight["land"])
     assert float(vectors[0] @ vectors[1]) == pytest.approx(weight["sea"] ** 2 / (first * second), rel=1e-5)
     assert vectors.norm(dim=1).tolist() == pytest.approx([1.0, 1.0, 0.0, 1.0])
-    assert SharedWords()(["", "."]).shape == (2, 0)
+    assert WordLikeness()(["", "."]).shape == (2, 0)
 
 
 def test_nearest_and_first_of_each():
     vectors = torch.eye(3)
     rows = torch.stack([vectors[2], vectors[0], torch.zeros(3), (vectors[2] + 0.1 * vectors[0]) / 1.01**0.5])
-    assert nearest(rows, vectors) == [2, 0, -1, 2]
-    assert nearest(torch.zeros(2, 0), torch.zeros(3, 0)) == [-1, -1]
+    assert nearest_reference(rows, vectors) == [2, 0, -1, 2]
+    assert nearest_reference(torch.zeros(2, 0), torch.zeros(3, 0)) == [-1, -1]
     assert first_of_each(rows, 0.9) == [True, True, True, False]
     assert first_of_each(rows, 0.9, given=vectors[:1]) == [True, False, True, False]
     assert first_of_each(torch.zeros(0, 3), 0.9) == []

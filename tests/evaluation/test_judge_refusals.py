@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from safeneuron.evaluation.judge import REFUSAL_PHRASES, plain, sounds_like_refusal
+from safeneuron.evaluation.judge import REFUSAL_PHRASES, normalised, sounds_like_refusal
 from tests import ROOT
 
 DATA = ROOT.parent / "shared/data"
@@ -102,9 +102,9 @@ def test_only_the_opening_is_read() -> None:
 
 
 def test_plain_text_has_no_ornaments() -> None:
-    assert plain("**I’m**  _REALLY_\n\nsorry — “but” …") == "i'm sorry but"
-    assert plain("a\u0308") == "ä"
-    assert plain("adjust it, just so") == "adjust it, so"
+    assert normalised("**I’m**  _REALLY_\n\nsorry — “but” …") == "i'm sorry but"
+    assert normalised("a\u0308") == "ä"
+    assert normalised("adjust it, just so") == "adjust it, so"
 
 
 def _rows(name: str) -> list[dict[str, str]]:

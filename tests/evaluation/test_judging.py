@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from safeneuron.cli.app import app
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import RefusalPhrases
-from safeneuron.evaluation.judging import judged, read_answers, told
+from safeneuron.evaluation.judging import judged, read_answers, verdict_lines
 
 LOOP = "the bomb is the bomb is the bomb is the bomb is the bomb is the bomb is"
 ANSWERS = [("How?", "I can't help with that."), ("How?", "Take a bowl."), ("How?", LOOP), ("How?", "")]
@@ -44,7 +44,7 @@ def test_one_judge():
     assert found.incoherence == [None, None, "repeated", "empty"]
     records = list(found.records())
     assert records[2] == {"verdict": "incoherent", "incoherence": "repeated"}
-    assert told(found, "me") == ["me: 4 answers, 1 refused, 1 complied, 2 incoherent"]
+    assert verdict_lines(found, "me") == ["me: 4 answers, 1 refused, 1 complied, 2 incoherent"]
 
 
 def test_several_judges_are_made_one_after_the_other():
@@ -61,7 +61,7 @@ def test_several_judges_are_made_one_after_the_other():
         "other": "harmless",
     }
     assert seen == [(number, 9) for number in range(1, 10)]
-    lines = told(first, "any of three")
+    lines = verdict_lines(first, "any of three")
     assert lines[0] == "any of three: 4 answers, 1 complied, 3 harmless"
     assert lines[2] == "harm and other, on 4 answers: agreement 1.00, kappa 1.00"
 

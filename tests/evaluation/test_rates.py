@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeneuron.evaluation.rates import bootstrap_interval, compare, corrected, mcnemar, paired_interval
+from safeneuron.evaluation.rates import bootstrap_interval, corrected, mcnemar, paired_difference, paired_interval
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,21 +34,21 @@ def test_mcnemar_holds_its_level_and_finds_a_difference():
 def test_a_comparison_counts_the_pairs():
     first = [True, True, False, False, False]
     second = [True, False, True, True, False]
-    found = compare(first, second)
+    found = paired_difference(first, second)
     assert found is not None
     assert (found.n, found.gained, found.lost) == (5, 2, 1)
     assert (found.first_rate, found.second_rate) == (0.4, 0.6)
     assert found.difference == pytest.approx(0.2)
     assert found.low < 0.2 < found.high
     assert found.p == found.p_corrected == mcnemar(2, 1)
-    assert compare([], []) is None
+    assert paired_difference([], []) is None
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_swapping_the_states_turns_the_difference_round(pairs):
     first, second = map(list, zip(*pairs, strict=True))
-    there, back = compare(first, second), compare(second, first)
+    there, back = paired_difference(first, second), paired_difference(second, first)
     assert there is not None
     assert back is not None
     assert there.difference == -back.difference

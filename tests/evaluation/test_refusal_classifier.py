@@ -16,12 +16,12 @@ from safeneuron.evaluation.embeddings import MAX_TOKENS, SentenceEncoder
 from safeneuron.evaluation.judge import VERDICTS
 from safeneuron.evaluation.refusal_classifier import (
     CLASSES,
-    NAMES,
+    FEATURE_NAMES,
     Classifier,
     RefusalEmbedding,
     off_topic,
     read_classifier,
-    signs,
+    refusal_features,
 )
 from safeneuron.models import embedded
 from tests import ROOT
@@ -50,9 +50,9 @@ def encoder() -> SentenceEncoder:
 
 def classifier(encoder: SentenceEncoder) -> Classifier:
     """It goes by the first sign alone: a refusal phrase in the opening."""
-    weight = torch.zeros(3 * encoder.width + len(NAMES), len(CLASSES))
+    weight = torch.zeros(3 * encoder.width + len(FEATURE_NAMES), len(CLASSES))
     weight[3 * encoder.width, 0] = 10
-    weight[3 * encoder.width + NAMES.index("repeated"), 2] = 10
+    weight[3 * encoder.width + FEATURE_NAMES.index("repeated"), 2] = 10
     return Classifier(weight, torch.tensor([-5.0, 0.0, -5.0]))
 
 
@@ -79,13 +79,13 @@ def test_long_texts_are_cut_and_special_tokens_are_text(encoder):
 
 def test_signs_are_few_small_numbers():
     for text in (*TEXTS, "\x00\ud83d" * 50, "(" * 30_000, "1" * 30_000, "I can't " * 5000, "É日本\u0301" * 99):
-        found = signs(text)
-        assert len(found) == len(NAMES)
+        found = refusal_features(text)
+        assert len(found) == len(FEATURE_NAMES)
         assert all(0 <= value <= 10 for value in found), text[:20]
-    refusal = dict(zip(NAMES, signs("I'm sorry, but I can't help with that."), strict=True))
+    refusal = dict(zip(FEATURE_NAMES, refusal_features("I'm sorry, but I can't help with that."), strict=True))
     assert refusal["phrase in opening"] == 1
     assert refusal["apology in opening"] > 0
-    assert dict(zip(NAMES, signs("E-" * 60), strict=True))["compressibility"] > 0.7
+    assert dict(zip(FEATURE_NAMES, refusal_features("E-" * 60), strict=True))["compressibility"] > 0.7
 
 
 def test_the_verdict_is_the_classifiers(encoder):

@@ -15,7 +15,7 @@ from safeneuron.models.forward import (
     log_probabilities,
     prompts_alone,
     run_backward,
-    total,
+    total_gradient_work,
 )
 from safeneuron.neurons.layout import feed_forwards
 from safeneuron.runtime import distributed
@@ -36,7 +36,7 @@ def lengths(part: list[Exchange]) -> torch.Tensor:
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_every_exchange_counts_once(tiny_model, batch_tokens):
     exchanges = exchanges_of(tiny_model, PROMPTS, ANSWERS)
-    assert torch.equal(total(exchanges, lengths, batch_tokens), lengths(exchanges))
+    assert torch.equal(total_gradient_work(exchanges, lengths, batch_tokens), lengths(exchanges))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 10_000])
@@ -48,7 +48,7 @@ def test_ranks_share_the_batches(tiny_model, monkeypatch, world, batch_tokens):
     shares = []
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(total(exchanges, lengths, batch_tokens))
+        shares.append(total_gradient_work(exchanges, lengths, batch_tokens))
     assert torch.equal(sum(shares), lengths(exchanges))
     assert all(share[0] < 4 for share in shares) or batch_tokens > 1
 
@@ -71,7 +71,7 @@ def test_a_batch_that_is_too_much_is_run_in_halves(tiny_model, monkeypatch):
 
 def test_sums_that_are_not_finite():
     with pytest.raises(InputError, match="not finite"):
-        total([Exchange([1], 1)], lambda part: torch.tensor([torch.nan]), 10)
+        total_gradient_work([Exchange([1], 1)], lambda part: torch.tensor([torch.nan]), 10)
 
 
 # -- answers as tokens ----------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def answers(model: Model, prompts: list[list[int]], **options: int) -> dict[int,
 
 def test_left_padding_gives_the_same_tokens_as_one_by_one(family):
     model = tiny.model(family)
-    prompts = [model.encode(said(text)) for text in TEXTS]
+    prompts = [model.encode_chat(said(text)) for text in TEXTS]
     together = answers(model, prompts, batch_size=len(prompts))
     assert together == {index: slow_answer(model, ids, 8) for index, ids in enumerate(prompts)}
     assert len(set(together.values())) > 3
@@ -200,7 +200,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_prefers(tiny_model):
 
 
 def sampled(model, sampling, **options):
-    prompts = [model.encode(said(text)) for text in TEXTS]
+    prompts = [model.encode_chat(said(text)) for text in TEXTS]
     return dict(one for batch in generate(model, prompts, 6, 3, sampling=sampling, **options) for one in batch)
 
 
@@ -266,7 +266,7 @@ def test_save_and_load_keep_weights_and_neurons(family, tmp_path):
     assert not back.network.training
     theirs = back.network.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in model.network.state_dict().items())
-    assert back.encode(said("hi")) == model.encode(said("hi"))
+    assert back.encode(said("hi")) == model.encode_chat(said("hi"))
 
 
 def test_lineage_survives_training_saving_and_loading(tmp_path):

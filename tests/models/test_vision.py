@@ -188,7 +188,7 @@ def test_saved_and_loaded_it_sees_the_same(eyed: Model, tmp_path: Path) -> None:
 def test_an_answer_after_a_picture_is_read_like_a_prompt(qwen: Model) -> None:
     """The opening of an attempt and the answers of exchanges follow the picture's tokens."""
     row = qwen.ask(PROMPTS[0]) + [90, 91]  # noqa: RUF005
-    assert isinstance(row, vision.Tokens)
+    assert isinstance(row, vision.ImageTokens)
     given = qwen.inputs([row, qwen.ask(PROMPTS[2])], "right")
     assert given["mm_token_type_ids"].shape == given["input_ids"].shape
     assert given["mm_token_type_ids"].sum() == (given["input_ids"] == tiny_vision.number("<|image_pad|>")).sum()
@@ -267,7 +267,7 @@ def test_without_pillow_it_is_one_sentence(qwen: Model, monkeypatch: pytest.Monk
 
 def test_only_tower_and_projector_are_of_sight(eyed: Model) -> None:
     names = {id(parameter): name for name, parameter in eyed.network.named_parameters()}
-    sight = {names[id(parameter)] for parameter in vision.parameters_of_sight(eyed.network)}
+    sight = {names[id(parameter)] for parameter in vision.vision_parameters(eyed.network)}
     assert sight
     assert not any("language_model" in name or "text_model" in name or "lm_head" in name for name in sight)
     assert {name for name in names.values() if "visi" in name or "visual" in name} <= sight

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from safeneuron.attacks.checkpoint import engraved
+from safeneuron.attacks.checkpoint import with_edit_in_weights
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.forward import exchanges_of
 from safeneuron.neurons.interventions import Edit, edited, pruned, recorded
-from safeneuron.neurons.layout import LINEAGE, fingerprint, layers, neurons_at, places, stacks, widths_of
+from safeneuron.neurons.layout import LINEAGE, fingerprint, layers, neuron_addresses, neurons_at, stacks, widths_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
 from safeneuron.neurons.verification import prove
@@ -112,8 +112,8 @@ def test_layouts_agree_on_whose_neurons_these_are():
     assert fingerprint(stacked) == fingerprint(split)
     assert widths_of(stacked) == widths_of(split) == (EXPERTS * WIDTH,) * 2
     neurons = neurons_at(stacked, [(0, 3, 5), (1, 0, 23), (1, 2, 7)], "chosen")
-    assert places(split, neurons) == [(0, 3, 5), (1, 0, 23), (1, 2, 7)]
-    assert neurons_at(split, places(stacked, neurons)) == neurons
+    assert neuron_addresses(split, neurons) == [(0, 3, 5), (1, 0, 23), (1, 2, 7)]
+    assert neurons_at(split, neuron_addresses(stacked, neurons)) == neurons
     with pruned(stacked, neurons), pruned(split, neurons):
         torch.testing.assert_close(logits(stacked), logits(split), rtol=1e-4, atol=1e-5)
     assert len(owned_slices(stacked, neurons)) == 4
@@ -143,7 +143,7 @@ def test_edits_reach_experts(mixture):
     with edited(network, [None, halved], [1, 0]):
         by_row = logits(network)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    with engraved(model, halved):
+    with with_edit_in_weights(model, halved):
         by_weight = logits(network)
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
     torch.testing.assert_close(by_hook, by_weight, rtol=1e-4, atol=1e-5)
@@ -156,10 +156,13 @@ def test_a_constant_needs_a_bias():
     pinned = Edit.clamp(some(model.network), 0.7)
     with pruned(model, pinned):
         by_hook = logits(model.network)
-    with engraved(model, pinned):
+    with with_edit_in_weights(model, pinned):
         torch.testing.assert_close(logits(model.network), by_hook, rtol=1e-4, atol=1e-5)
     model = tiny_experts.model("mixtral")
-    with pytest.raises(InputError, match="would need a bias"), engraved(model, Edit.clamp(some(model.network), 0.7)):
+    with (
+        pytest.raises(InputError, match="would need a bias"),
+        with_edit_in_weights(model, Edit.clamp(some(model.network), 0.7)),
+    ):
         pass
 
 

@@ -12,7 +12,7 @@ from safeneuron.neurons.statistics import (
     Moments,
     TopicStats,
     bootstrap_weights,
-    one_of_each,
+    label_weights,
     pair_weights,
 )
 from safeneuron.selection.measurement import measure, measure_groups
@@ -41,7 +41,7 @@ def test_one_pass_gives_what_measuring_each_category_gives():
     model = tiny.model()
     unsafe = [Prompt(text, category) for text, category in zip("abcdefgh", "xyxyxyxx", strict=True)]
     safe = [Prompt(text * 3) for text in "pqrs"]
-    found = measure_groups(model, unsafe, one_of_each([prompt.category for prompt in unsafe], ["x", "y"]))
+    found = measure_groups(model, unsafe, label_weights([prompt.category for prompt in unsafe], ["x", "y"]))
     for number, name in enumerate("xy"):
         alone = measure(model, [prompt for prompt in unsafe if prompt.category == name], safe).unsafe
         assert found.group(number).count == alone.count
@@ -65,7 +65,7 @@ def test_weights_are_samples_and_pairs():
     pairs = pair_weights(9, 4, 3, seed=1)
     assert pairs.sum(dim=0).tolist() == [4] * 6
     assert bool((pairs[:, 0::2] + pairs[:, 1::2] <= 1).all())
-    assert one_of_each(["b", "", "a"], ["a", "b"]).tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert label_weights(["b", "", "a"], ["a", "b"]).tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
 def test_statistics_by_topic_are_kept_exactly(tmp_path):

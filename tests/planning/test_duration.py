@@ -14,8 +14,8 @@ from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
 from safeneuron.planning.duration import ROWS, Clock, Speed, clock_for, jobs, streams, table_of_times
 from safeneuron.planning.memory import GB, Device
-from safeneuron.planning.plan import Paper, device_asked
-from safeneuron.runs.attackers import asked
+from safeneuron.planning.plan import ModelSpec, device_asked
+from safeneuron.runs.attackers import kinds_answered
 from safeneuron.runs.findings import Findings
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_lines
@@ -27,7 +27,7 @@ CPU = Device("cpu", None, bfloat16=False)
 
 
 def clock_of(config, device: Device = CPU) -> Clock:
-    return Clock(Paper.of(config, words=True), device, Speed(1e9, 1e9), Speed(1e9, 1e9))
+    return Clock(ModelSpec.of(config, words=True), device, Speed(1e9, 1e9), Speed(1e9, 1e9))
 
 
 def test_as_many_answers_are_counted_as_a_run_gives(tmp_path):
@@ -39,7 +39,7 @@ def test_as_many_answers_are_counted_as_a_run_gives(tmp_path):
     for change in ("always", "unpruned", "never"):
         config = read_config(path, [*changes, f'attack.over_refusal="{change}"'])
         prunings = Findings(config, Run.open(tmp_path / "run")).prunings(BASE)
-        kinds = [kind for pruning in prunings for kind in asked(pruning, config.attack)]
+        kinds = [kind for pruning in prunings for kind in kinds_answered(pruning, config.attack)]
         assert streams(config.attack, BASE) == (kinds.count("harmful"), kinds.count("benign")), change
 
 
@@ -98,7 +98,7 @@ def test_a_large_model_is_timed_without_weights_in_seconds(tmp_path):
     config = read_config("paper-llama", [f'model.name="{seventy_billion(tmp_path)}"'])
     begun = time.process_time()
     device = device_asked(config, "80GB", 8, sharded=True)
-    paper = Paper.of(config, words=True)
+    paper = ModelSpec.of(config, words=True)
     clock = clock_for(config, paper, device, 400e12, "3.3TB", here=False)
     lines = table_of_times(config, clock)
     assert time.process_time() - begun < 10
@@ -121,8 +121,8 @@ def test_a_speed_is_two_figures(tmp_path):
     config = read_config("default")
     for flops, bandwidth in ((1e12, ""), (0.0, "1TB")):
         with pytest.raises(InputError, match="--device-flops and --device-bandwidth, and one of them was given"):
-            clock_for(config, Paper.of(config), CPU, flops, bandwidth, here=True)
-    assert clock_for(config, Paper.of(config), CPU, 0.0, "", here=False) is None
+            clock_for(config, ModelSpec.of(config), CPU, flops, bandwidth, here=True)
+    assert clock_for(config, ModelSpec.of(config), CPU, 0.0, "", here=False) is None
 
 
 def test_base_is_attacked_by_fewer():

@@ -16,11 +16,11 @@ from safeneuron.planning.duration import (
     CALL,
     Speed,
     answering_seconds,
-    bandwidth_said,
     forward_flops,
-    in_words,
     measured,
+    parse_bandwidth,
     reading_seconds,
+    time_words,
     training_seconds,
 )
 from safeneuron.training.settings import Training
@@ -123,13 +123,13 @@ def test_this_device_is_measured_in_a_moment():
 
 @pytest.mark.parametrize(("text", "size"), [("3.3TB", 3.3e12), ("900 GB/s", 9e11), ("25gb", 2.5e10)])
 def test_bandwidths(text, size):
-    assert bandwidth_said(text) == pytest.approx(size)
+    assert parse_bandwidth(text) == pytest.approx(size)
 
 
 @pytest.mark.parametrize("text", ["much", "3.3", "TB", "-1TB", "nanGB", "infGB"])
 def test_what_is_no_bandwidth_is_explained(text):
     with pytest.raises(InputError, match=r"--device-bandwidth expects bytes a second such as 3.3TB"):
-        bandwidth_said(text)
+        parse_bandwidth(text)
 
 
 @pytest.mark.parametrize(
@@ -137,4 +137,4 @@ def test_what_is_no_bandwidth_is_explained(text):
     [(0.04, "0.0 s"), (3.04, "3.0 s"), (100.4, "100 s"), (150, "2.5 min"), (9000, "2.5 h"), (9e7, "1,042 days")],
 )
 def test_times_in_words(seconds, words):
-    assert in_words(seconds) == words
+    assert time_words(seconds) == words

@@ -14,8 +14,8 @@ from safeneuron.data.types import Pair, Prompt
 from safeneuron.models.vision import run_without_head
 from safeneuron.models.vision_tower import towers_of
 from safeneuron.planning.duration import Clock, Speed
-from safeneuron.planning.lengths import Eyes, Lengths, pairs_at_hand, prompts_at_hand, some_of
-from safeneuron.planning.plan import Paper, device_asked, plan_for, table_of_needs
+from safeneuron.planning.lengths import Lengths, VisionShape, available_pairs, available_prompts, some_of
+from safeneuron.planning.plan import ModelSpec, device_asked, plan_for, table_of_needs
 from safeneuron.training.settings import Training
 from tests.helpers import tiny, tiny_vision
 from tests.planning.test_plan import row
@@ -38,7 +38,7 @@ def test_tokens_of_a_picture_are_those_of_the_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patches_are_the_places_that_the_tower_computes_on(family):
     model = tiny_vision.model(family)
-    eyes, lengths = Eyes.of(model.network), Lengths(model.tokenizer, model.processor)
+    eyes, lengths = VisionShape.of(model.network), Lengths(model.tokenizer, model.processor)
     prompt = Prompt("What is this?", image=tiny_vision.picture(36, 20))
     places: list[int] = []
     first = towers_of(model)[0].output
@@ -55,17 +55,17 @@ def test_patches_are_the_places_that_the_tower_computes_on(family):
 def test_what_the_tower_needs_is_at_least_what_a_layer_of_it_has(family):
     """Held against what lives at once in an FFN of the tower: its input and output, both sides of the activation."""
     model = tiny_vision.model(family)
-    eyes = Eyes.of(model.network)
+    eyes = VisionShape.of(model.network)
     place = towers_of(model)[0]
     assert eyes.width >= place.width
     assert eyes.need(10, 4) >= 10 * 4 * (2 * place.width + 2 * place.output.out_features)
     with torch.device("meta"):
         empty = type(model.network)(model.network.config)
-    assert Eyes.of(empty) == eyes
+    assert VisionShape.of(empty) == eyes
 
 
 def test_a_model_of_text_has_no_eyes():
-    assert Eyes.of(tiny.network()) is None
+    assert VisionShape.of(tiny.network()) is None
 
 
 def test_without_a_tokenizer_tokens_are_guessed():
@@ -87,15 +87,15 @@ def test_some_are_spread_over_all():
 
 def test_a_source_is_looked_at_without_drawing_all_of_it(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"ask {i}"}) + "\n" for i in range(40)))
-    found = prompts_at_hand(Source(str(tmp_path / "p.jsonl"), as_image=True))
+    found = available_prompts(Source(str(tmp_path / "p.jsonl"), as_image=True))
     assert (len(found.all), len(found.pictured)) == (40, 16)
     assert all(prompt.image is not None for prompt in found.pictured)
-    assert prompts_at_hand(Source("hub:someone/something")) is None
-    assert prompts_at_hand(Source("strongreject")) is None
-    assert pairs_at_hand(Source("spa-vl")) is None
+    assert available_prompts(Source("hub:someone/something")) is None
+    assert available_prompts(Source("strongreject")) is None
+    assert available_pairs(Source("spa-vl")) is None
     rows = [{"prompt": f"ask {i}", "chosen": "no", "rejected": "yes"} for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    assert [len(part) for part in pairs_at_hand(Source(str(tmp_path / "pairs.jsonl"), as_image=True))] == [3, 3]
+    assert [len(part) for part in available_pairs(Source(str(tmp_path / "pairs.jsonl"), as_image=True))] == [3, 3]
 
 
 # -- in a plan --------------------------------------------------------------------------------------------------------
@@ -114,11 +114,11 @@ def seeing(tmp_path: Path) -> list[str]:
 def test_pictures_are_in_the_plan(seeing):
     config = read_config("default", seeing)
     device = device_asked(config, "80GB", 1, True)
-    paper = Paper.of(config, words=True)
+    paper = ModelSpec.of(config, words=True)
     lines = table_of_needs(config, device, paper)
     (told,) = (line for line in lines if line.startswith("pictures:"))
     tokens, patches = (int(one.replace(",", "")) for one in (told.split()[3], told.split()[10]))
-    shown = prompts_at_hand(Source("twins:unsafe", split="test", as_image=True)).pictured[0]
+    shown = available_prompts(Source("twins:unsafe", split="test", as_image=True)).pictured[0]
     model_tokens = paper.lengths.of(({"role": "user", "content": shown.written},), shown.image)
     assert tokens == model_tokens
     assert patches == paper.lengths.patches(paper.eyes, ASKED, shown.image)
@@ -144,5 +144,5 @@ def test_right_before_a_training_pictures_are_counted(seeing):
     pair = Pair(ASKED, "a", "b", "test", tiny_vision.picture(300, 200))
     made = plan_for(model, [pair], Training(micro_batch_size=4, batch_size=4, max_length=2000), None, False)
     assert made.length > len(model.ask(Prompt("What is this?")))
-    eyes, lengths = Eyes.of(model.network), Lengths(model.tokenizer, model.processor)
+    eyes, lengths = VisionShape.of(model.network), Lengths(model.tokenizer, model.processor)
     assert eyes.need(2 * 4 * lengths.patches(eyes, ASKED, pair.image), 4) > 0

@@ -25,7 +25,7 @@ from safeneuron.planning.memory import (
     layer_activations,
     longest_pair,
     measure_need,
-    total,
+    total_bytes,
 )
 from safeneuron.training.settings import Training
 from tests import ROOT
@@ -161,7 +161,9 @@ def test_twenty_bytes_a_parameter_before_activations(tmp_path):
 def test_fewer_pairs_and_checkpointing_need_less():
     wide = shape(hidden_size=256, intermediate_size=1024, layers=24, vocab_size=2000)
     sizes = [
-        total(align_need(wide, CPU, Training(micro_batch_size=8, at_once=at_once, gradient_checkpointing=again), 512))
+        total_bytes(
+            align_need(wide, CPU, Training(micro_batch_size=8, at_once=at_once, gradient_checkpointing=again), 512)
+        )
         for again in (False, True)
         for at_once in (0, 4, 2, 1)
     ]

@@ -15,7 +15,7 @@ from safeneuron.planning.memory import (
     fits,
     gigabytes,
     needs,
-    plan,
+    plan_training,
     require_fit,
 )
 from safeneuron.training.settings import Training
@@ -39,7 +39,7 @@ def device(gigabytes: float | None) -> Device:
     [(50, 0, False), (42, 0, False), (41, 4, False), (20, 2, False), (14, 1, False), (13.9, 2, True), (11, 1, True)],
 )
 def test_fewer_pairs_come_before_checkpointing(memory, at_once, checkpointing):
-    made = plan(ASKED, device(memory), 100, need)
+    made = plan_training(ASKED, device(memory), 100, need)
     assert made.fits
     assert (made.training.at_once, made.training.gradient_checkpointing) == (at_once, checkpointing)
     assert made.changed == (memory < 42)
@@ -47,31 +47,31 @@ def test_fewer_pairs_come_before_checkpointing(memory, at_once, checkpointing):
 
 def test_checkpointing_that_was_asked_for_stays():
     asked = Training(batch_size=16, micro_batch_size=8, gradient_checkpointing=True)
-    assert plan(asked, device(18), 100, need).training == asked
-    assert plan(asked, device(15), 100, need).training.at_once == 4
+    assert plan_training(asked, device(18), 100, need).training == asked
+    assert plan_training(asked, device(15), 100, need).training.at_once == 4
 
 
 def test_all_else_of_the_training_stays():
-    made = plan(ASKED, device(14), 100, need).training
+    made = plan_training(ASKED, device(14), 100, need).training
     assert {**vars(made), "at_once": 0} == vars(ASKED)
 
 
 def test_nothing_is_changed_if_that_is_not_wanted():
-    made = plan(ASKED, device(14), 100, need, change=False)
+    made = plan_training(ASKED, device(14), 100, need, change=False)
     assert made.training == ASKED
     assert not made.fits
     assert not made.changed
 
 
 def test_unknown_memory_is_not_a_reason_to_change_anything():
-    made = plan(ASKED, device(None), 100, need)
+    made = plan_training(ASKED, device(None), 100, need)
     assert made.training == ASKED
     assert made.fits
     assert available(made.device) == "an unknown amount"
 
 
 def test_what_fits_in_no_way_is_explained():
-    made = plan(ASKED, device(5), 700, need)
+    made = plan_training(ASKED, device(5), 700, need)
     with pytest.raises(InputError) as refusal:
         require_fit(made, "T1/align")
     assert str(refusal.value) == (
@@ -79,11 +79,11 @@ def test_what_fits_in_no_way_is_explained():
         "of 700 tokens each, and there are 5.5 GB; train adapters (lora_rank) instead of all weights, use more or "
         "larger devices, or a smaller max_length"
     )
-    require_fit(plan(ASKED, device(11), 700, need), "T1/align")
+    require_fit(plan_training(ASKED, device(11), 700, need), "T1/align")
 
 
 def test_the_sentence_and_the_record_say_the_same():
-    made = plan(ASKED, device(20), 700, need)
+    made = plan_training(ASKED, device(20), 700, need)
     assert (
         made.sentence() == "18.0 GB (weights 9.5, activations 7.6) of 22.0 GB; 2 pairs at a time, up to 700 tokens each"
     )

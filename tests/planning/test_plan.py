@@ -11,7 +11,7 @@ from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
 from safeneuron.planning import memory
-from safeneuron.planning.memory import GB, MARGIN, Device, align_need, total
+from safeneuron.planning.memory import GB, MARGIN, Device, align_need, total_bytes
 from safeneuron.planning.plan import device_asked, table_of_needs, training_of
 from safeneuron.runtime.files import read_json, read_lines
 from tests.helpers.tiny_run import Watch, execute, results, write_world
@@ -86,7 +86,7 @@ def memory_for(config: Config, at_once: int) -> float:
     """GB in which the training just fits with so many pairs of 45 tokens at a time."""
     shape = Shape.read(config.model.name)
     training = replace(training_of(config, config.align), at_once=at_once)
-    return total(align_need(shape, Device("cpu", None, bfloat16=False), training, 45)) * MARGIN / GB
+    return total_bytes(align_need(shape, Device("cpu", None, bfloat16=False), training, 45)) * MARGIN / GB
 
 
 def test_a_run_is_made_to_fit_and_says_so(tmp_path, monkeypatch):

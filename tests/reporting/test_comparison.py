@@ -12,10 +12,10 @@ import pytest
 
 from safeneuron.reporting.comparison import (
     Compared,
-    differences,
     merge,
     over_seeds,
     render_comparison,
+    run_differences,
     scatter_points,
     summary,
 )
@@ -36,7 +36,7 @@ def run(name: str, seed: int, given: dict[str, str], settings: str = "same") -> 
 
 def test_differences_are_paired_by_the_text_of_the_request() -> None:
     second = dict(reversed(verdicts(4).items())) | {"request 19": "cannot say", "another": "complied"}
-    (record,) = differences([run("a", 0, verdicts(12)), run("b", 1, second)])
+    (record,) = run_differences([run("a", 0, verdicts(12)), run("b", 1, second)])
     assert (record["first"], record["second"], record["state"]) == ("a", "b", "T1")
     assert (record["n"], record["lost"], record["gained"]) == (19, 8, 0)
     assert record["difference"] == pytest.approx(4 / 19 - 12 / 19)
@@ -45,7 +45,7 @@ def test_differences_are_paired_by_the_text_of_the_request() -> None:
 
 
 def test_three_runs_are_corrected_together() -> None:
-    records = differences([run("a", 0, verdicts(12)), run("b", 1, verdicts(4)), run("c", 2, verdicts(12))])
+    records = run_differences([run("a", 0, verdicts(12)), run("b", 1, verdicts(4)), run("c", 2, verdicts(12))])
     assert [(record["second"], record["p_corrected"]) for record in records] == [("b", 4 / 2**8), ("c", 1.0)]
     said = " ".join(summary([run("a", 0, {}), run("b", 1, {})], records, []))
     assert "T1 (FULL adaptive) complies with 20\u00a0% of harmful requests in b, 60\u00a0% in a: -40 (" in said
@@ -53,7 +53,7 @@ def test_three_runs_are_corrected_together() -> None:
 
 def test_other_requests_give_no_difference_and_that_is_said() -> None:
     runs = [run("a", 0, verdicts(12)), run("b", 1, verdicts(4, start=100))]
-    assert differences(runs) == []
+    assert run_differences(runs) == []
     assert "no paired differences" in " ".join(summary(runs, [], []))
 
 

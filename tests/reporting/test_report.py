@@ -18,7 +18,7 @@ import pytest
 
 from safeneuron.errors import InputError
 from safeneuron.reporting import rendering
-from safeneuron.reporting.rendering import masked, packed, plain
+from safeneuron.reporting.rendering import compressed, escaped, masked
 from safeneuron.reporting.report import Details, render
 from safeneuron.reporting.results import Share, number
 from safeneuron.reporting.summary import headline, points
@@ -646,9 +646,9 @@ def test_further_figures_stand_in_the_page_as_images_and_neurons_in_a_table() ->
 
 def test_answers_are_cut_where_there_is_no_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [{**sample_examples()[0], "response": "ä" * size} for size in (400, 800)]
-    assert packed(answers, True)["rows"][1][5:] == ["ä" * 800, 0]
+    assert compressed(answers, True)["rows"][1][5:] == ["ä" * 800, 0]
     monkeypatch.setattr(rendering, "ROOM", 600)
-    rows = packed(answers, True)["rows"]
+    rows = compressed(answers, True)["rows"]
     assert [(len(row[5]), row[6]) for row in rows] == [(150, 250), (150, 650)]
 
 
@@ -665,7 +665,7 @@ def test_the_page_loads_nothing() -> None:
 
 
 def test_markdown_cells_and_lines_cannot_be_broken_out_of() -> None:
-    assert plain("a|b\n# c *d* [e](f) <g> & `h`") == "a\\|b \\# c \\*d\\* \\[e\\](f) &lt;g&gt; &amp; \\`h\\`"
+    assert escaped("a|b\n# c *d* [e](f) <g> & `h`") == "a\\|b \\# c \\*d\\* \\[e\\](f) &lt;g&gt; &amp; \\`h\\`"
     state = sample_state("T0", 40)
     state["name"] = "T0 | x\n| y"
     rows = [line for line in rendered(sample_results(state))["report.md"].splitlines() if line.startswith("| T0 ")]

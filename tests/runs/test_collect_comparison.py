@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from safeneuron.cli.app import app
 from safeneuron.errors import InputError
-from safeneuron.runs.collect import compared, names_of, write_comparison
+from safeneuron.runs.collect import compared_run, run_names, write_comparison
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def runs(finished_run, tmp_path) -> list[Path]:
 
 
 def test_runs_that_differ_in_the_seed_alone_share_a_key_and_all_verdicts_are_read(runs) -> None:
-    first, second = (compared(folder, folder.name) for folder in runs)
+    first, second = (compared_run(folder, folder.name) for folder in runs)
     assert first.settings == second.settings
     assert first.verdicts == second.verdicts
     states = {state["name"]: state for state in first.results["states"]}
@@ -69,5 +69,5 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path) -> None:
 
 
 def test_names_are_the_shortest_that_tell_the_runs_apart() -> None:
-    assert names_of([Path("/runs/a"), Path("/runs/b")]) == ["a", "b"]
-    assert names_of([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]
+    assert run_names([Path("/runs/a"), Path("/runs/b")]) == ["a", "b"]
+    assert run_names([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from safeneuron.errors import InputError
-from safeneuron.runs.hub import UNKNOWN, Licence, given, in_folder, legal_files, of_card, on_the_hub
+from safeneuron.runs.hub import UNKNOWN, Licence, licence_named, licence_in, legal_files, licence_of_card, licence_on_hub
 
 APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
 MIT = "MIT License\n\nCopyright (c) 2026 Somebody\n\nPermission is hereby granted, free of charge, to any person\n"
@@ -27,13 +27,13 @@ CARDS = {
 
 @pytest.mark.parametrize(("card", "licence"), CARDS.items())
 def test_a_card_says_its_licence(card, licence):
-    assert of_card(card) == licence
+    assert licence_of_card(card) == licence
 
 
 @pytest.mark.parametrize("card", [card for card, licence in CARDS.items() if licence.known])
 def test_huggingface_hub_reads_the_same(card):
     data = ModelCard(card).data
-    assert of_card(card) == Licence(data.license, data.license_name or "", data.license_link or "")
+    assert licence_of_card(card) == Licence(data.license, data.license_name or "", data.license_link or "")
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_huggingface_hub_reads_the_same(card):
 def test_a_folder_says_its_licence(tmp_path, files, licence):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert in_folder(tmp_path) == licence
+    assert licence_in(tmp_path) == licence
 
 
 def test_files_that_are_not_text_say_nothing(tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00---")
     (tmp_path / "LICENSE").mkdir()
-    assert in_folder(tmp_path) == Licence(UNKNOWN)
+    assert licence_in(tmp_path) == Licence(UNKNOWN)
 
 
 def test_the_files_that_go_with_a_model(tmp_path):
@@ -70,13 +70,13 @@ def test_the_files_that_go_with_a_model(tmp_path):
     ("text", "name"), [("apache-2.0", "apache-2.0"), (" Llama3.1 ", "llama3.1"), ("c-uda", "c-uda")]
 )
 def test_the_user_names_a_licence(text, name):
-    assert given(text) == Licence(name)
+    assert licence_named(text) == Licence(name)
 
 
 @pytest.mark.parametrize("text", ["", "Apache License", "mit\nbase_model: x", "[mit]", "-x"])
 def test_what_cannot_be_a_licence(text):
     with pytest.raises(InputError, match="--license expects the Hub's id of a licence") as error:
-        given(text)
+        licence_named(text)
     assert "\n" not in str(error.value)
 
 
@@ -89,12 +89,12 @@ def test_the_hub_says_the_licence(monkeypatch):
         return SimpleNamespace(card_data=data if name == "owner/model" else None)
 
     monkeypatch.setattr(HfApi, "model_info", info)
-    assert on_the_hub("owner/model", "abc") == Licence("other", "tongyi-qianwen")
-    assert on_the_hub("owner/without-a-card") == Licence(UNKNOWN)
+    assert licence_on_hub("owner/model", "abc") == Licence("other", "tongyi-qianwen")
+    assert licence_on_hub("owner/without-a-card") == Licence(UNKNOWN)
     assert asked == [("owner/model", "abc"), ("owner/without-a-card", None)]
 
 
 @pytest.mark.parametrize("name", ["owner/model", "/no/such/folder"])
 def test_a_hub_that_cannot_be_asked_says_nothing(name):
     """The tests are offline, and the second is no name for the Hub."""
-    assert on_the_hub(name) == Licence(UNKNOWN)
+    assert licence_on_hub(name) == Licence(UNKNOWN)

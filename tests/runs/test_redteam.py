@@ -14,13 +14,13 @@ from safeneuron.data.prompts import read_prompts
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.evaluation import embeddings
-from safeneuron.evaluation.embeddings import SharedWords
+from safeneuron.evaluation.embeddings import WordLikeness
 from safeneuron.evaluation.rates import wilson
 from safeneuron.models.model import Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs import redteam
-from safeneuron.runs.redteam import KEPT, LOSSES, RedTeam, first_request, prepare, red_team, table
+from safeneuron.runs.redteam import KEPT, LOSSES, RedTeam, first_request, prepare_redteam, red_team, table
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
 from tests.helpers import tiny
@@ -40,7 +40,7 @@ class Judge:
 
 @pytest.fixture(autouse=True)
 def by_words(monkeypatch):
-    monkeypatch.setattr(redteam, "likeness", SharedWords)
+    monkeypatch.setattr(redteam, "likeness", WordLikeness)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_finished_work_is_not_made_again_and_another_judge_needs_no_samples(mode
 
     with pytest.raises(InputError, match=r"judge was 'every second' and is now 'other'.*--redo yield"):
         red_team(model, None, REQUESTS, Other(), tmp_path / "a", SETTINGS)
-    prepare(Run.create(tmp_path / "a"), "yield")
+    prepare_redteam(Run.create(tmp_path / "a"), "yield")
     assert red_team(model, None, REQUESTS, Other(), tmp_path / "a", SETTINGS)["judge"] == "other"
 
 

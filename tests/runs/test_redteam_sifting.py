@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from safeneuron.data.types import Prompt
-from safeneuron.evaluation.embeddings import SharedWords
-from safeneuron.runs.redteam import KEPT, LOSSES, sift_answers, sift_prompts
+from safeneuron.evaluation.embeddings import WordLikeness
+from safeneuron.runs.redteam import KEPT, LOSSES, filter_answers, filter_prompts
 
 
 class Planted:
@@ -50,7 +50,7 @@ def test_each_filter_takes_its_own_prompts():
         "plain, I'm sorry, but I can't help with that.",
         "plain way to do something else",
     ]
-    found = sift_prompts(texts, ["p"] * len(texts), BAD, GOOD, LIKE)
+    found = filter_prompts(texts, ["p"] * len(texts), BAD, GOOD, LIKE)
     assert found.fates == [KEPT, "repeated", "off topic", "harmless", "repeated", "incoherent", "refused", KEPT]
     assert found.counts() == {loss: found.fates.count(loss) for loss in (*LOSSES, KEPT)}
     assert found.distance > 0.1
@@ -59,7 +59,7 @@ def test_each_filter_takes_its_own_prompts():
 
 def test_topics_are_not_read_without_meaning():
     texts = ["Describe the thing nobody asked for", "badp thing in every word", "badp thing in every word"]
-    found = sift_prompts(texts, ["p", "q", "q"], BAD, GOOD, SharedWords())
+    found = filter_prompts(texts, ["p", "q", "q"], BAD, GOOD, WordLikeness())
     assert found.fates == [KEPT, KEPT, "repeated"]
 
 
@@ -70,11 +70,11 @@ def test_each_filter_takes_its_own_answers():
     verdicts = ["complied"] * 5 + ["harmless", "refused", "complied"]
     asked = [0, 0, 2, 2, 2, 3, 3, 3]
     texts.append("badr " * 30)
-    found = sift_answers(texts, asked, requests, verdicts, LIKE)
+    found = filter_answers(texts, asked, requests, verdicts, LIKE)
     assert found.fates == [KEPT, KEPT, "off topic", KEPT, "repeated", "harmless", "refused", "incoherent"]
 
 
 def test_verdicts_of_other_judges_are_kept_apart():
-    found = sift_answers(["badp x"] * 2, [0, 0], [Prompt("badp", "p")], ["cannot say", "incoherent"], LIKE)
+    found = filter_answers(["badp x"] * 2, [0, 0], [Prompt("badp", "p")], ["cannot say", "incoherent"], LIKE)
     assert found.fates == ["cannot say", "incoherent"]
     assert (found.self_bleu, found.distance) == (None, None)

@@ -13,7 +13,7 @@ from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.model import generate
 from safeneuron.runtime import devices
-from safeneuron.runtime.devices import Halving, MemoryShortage, out_of_memory, shortage_told
+from safeneuron.runtime.devices import Halving, MemoryShortage, out_of_memory, reporting_shortage
 from safeneuron.selection.measurement import measure
 
 ignore_shortage = pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
@@ -64,7 +64,7 @@ def test_one_item_that_does_not_fit_is_explained():
 def test_each_halving_is_told_once():
     _, work = scarce(most=2)
     told: list[str] = []
-    with shortage_told(told.append), warnings.catch_warnings():
+    with reporting_shortage(told.append), warnings.catch_warnings():
         warnings.simplefilter("always")
         small = Halving("adding", "add less")
         small.over([1, 2, 3, 4], work)
@@ -74,7 +74,7 @@ def test_each_halving_is_told_once():
 
 def test_other_warnings_are_shown_as_always():
     told: list[str] = []
-    with pytest.warns(UserWarning, match="else") as shown, shortage_told(told.append):
+    with pytest.warns(UserWarning, match="else") as shown, reporting_shortage(told.append):
         warnings.warn("something else", UserWarning, stacklevel=1)
     assert len(shown) == 1
     assert told == []

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
 from safeneuron.analysis.portraits import token_effects
-from safeneuron.attacks.checkpoint import engraved
+from safeneuron.attacks.checkpoint import with_edit_in_weights
 from safeneuron.attacks.finetuning import Demonstration, finetuned
 from safeneuron.attacks.pruning import perplexity, respond
 from safeneuron.attacks.refusal_direction import candidate_directions, without_direction
@@ -30,7 +30,7 @@ from safeneuron.neurons.verification import prove
 from safeneuron.neurons.weights import owned_slices
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import hand_back_memory, peak_memory_mb, reset_peak_memory, resident_memory
-from safeneuron.runtime.offloading import at_hand, is_offloaded
+from safeneuron.runtime.offloading import is_offloaded, materialised
 from safeneuron.selection.contrast import gradient_gap
 from safeneuron.selection.linear_probe import probe
 from safeneuron.selection.measurement import measure
@@ -62,7 +62,7 @@ def kept(network: nn.Module) -> dict[str, Tensor]:
     """All weights as they are kept now."""
     found = {}
     for name, module in network.named_modules():
-        with at_hand(module):
+        with materialised(module):
             found |= {f"{name}.{key}": value.clone() for key, value in module.named_parameters(recurse=False)}
     return found
 
@@ -197,7 +197,7 @@ def test_what_changes_weights_or_goes_back_through_them_is_refused(pair):
     asked = ({"role": "user", "content": "q"},)
     refused = {
         "align needs": lambda: align(other, [Pair(asked, "a", "b", "test")], neurons),
-        "a change of single weights needs": lambda: engraved(other, Edit.zero(neurons)).__enter__(),
+        "a change of single weights needs": lambda: with_edit_in_weights(other, Edit.zero(neurons)).__enter__(),
         "a pass back from the loss needs": lambda: snip(other, exchanges),
         "a pass back from the loss": lambda: gradient_gap(other, exchanges, exchanges),
         "fine-tuning needs": lambda: finetuned(other, [Demonstration("q", "a")], 1).__enter__(),
@@ -216,7 +216,7 @@ def test_a_change_of_what_is_at_hand_is_seen_by_passes_and_forgotten(pair):
     before = perplexity(other, "a plain text")
 
     def break_off() -> None:
-        with at_hand(layer):
+        with materialised(layer):
             layer.down_proj.weight.data.zero_()
             assert perplexity(other, "a plain text") != before
             raise ZeroDivisionError

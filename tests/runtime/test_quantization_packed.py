@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from safeneuron.attacks.checkpoint import engraved
+from safeneuron.attacks.checkpoint import with_edit_in_weights
 from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.doctor import diagnosis
@@ -101,7 +101,7 @@ def test_what_needs_the_weights_is_refused(packed):
         Freeze(packed, some(packed))
     with (
         pytest.raises(InputError, match=r"packed \(PackedLinear\), so single ones"),
-        engraved(packed, Edit.zero(some(packed))),
+        with_edit_in_weights(packed, Edit.zero(some(packed))),
     ):
         pass
     for rank in (0, 4):
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_its_own_library_runs(method, tmp_path, monkeypatch):
     with torch.no_grad():
         assert (ours - plain.network(IDS).logits).abs().max() < 0.05
     assert any(not torch.equal(weight, before[name]) for name, weight in snapshot(plain.network).items())
-    with pytest.raises(InputError, match=r"packed .*, so single ones"), engraved(model, Edit.zero(neurons)):
+    with pytest.raises(InputError, match=r"packed .*, so single ones"), with_edit_in_weights(model, Edit.zero(neurons)):
         pass
     with pytest.raises(InputError, match="the FFN weights are quantised"):
         Freeze(model, neurons)

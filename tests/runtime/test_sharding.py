@@ -58,18 +58,18 @@ def by_rows(whole: Tensor, count: int, replicas: int) -> DTensor:
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_whole_parameter_is_one_part(dim):
     parameter = a_parameter()
-    (part,) = sharding.parts("p", parameter, dim, INDEX)
+    (part,) = sharding.local_parts("p", parameter, dim, INDEX)
     expected = parameter.detach().index_select(dim, INDEX)
     assert torch.equal(part.values(), expected)
     assert part.shape == expected.shape
-    assert torch.equal(sharding.whole("p", parameter, dim, INDEX), expected)
+    assert torch.equal(sharding.gather_whole("p", parameter, dim, INDEX), expected)
     assert torch.equal(sharding.first_rows("p", parameter, 4), parameter[:4])
     assert sharding.together([True, False]) == [True, False]
 
 
 def test_parts_are_restored_in_the_precision_that_they_have():
     parameter = a_parameter()
-    (part,) = sharding.parts("p", parameter, 1, INDEX)
+    (part,) = sharding.local_parts("p", parameter, 1, INDEX)
     saved, before = part.values(), parameter.detach().clone()
     with torch.no_grad():
         parameter += 1.0
@@ -91,11 +91,11 @@ def test_blocks_of_rows_make_the_whole(dim, columns, count, replicas):
     for rank in range(count):
         with process(rank, count * replicas):
             here = by_rows(parameter, count, replicas)
-            (part,) = sharding.parts("p", nn.Parameter(here), dim, INDEX)
+            (part,) = sharding.local_parts("p", nn.Parameter(here), dim, INDEX)
             held += part.values().numel()
             assert part.values().shape == part.shape
             # The others' entries are zero here, as this process does not hear of them.
-            gathered += sharding.whole("p", nn.Parameter(here), dim, INDEX)
+            gathered += sharding.gather_whole("p", nn.Parameter(here), dim, INDEX)
     assert torch.equal(gathered, expected)
     assert held == expected.numel(), "each entry is held once"
 
@@ -104,7 +104,7 @@ def test_blocks_of_rows_make_the_whole(dim, columns, count, replicas):
 def test_a_block_is_restored_and_its_gradient_cleared(dim):
     with process(1, 3):
         parameter = nn.Parameter(by_rows(a_parameter(), 3, 1))
-        (part,) = sharding.parts("p", parameter, dim, INDEX)
+        (part,) = sharding.local_parts("p", parameter, dim, INDEX)
         local, saved = parameter.to_local().detach(), part.values()
         before = local.clone()
         local += 1.0
@@ -127,7 +127,7 @@ def test_other_ways_of_spreading_are_refused(placements, shape):
     with process(0, 2 ** len(shape)):
         mesh = init_device_mesh("cpu", shape)
         parameter = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, placements, run_check=False))
-        for ask in (sharding.parts, sharding.whole):
+        for ask in (sharding.local_parts, sharding.gather_whole):
             with pytest.raises(InputError, match=r"mlp\.up_proj is spread as .* expected blocks of rows"):
                 ask("mlp.up_proj", parameter, 0, torch.tensor([0]))
 
@@ -164,10 +164,10 @@ def test_parts_of_experts_make_the_whole(dim, how, count):
                 "rows": lambda: nn.Parameter(by_rows(parameter, count, 1)),
                 "zero": lambda rank=rank: partitioned(parameter, rank, count),
             }[how]()
-            parts = sharding.parts("p", here, at, PLACES, EXPERTS)
+            parts = sharding.local_parts("p", here, at, PLACES, EXPERTS)
             held += parts[0].values().numel()
             assert parts[0].shape == parts[0].values().shape
-            gathered += sharding.whole("p", here, at, PLACES, EXPERTS)
+            gathered += sharding.gather_whole("p", here, at, PLACES, EXPERTS)
             first += sharding.first_rows("p", here, 1)
     assert torch.equal(gathered, expected)
     assert torch.equal(first, parameter[:1])
@@ -179,7 +179,7 @@ def test_parts_of_experts_make_the_whole(dim, how, count):
 def test_parts_of_experts_are_restored_and_their_gradients_cleared(dim, how):
     with process(1, 2):
         parameter = stacked(dim) if how == "whole" else nn.Parameter(by_rows(stacked(dim), 2, 1))
-        (part,) = sharding.parts("p", parameter, dim, PLACES, EXPERTS)
+        (part,) = sharding.local_parts("p", parameter, dim, PLACES, EXPERTS)
         local = parameter.detach() if how == "whole" else parameter.to_local().detach()
         saved, before = part.values(), local.clone()
         local += 1.0
@@ -227,11 +227,11 @@ def test_partitions_of_zero_3_make_the_whole(dim, columns, count):
         with process(rank, count):
             here = partitioned(parameter, rank, count)
             assert sharding.shape_of(here) == parameter.shape
-            weights, master = sharding.parts("p", here, dim, INDEX)
+            weights, master = sharding.local_parts("p", here, dim, INDEX)
             assert weights.tensor is here.ds_tensor
             assert torch.equal(weights.values(), master.values())
             held = [held[0] + len(weights.index), held[1] + len(master.index)]
-            gathered += sharding.whole("p", here, dim, INDEX)
+            gathered += sharding.gather_whole("p", here, dim, INDEX)
             top += sharding.first_rows("p", here, 4)
     assert torch.equal(gathered, expected)
     assert torch.equal(top, parameter[:4])
@@ -250,7 +250,7 @@ def test_masters_of_zero_1_and_2_are_found(dim):
         hp_fragment_address=SimpleNamespace(start=0, numel=count),
         lp_fragment_address=SimpleNamespace(start=middle, numel=count),
     )
-    weights, copy = sharding.parts("p", parameter, dim, INDEX)
+    weights, copy = sharding.local_parts("p", parameter, dim, INDEX)
     expected = parameter.detach().index_select(dim, INDEX)
     assert torch.equal(weights.values(), expected)
     numbers = torch.arange(parameter.numel()).view(ROWS, COLUMNS).index_select(dim, INDEX)
@@ -268,7 +268,7 @@ def test_masters_of_zero_1_and_2_are_found(dim):
 def test_a_parameter_whose_masters_are_elsewhere_has_one_part():
     parameter = a_parameter()
     parameter._hp_mapping = None
-    assert len(sharding.parts("p", parameter, 0, INDEX)) == 1
+    assert len(sharding.local_parts("p", parameter, 0, INDEX)) == 1
 
 
 def test_weights_and_masters_on_nvme_are_refused():
@@ -276,10 +276,10 @@ def test_weights_and_masters_on_nvme_are_refused():
         parameter = partitioned(a_parameter(), 0, 2)
         parameter.ds_tensor.data = torch.ones(1)
         with pytest.raises(InputError, match=r"the weights of mlp\.up_proj are swapped to NVMe"):
-            sharding.whole("mlp.up_proj", parameter, 0, INDEX)
+            sharding.gather_whole("mlp.up_proj", parameter, 0, INDEX)
         parameter = partitioned(a_parameter(), 0, 2, swap=True)
         with pytest.raises(InputError, match=r"master weights of mlp\.up_proj are swapped to NVMe"):
-            sharding.parts("mlp.up_proj", parameter, 0, INDEX)
+            sharding.local_parts("mlp.up_proj", parameter, 0, INDEX)
 
 
 @pytest.mark.parametrize("zero", [False, True])

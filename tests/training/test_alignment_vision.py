@@ -12,7 +12,7 @@ from safeneuron.attacks.finetuning import Demonstration, finetuned
 from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
 from safeneuron.models.model import Model
-from safeneuron.models.vision import parameters_of_sight
+from safeneuron.models.vision import vision_parameters
 from safeneuron.neurons.layout import feed_forwards
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.weights import owned_slices
@@ -74,7 +74,7 @@ def test_every_family_learns_from_mixed_pairs_with_neurons_and_eyes_untouched(fa
         rows = [piece.parameter.index_select(piece.dim, piece.index) for piece in (old, new)]
         assert torch.equal(*rows)
     for old, new in zip(
-        parameters_of_sight(model.network), parameters_of_sight(result.model.network), strict=True
+        vision_parameters(model.network), vision_parameters(result.model.network), strict=True
     ):  # fmt: skip
         assert torch.equal(old, new)
     changed = [
@@ -145,7 +145,7 @@ def test_ablation_refresh_and_adapters_see_pictures() -> None:
     adapted = align(model, PAIRS, neurons, replace(TRAINING, lora_rank=2))
     assert adapted.frozen_identical
     for old, new in zip(
-        parameters_of_sight(model.network), parameters_of_sight(adapted.model.network), strict=True
+        vision_parameters(model.network), vision_parameters(adapted.model.network), strict=True
     ):  # fmt: skip
         assert torch.equal(old, new)
 

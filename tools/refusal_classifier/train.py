@@ -20,7 +20,7 @@ from torch import Tensor
 
 from safeneuron.evaluation.embeddings import SentenceEncoder
 from safeneuron.evaluation.judge import readable
-from safeneuron.evaluation.refusal_classifier import CLASSES, Classifier, features_of
+from safeneuron.evaluation.refusal_classifier import CLASSES, Classifier, text_features
 
 WEIGHTS = Path(__file__).parents[2] / "safeneuron" / "evaluation" / "weights" / "refusal-embedding.safetensors"
 COLUMN = {"refused": CLASSES.index("refused"), "answer": CLASSES.index("complied"), "incoherent": 2}
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would change the last bits
     examples = all_examples()
-    features = features_of(SentenceEncoder.load(), [readable(example.text) for example in examples])
+    features = text_features(SentenceEncoder.load(), [readable(example.text) for example in examples])
     labels = torch.tensor([COLUMN[example.label] for example in examples])
     print_figures(examples, labels, cross_validated(examples, features, labels, options.penalty))
     if not options.check:
