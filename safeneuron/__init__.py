@@ -48,7 +48,7 @@ MODULES = {
     ),
     "data.typography": (
         "draw",
-        "drawn",
+        "drawn_prompts",
     ),
     "errors": ("InputError",),
     "evaluation.capability": ("benchmark",),

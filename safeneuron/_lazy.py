@@ -12,14 +12,18 @@ def face(
 
     Args:
         package: The package's name.
-        modules: For each module, relative to the package, the names it gives to the outside. No name is that of a
-            module of the package: Python would hand out the module, once it has been imported.
+        modules: For each module, relative to the package, the names that others may use; none where they use the
+            module as a whole. No name is that of a module: Python hands out the module, once it has been imported.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
+    whole = [module for module, names in modules.items() if not names]
 
     def get(name: str) -> Any:
+        if name in whole:
+            return import_module(f"{package}.{name}")
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
-    return tuple(sorted(module_of)), get, lambda: sorted(module_of)
+    names = sorted([*module_of, *whole])
+    return tuple(names), get, lambda: names

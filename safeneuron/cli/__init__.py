@@ -1,5 +1,11 @@
-"""The command line."""
+"""The command line: verbs, bars, errors as one sentence; the only package that prints.
 
-from safeneuron.cli.app import main
+A verb reads its arguments and calls the package that does the work.
+"""
 
-__all__ = ("main",)
+from safeneuron._lazy import face
+
+MODULES = {
+    "app": ("main",),
+}
+__all__, __getattr__, __dir__ = face(__name__, MODULES)
