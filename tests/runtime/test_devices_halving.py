@@ -16,7 +16,7 @@ from safeneuron.runtime import devices
 from safeneuron.runtime.devices import Halving, MemoryShortage, out_of_memory, reporting_shortage
 from safeneuron.selection.measurement import measure
 
-ignore_shortage = pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+ignore_shortage = pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 
 
 def scarce(

@@ -105,7 +105,7 @@ def test_parts_take_no_more_pairs_at_once(tiny_model, monkeypatch):
     assert set(memory.rows) == {4}
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize(("most", "micro", "batch"), [(4, 4, 4), (2, 4, 4), (2, 2, 4), (2, 4, 8)])
 def test_a_step_that_ran_out_of_memory_is_the_same_step(tiny_model, monkeypatch, where, most, micro, batch):
@@ -118,7 +118,7 @@ def test_a_step_that_ran_out_of_memory_is_the_same_step(tiny_model, monkeypatch,
     assert halved.at_once == most // 2
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 def test_memory_that_runs_out_within_an_accumulated_step(tiny_model, monkeypatch):
     """The second micro-batch fails in its backward pass, after the first has left its gradients."""
     settings = {"micro_batch_size": 2, "batch_size": 8, "epochs": 1}
@@ -147,7 +147,7 @@ def test_it_is_told_once_and_remembered(tiny_model, monkeypatch):
     assert memory.failed == 1
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 def test_one_pair_that_is_too_much_is_explained(tiny_model, monkeypatch):
     Scarce(monkeypatch, most=1, where="forward")
     with pytest.raises(InputError, match=r"out of memory with one at a time \(.*as if\); use gradient_checkpointing"):
@@ -165,14 +165,14 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(tiny_model, monkeypatch
         run(tiny_model)
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 def test_halving_goes_with_gradient_checkpointing(tiny_model, monkeypatch):
     whole = run(tiny_model, at_once=2, gradient_checkpointing=True)
     Scarce(monkeypatch, most=4, where="backward")
     assert_same_training(run(tiny_model, gradient_checkpointing=True), whole)
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 def test_halving_goes_with_bfloat16(tiny_model, monkeypatch):
     """The reference was computed for whole micro-batches before memory ran out, which bfloat16 rounds otherwise."""
     whole = run(tiny_model, at_once=2, precision="bfloat16")
@@ -181,7 +181,7 @@ def test_halving_goes_with_bfloat16(tiny_model, monkeypatch):
     assert [one["loss"] for one in halved.log] == pytest.approx([one["loss"] for one in whole.log], rel=2e-2)
 
 
-@pytest.mark.filterwarnings("ignore::safeneuron.halving.MemoryShortage")
+@pytest.mark.filterwarnings("ignore::safeneuron.runtime.devices.MemoryShortage")
 def test_ablated_neurons_stay_ablated_in_every_part(tiny_model, monkeypatch):
     ablated = some_neurons(tiny_model.network)
     whole = run(tiny_model, ablated=ablated)
