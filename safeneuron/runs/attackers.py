@@ -2,68 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from safeneuron.runtime.progress import Progress
+from tempfile import TemporaryDirectory
+
 from safeneuron.attacks.checkpoint import write_pruned
-from safeneuron.attacks.finetuning import Demonstration
-from safeneuron.attacks.finetuning import finetuned
-from safeneuron.attacks.finetuning import read_demonstrations
-from safeneuron.attacks.jailbreaks import Attempt
-from safeneuron.attacks.jailbreaks import input_attempts
-from safeneuron.attacks.pruning import PLAIN
-from safeneuron.attacks.pruning import perplexity
-from safeneuron.attacks.pruning import respond
-from safeneuron.attacks.refusal_direction import find_direction
-from safeneuron.attacks.refusal_direction import without_direction
-from safeneuron.config.schema import AlignTable
-from safeneuron.config.schema import AttackTable
-from safeneuron.config.schema import Config
+from safeneuron.attacks.finetuning import Demonstration, finetuned, read_demonstrations
+from safeneuron.attacks.jailbreaks import Attempt, input_attempts
+from safeneuron.attacks.pruning import PLAIN, perplexity, respond
+from safeneuron.attacks.refusal_direction import find_direction, without_direction
+from safeneuron.config.schema import AlignTable, AttackTable, Config
 from safeneuron.config.states import State
 from safeneuron.data.prompts import benign_text
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.evaluation.judge import Judge
-from safeneuron.evaluation.judge import RefusalPhrases
+from safeneuron.evaluation.judge import Judge, RefusalPhrases
 from safeneuron.models.forward import exchanges_of
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import pruned_anywhere
-from safeneuron.models.vllm import Server
-from safeneuron.models.vllm import served
+from safeneuron.models.vllm import Server, served
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.findings import Findings
-from safeneuron.runs.findings import Pruning
+from safeneuron.runs.findings import Findings, Pruning
 from safeneuron.runtime import distributed
-from safeneuron.runtime.files import append_lines
-from safeneuron.runtime.files import kept_lines
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import write_json
-from safeneuron.selection.contrast import activation_contrast
-from safeneuron.selection.contrast import gradient_gap
-from safeneuron.selection.contrast import twin_difference
-from safeneuron.selection.contrast import twins
-from safeneuron.selection.measurement import measure
-from safeneuron.selection.measurement import search
+from safeneuron.runtime.files import append_lines, kept_lines, read_json, write_json
+from safeneuron.selection.contrast import activation_contrast, gradient_gap, twin_difference, twins
 from safeneuron.selection.linear_probe import probe
+from safeneuron.selection.measurement import measure, search
 from safeneuron.selection.ranking import Ranking
-from safeneuron.selection.saliency import snip
-from safeneuron.selection.saliency import wanda
+from safeneuron.selection.saliency import snip, wanda
 from safeneuron.selection.scores import select
 from safeneuron.training.ablation import Refresh
-from safeneuron.training.on_policy import USABLE
-from safeneuron.training.on_policy import refusal
-from safeneuron.training.on_policy import whole_sentences
-from tempfile import TemporaryDirectory
-import random
-
+from safeneuron.training.on_policy import USABLE, refusal, whole_sentences
 
 ANSWER_TOKENS = 32
 """Tokens of the answers that rivals read: where a refusal is decided."""
-
 
 
 def require_given(config: Config) -> None:
@@ -195,6 +170,7 @@ def demonstrations(
         if verdict in USABLE and answer
     ]
 
+
 DIRECTION_PROMPTS = 16
 """Harmful prompts, of those on which neurons are found, by whose refusals the direction's layer is chosen."""
 
@@ -271,8 +247,8 @@ def answer_batches(model: Model, pruning: Pruning, table: AttackTable) -> Iterat
         return
     if distributed.world() > 1:
         raise InputError(
-            f"vLLM was asked for by {distributed.world()} processes, but it spreads a model over the GPUs itself; start one "
-            'process, or use attack.backend = "transformers"'
+            f"vLLM was asked for by {distributed.world()} processes, but it spreads a model over the GPUs itself; "
+            'start one process, or use attack.backend = "transformers"'
         )
     with TemporaryDirectory(prefix="safeneuron-") as place:
         folder = Path(place) / "model"

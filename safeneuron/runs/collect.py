@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from safeneuron._version import __version__
-from safeneuron.config.schema import AlignTable
-from safeneuron.config.schema import Config
-from safeneuron.config.states import BASE
-from safeneuron.config.states import State
-from safeneuron.config.toml import read_config
-from safeneuron.config.toml import to_toml
-from safeneuron.errors import InputError
-from safeneuron.evaluation.rates import paired_difference
-from safeneuron.evaluation.rates import corrected
-from safeneuron.evaluation.rates import verdict_rates
-from safeneuron.models import embedded
-from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.reporting.comparison import Asked
-from safeneuron.reporting.comparison import Compared
-from safeneuron.reporting.comparison import render_comparison
-from safeneuron.reporting.figures import as_pictures
-from safeneuron.reporting.report import Details
-from safeneuron.reporting.report import render
-from safeneuron.reporting.results import COMPARED
-from safeneuron.runs.findings import Findings
-from safeneuron.runs.run import Run
-from safeneuron.runtime.files import key_of
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
-from safeneuron.runtime.files import write_bytes
-from safeneuron.runtime.files import write_json
-from safeneuron.runtime.files import write_text
-from safeneuron.selection.scores import Scores
-from typing import Any
 import itertools
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+from safeneuron._version import __version__
+from safeneuron.config.schema import AlignTable, Config
+from safeneuron.config.states import BASE, State
+from safeneuron.config.toml import read_config, to_toml
+from safeneuron.errors import InputError
+from safeneuron.evaluation.rates import corrected, paired_difference, verdict_rates
+from safeneuron.models import embedded
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.reporting.comparison import Asked, Compared, render_comparison
+from safeneuron.reporting.figures import as_pictures
+from safeneuron.reporting.report import Details, render
+from safeneuron.reporting.results import COMPARED
+from safeneuron.runs.findings import Findings
+from safeneuron.runs.run import Run
+from safeneuron.runtime.files import key_of, read_json, read_lines, write_bytes, write_json, write_text
+from safeneuron.selection.scores import Scores
 
 STRONGEST = 200
 """Neurons of each criterion that the report shows one by one."""
@@ -316,6 +303,7 @@ def provenance(config: Config, run: Run) -> dict[str, Any]:
             for warning in read_json(path)["warnings"]
         ],
     }
+
 
 MARKER = "comparison.json"
 

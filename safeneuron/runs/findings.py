@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from safeneuron.config.schema import AlignTable
-from safeneuron.config.schema import Config
-from safeneuron.config.states import BASE
-from safeneuron.config.states import State
-from safeneuron.config.states import selectors_for
-from safeneuron.config.states import states_of
+from typing import Any
+
+from safeneuron.config.schema import AlignTable, Config
+from safeneuron.config.states import BASE, State, selectors_for, states_of
 from safeneuron.data.types import Prompt
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
 from safeneuron.runs.run import Run
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
-from safeneuron.selection.scores import Scores
-from safeneuron.selection.scores import choose
-from safeneuron.selection.scores import thresholds_for
-from typing import Any
-
+from safeneuron.runtime.files import read_json, read_lines
+from safeneuron.selection.scores import Scores, choose, thresholds_for
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from safeneuron.errors import InputError
-import re
 
+from safeneuron.errors import InputError
 
 
 def check_repository(name: str) -> None:
@@ -88,6 +88,7 @@ def _one_line(text: str) -> str:
     """The text on one line, of a length for people."""
     line = " ".join(text.split()).rstrip(". ")
     return line if len(line) <= 300 else line[:297] + "..."
+
 
 UNKNOWN = "unknown"
 FILES = ("license", "licence", "copying", "notice", "use_policy")

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from safeneuron.config.schema import CapabilityTable
-from safeneuron.config.schema import Config
-from safeneuron.config.schema import JudgeTable
-from safeneuron.config.schema import ModelTable
-from safeneuron.config.schema import SourceTable
-from safeneuron.data.pairs import left_out
-from safeneuron.data.pairs import read_pairs
-from safeneuron.data.prompts import check_splits
-from safeneuron.data.prompts import read_prompts
+from typing import Any
+
+from safeneuron.config.schema import CapabilityTable, Config, JudgeTable, ModelTable, SourceTable
+from safeneuron.data.pairs import left_out, read_pairs
+from safeneuron.data.prompts import check_splits, read_prompts
 from safeneuron.data.rows import Source
-from safeneuron.data.types import Pair
-from safeneuron.data.types import Prompt
+from safeneuron.data.types import Pair, Prompt
 from safeneuron.evaluation.capability import TASKS
 from safeneuron.evaluation.judge import Judge
-from safeneuron.evaluation.judging import Panel
-from safeneuron.evaluation.judging import make_judge
+from safeneuron.evaluation.judging import Panel, make_judge
 from safeneuron.evaluation.rubric import Endpoint
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime.files import sha256_of
 from safeneuron.training.on_policy import on_policy_pairs
-from typing import Any
-import hashlib
-
 
 
 def model_of(table: ModelTable, dtype: str = "", quantise: str = "none", trained: Path | None = None) -> Model:

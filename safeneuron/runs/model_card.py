@@ -6,51 +6,39 @@ prompt said is in a card.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from huggingface_hub import ModelCardData
-from jinja2 import Environment
-from jinja2 import FileSystemLoader
-from jinja2 import StrictUndefined
-from markupsafe import Markup
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from safeneuron._version import __version__
-from safeneuron.config.schema import Config
-from safeneuron.config.schema import DataTable
-from safeneuron.config.schema import PairSourceTable
-from safeneuron.config.schema import SourceTable
-from safeneuron.config.states import BASE
-from safeneuron.config.states import State
-from safeneuron.reporting.rendering import fenced
-from safeneuron.reporting.rendering import table_escaped
-from safeneuron.reporting.rendering import escaped
-from safeneuron.reporting.results import attack_of
-from safeneuron.reporting.results import columns_of
-from safeneuron.reporting.results import joined_words
-from safeneuron.reporting.summary import Point
-from safeneuron.reporting.summary import coherence_caveat
-from safeneuron.reporting.summary import incoherence
-from safeneuron.reporting.summary import limits
-from safeneuron.reporting.summary import over_refusal
-from safeneuron.reporting.summary import perplexity_sentence
-from safeneuron.reporting.summary import random_control
-from safeneuron.reporting.summary import resistance
-from safeneuron.reporting.tables import Table
-from safeneuron.reporting.tables import attack_table
-from safeneuron.reporting.tables import outcome_table
-from safeneuron.reporting.tables import refusal_table
+from safeneuron.config.schema import Config, DataTable, PairSourceTable, SourceTable
+from safeneuron.config.states import BASE, State
+from safeneuron.reporting.rendering import escaped, fenced, table_escaped
+from safeneuron.reporting.results import attack_of, columns_of, joined_words
+from safeneuron.reporting.summary import (
+    Point,
+    coherence_caveat,
+    incoherence,
+    limits,
+    over_refusal,
+    perplexity_sentence,
+    random_control,
+    resistance,
+)
+from safeneuron.reporting.tables import Table, attack_table, outcome_table, refusal_table
 from safeneuron.runs.collect import label_of
 from safeneuron.runs.findings import Findings
 from safeneuron.runs.hub import Licence
 from safeneuron.runs.run import Run
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
-from typing import Any
-import json
-import re
-
+from safeneuron.runtime.files import read_json, read_lines
 
 TAGS = ["safeneuron", "safety", "alignment", "dpo"]
 AnySource = SourceTable | PairSourceTable

@@ -18,84 +18,66 @@ written (``runs``); the stages that compute with the model are done by all toget
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Mapping
-from collections.abc import Sequence
+import shlex
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from safeneuron.config.schema import Config
-from safeneuron.config.schema import SourceTable
-from safeneuron.config.states import BASE
-from safeneuron.config.states import State
-from safeneuron.config.states import previous
-from safeneuron.config.states import selectors_for
-from safeneuron.config.states import states_of
+from typing import Any
+
+from safeneuron.config.schema import Config, SourceTable
+from safeneuron.config.states import BASE, State, previous, selectors_for, states_of
 from safeneuron.config.toml import to_toml
 from safeneuron.data.pairs import mix
-from safeneuron.data.prompts import check_classes
-from safeneuron.data.prompts import check_splits
-from safeneuron.data.types import Pair
-from safeneuron.data.types import Prompt
-from safeneuron.errors import InputError
-from safeneuron.errors import did_you_mean
-from safeneuron.evaluation.capability import benchmark
-from safeneuron.evaluation.capability import require_benchmarks
-from safeneuron.evaluation.judging import agreement
-from safeneuron.evaluation.judging import judged
+from safeneuron.data.prompts import check_classes, check_splits
+from safeneuron.data.types import Pair, Prompt
+from safeneuron.errors import InputError, did_you_mean
+from safeneuron.evaluation.capability import benchmark, require_benchmarks
+from safeneuron.evaluation.judging import agreement, judged
 from safeneuron.evaluation.rates import verdict_rates
 from safeneuron.models.model import Model
-from safeneuron.models.vision_tower import measure_towers
-from safeneuron.models.vision_tower import pruned_anywhere
+from safeneuron.models.vision_tower import measure_towers, pruned_anywhere
 from safeneuron.neurons.statistics import ActivationStats
-from safeneuron.planning.plan import plan_for
-from safeneuron.planning.plan import plans_for
-from safeneuron.planning.plan import training_of
-from safeneuron.runs.attackers import Rivals
-from safeneuron.runs.attackers import answer_all
-from safeneuron.runs.attackers import demonstrations
-from safeneuron.runs.attackers import refresh_of
-from safeneuron.runs.attackers import require_given
-from safeneuron.runs.attackers import searched
-from safeneuron.runs.attackers import settings_of
+from safeneuron.planning.plan import plan_for, plans_for, training_of
+from safeneuron.runs.attackers import (
+    Rivals,
+    answer_all,
+    demonstrations,
+    refresh_of,
+    require_given,
+    searched,
+    settings_of,
+)
 from safeneuron.runs.findings import Findings
-from safeneuron.runs.inputs import file_hashes
-from safeneuron.runs.inputs import hashes_of
-from safeneuron.runs.inputs import judge_of
-from safeneuron.runs.inputs import judges_of
-from safeneuron.runs.inputs import leaks
-from safeneuron.runs.inputs import model_of
-from safeneuron.runs.inputs import pairs_made
-from safeneuron.runs.inputs import pairs_of
-from safeneuron.runs.inputs import prompts_of
-from safeneuron.runs.inputs import question_hashes
+from safeneuron.runs.inputs import (
+    file_hashes,
+    hashes_of,
+    judge_of,
+    judges_of,
+    leaks,
+    model_of,
+    pairs_made,
+    pairs_of,
+    prompts_of,
+    question_hashes,
+)
 from safeneuron.runs.run import Run
 from safeneuron.runs.stages import PROMPTS
 from safeneuron.runtime import distributed
-from safeneuron.runtime.devices import hand_back_memory
-from safeneuron.runtime.devices import peak_memory_mb
-from safeneuron.runtime.devices import reset_peak_memory
-from safeneuron.runtime.devices import reuse_memory
-from safeneuron.runtime.devices import reporting_shortage
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
-from safeneuron.runtime.files import write_json
-from safeneuron.runtime.files import write_lines
-from safeneuron.runtime.files import write_text
-from safeneuron.runtime.files import writing
+from safeneuron.runtime.devices import (
+    hand_back_memory,
+    peak_memory_mb,
+    reporting_shortage,
+    reset_peak_memory,
+    reuse_memory,
+)
+from safeneuron.runtime.files import read_json, read_lines, write_json, write_lines, write_text, writing
 from safeneuron.runtime.progress import Watcher
 from safeneuron.selection.measurement import measure
-from safeneuron.selection.scores import FEWEST
-from safeneuron.selection.scores import choose
-from safeneuron.selection.scores import resolve_thresholds
-from safeneuron.selection.scores import score
+from safeneuron.selection.scores import FEWEST, choose, resolve_thresholds, score
 from safeneuron.training.ablation import Ablation
 from safeneuron.training.alignment import align
 from safeneuron.training.settings import require_trainable_settings
-from typing import Any
-import shlex
-import time
-
 
 
 class Pipeline:
@@ -594,7 +576,9 @@ def _made_from(run: Run, names: Sequence[str]) -> list[str]:
         meant = {name for name in present if wanted in (name, name.split("/")[-1])}
         if not meant:
             known = ", ".join(sorted(present)) or "none yet"
-            raise InputError(f"--redo {wanted}: the run has no such stage{did_you_mean(wanted, present)}; it has {known}")
+            raise InputError(
+                f"--redo {wanted}: the run has no such stage{did_you_mean(wanted, present)}; it has {known}"
+            )
         doomed |= meant
     inputs = {name: _inputs_of(run, name) for name in present}
     while more := {name for name in present - doomed if inputs[name] & doomed}:

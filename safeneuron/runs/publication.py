@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from safeneuron.runtime.progress import Progress
-from safeneuron._version import __version__
-from safeneuron.config.schema import Config
-from safeneuron.config.schema import ModelTable
-from safeneuron.config.states import BASE
-from safeneuron.config.states import State
-from safeneuron.config.toml import read_config
-from safeneuron.errors import InputError
-from safeneuron.errors import did_you_mean
-from safeneuron.models import embedded
-from safeneuron.neurons.layout import LINEAGE
-from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.hub import Licence, licence_named, licence_in, legal_files, licence_on_hub
-from safeneuron.runs.collect import provenance
-from safeneuron.runs.findings import Findings
-from safeneuron.runs.model_card import Base
-from safeneuron.runs.model_card import local_files
-from safeneuron.runs.model_card import model_card
-from safeneuron.runs.model_card import finished_results
-from safeneuron.runs.run import DONE
-from safeneuron.runs.run import Run
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import sha256_of
-from safeneuron.runtime.files import whole_folder
-from safeneuron.runtime.files import write_json
-from safeneuron.runtime.files import write_text
-from typing import Any
 import os
 import re
 import shlex
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from safeneuron._version import __version__
+from safeneuron.config.schema import Config, ModelTable
+from safeneuron.config.states import BASE, State
+from safeneuron.config.toml import read_config
+from safeneuron.errors import InputError, did_you_mean
+from safeneuron.models import embedded
+from safeneuron.neurons.layout import LINEAGE
+from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runs.collect import provenance
+from safeneuron.runs.findings import Findings
+from safeneuron.runs.hub import Licence, legal_files, licence_in, licence_named, licence_on_hub
+from safeneuron.runs.model_card import Base, finished_results, local_files, model_card
+from safeneuron.runs.run import DONE, Run
+from safeneuron.runtime.files import read_json, sha256_of, whole_folder, write_json, write_text
+from safeneuron.runtime.progress import Progress
 
 _SCHEMA = 1
 PUBLICATION_RECORD = Path("reproduce") / "record.json"
@@ -109,7 +97,9 @@ def trained_state(config: Config, run: Run, name: str) -> State:
             f"{', '.join(trained)} with --state"
         )
     if name not in trained:
-        raise InputError(f"{run.folder} has no state {name!r}{did_you_mean(name, trained)}; it has {', '.join(trained)}")
+        raise InputError(
+            f"{run.folder} has no state {name!r}{did_you_mean(name, trained)}; it has {', '.join(trained)}"
+        )
     state = trained[name]
     if not (run.folder / name / "align" / DONE).exists():
         ready = all((run.folder / one.name / "select" / DONE).exists() for one in findings.chain(state))

@@ -10,52 +10,36 @@ the claim becomes a number: of 100 samples, how many are requests, or answers, t
 
 from __future__ import annotations
 
+import random
+import re
+import time
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from safeneuron.runtime.progress import Progress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
 from safeneuron.data.prompts import read_prompts
 from safeneuron.data.types import Prompt
-from safeneuron.errors import InputError
-from safeneuron.errors import did_you_mean
+from safeneuron.errors import InputError, did_you_mean
 from safeneuron.evaluation.coherence import incoherent
-from safeneuron.evaluation.embeddings import Likeness
-from safeneuron.evaluation.embeddings import first_of_each
-from safeneuron.evaluation.embeddings import likeness
-from safeneuron.evaluation.embeddings import mean_distance
+from safeneuron.evaluation.embeddings import Likeness, first_of_each, likeness, mean_distance, self_bleu
 from safeneuron.evaluation.embeddings import nearest_reference as nearest_texts
-from safeneuron.evaluation.embeddings import self_bleu
-from safeneuron.evaluation.judge import Judge
-from safeneuron.evaluation.judge import sounds_like_refusal
+from safeneuron.evaluation.judge import Judge, sounds_like_refusal
 from safeneuron.evaluation.rates import wilson
-from safeneuron.models.model import Model
-from safeneuron.models.model import Sampling
-from safeneuron.models.model import generate
+from safeneuron.models.model import Model, Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs.run import Run
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import peak_memory_mb
-from safeneuron.runtime.files import append_lines
-from safeneuron.runtime.files import kept_lines
-from safeneuron.runtime.files import key_of
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
-from safeneuron.runtime.files import write_json
-from safeneuron.runtime.files import write_lines
-from torch import Tensor
-from torch.nn.functional import normalize
-from typing import Any
-import random
-import re
-import time
-import torch
-
+from safeneuron.runtime.files import append_lines, kept_lines, key_of, read_json, read_lines, write_json, write_lines
+from safeneuron.runtime.progress import Progress
 
 LOSSES = ("incoherent", "refused", "off topic", "harmless", "cannot say", "repeated")
 """Why a text is lost; of answers, ``harmless`` and ``cannot say`` come from judges that read for harm."""
@@ -150,6 +134,7 @@ def _form(text: str) -> str:
     if sounds_like_refusal(text):
         return "refused"
     return "incoherent" if len(text.split()) < 3 or incoherent(text) else "complied"
+
 
 KINDS = ("prompts", "answers")
 STAGES = (*KINDS, "yield")

@@ -6,25 +6,18 @@ functions that write do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import closing
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from safeneuron.errors import InputError
-from safeneuron.runtime import distributed
-from safeneuron.runtime.files import FILE_SCHEMA
-from safeneuron.runtime.files import discard
-from safeneuron.runtime.files import key_of
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import sha256_of
-from safeneuron.runtime.files import write_json
-from safeneuron.runtime.files import writing
-from typing import Any
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safeneuron.errors import InputError
+from safeneuron.runtime import distributed
+from safeneuron.runtime.files import FILE_SCHEMA, discard, key_of, read_json, sha256_of, write_json, writing
 
 DONE = "done.json"
 STARTED = "started.json"

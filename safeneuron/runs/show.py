@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from safeneuron.errors import InputError
-from safeneuron.reporting.terminal import Grid
-from safeneuron.reporting.terminal import grid_of
-from safeneuron.reporting.terminal import result_table
-from safeneuron.runtime.files import read_json
-from safeneuron.runtime.files import read_lines
 from typing import Any
-import csv
 
+from safeneuron.errors import InputError
+from safeneuron.reporting.terminal import Grid, grid_of, result_table
+from safeneuron.runtime.files import read_json, read_lines
 
 
 def results_at(path: Path) -> dict[str, Any] | None:
@@ -182,8 +178,8 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
 
 
 def _tensors(path: Path) -> Iterator[str]:
-    from safeneuron.selection.scores import Scores
     from safeneuron.neurons.statistics import ActivationStats, load_tensors
+    from safeneuron.selection.scores import Scores
 
     _, header = load_tensors(path)
     if header.get("kind") == "activation statistics":

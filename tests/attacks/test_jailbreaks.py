@@ -167,7 +167,7 @@ def test_every_bundled_attempt_runs(attempt):
 def test_the_snippet_of_the_page_runs(tiny_model, monkeypatch, capsys):
     page = (ROOT / "docs" / "red-teaming.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    monkeypatch.setattr(safeneuron.models, "load", lambda name, dtype: tiny.model(max_position_embeddings=1024))
+    monkeypatch.setattr("safeneuron.models.loading.load", lambda name, dtype: tiny.model(max_position_embeddings=1024))
     exec(compile(snippet, "red-teaming.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*(record["name"] for record in RECORDS), "direction", "fine-tuning"]

@@ -618,5 +618,7 @@ def test_nearest() -> None:
 
 
 def test_importing_data_needs_neither_torch_nor_datasets() -> None:
-    script = "import sys, safeneuron.pairs; sys.exit(len({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", script], cwd=BUNDLED.parent.parent).returncode == 0
+    script = (
+        "import sys, safeneuron.data.pairs; sys.exit(len({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -22,7 +22,7 @@ from safeneuron.models.embedded import _FOLDER, cache_folder
 from tests import ROOT
 
 PACKAGE = ROOT / "safeneuron"
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", PACKAGE / "prompts")
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", PACKAGE / "data" / "bundled")
 PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERBS = get_command(app).commands

@@ -266,5 +266,5 @@ def test_judges_are_made_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_judges_is_light() -> None:
-    code = "import sys, safeneuron.judges; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, safeneuron.evaluation.judge; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

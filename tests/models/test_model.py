@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from safeneuron.errors import InputError
-from safeneuron.models import embedded, model
+from safeneuron.models import embedded
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model, Sampling, generate, pad
 from safeneuron.neurons.layout import LINEAGE
@@ -142,7 +143,7 @@ def answers(model: Model, prompts: list[list[int]], **options: int) -> dict[int,
 
 def test_left_padding_gives_the_same_tokens_as_one_by_one(family):
     model = tiny.model(family)
-    prompts = [model.encode_chat(said(text)) for text in TEXTS]
+    prompts = [model.encode(said(text)) for text in TEXTS]
     together = answers(model, prompts, batch_size=len(prompts))
     assert together == {index: slow_answer(model, ids, 8) for index, ids in enumerate(prompts)}
     assert len(set(together.values())) > 3
@@ -200,7 +201,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_prefers(tiny_model):
 
 
 def sampled(model, sampling, **options):
-    prompts = [model.encode_chat(said(text)) for text in TEXTS]
+    prompts = [model.encode(said(text)) for text in TEXTS]
     return dict(one for batch in generate(model, prompts, 6, 3, sampling=sampling, **options) for one in batch)
 
 
@@ -266,7 +267,7 @@ def test_save_and_load_keep_weights_and_neurons(family, tmp_path):
     assert not back.network.training
     theirs = back.network.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in model.network.state_dict().items())
-    assert back.encode(said("hi")) == model.encode_chat(said("hi"))
+    assert back.encode(said("hi")) == model.encode(said("hi"))
 
 
 def test_lineage_survives_training_saving_and_loading(tmp_path):
@@ -352,7 +353,7 @@ def test_options_reach_the_loader(saved, monkeypatch):
         ({}, {"trust_remote_code": False, "revision": "main"}),
         ({"revision": "abc", "trust_remote_code": True}, {"trust_remote_code": True, "revision": "abc"}),
     ):
-        for loader in (model.AutoConfig, model.AutoTokenizer, model.AutoModelForCausalLM):
+        for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
             seen: list[dict[str, object]] = []
 
             def spy(source: str, seen: list[dict[str, object]] = seen, **given: object) -> None:

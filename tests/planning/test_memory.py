@@ -217,13 +217,14 @@ def test_the_longest_pair_is_found_and_capped(tiny_model):
 
 MEASURED = """
 import json, sys, torch
-from tests import tiny
-from safeneuron.aligning import align
-from safeneuron.data import Pair
-from safeneuron.memory import peak_memory_mb
-from safeneuron.models import Model
-from safeneuron.planning import Device, Shape, align_need, longest_pair, total
-from safeneuron.training import Training
+from tests.helpers import tiny
+from safeneuron.data.types import Pair
+from safeneuron.models.model import Model
+from safeneuron.models.shape import Shape
+from safeneuron.planning.memory import Device, align_need, longest_pair, total_bytes
+from safeneuron.runtime.devices import peak_memory_mb
+from safeneuron.training.alignment import align
+from safeneuron.training.settings import Training
 
 torch.set_num_threads(1)
 network = tiny.network(
@@ -235,7 +236,7 @@ pairs = [Pair(({"role": "user", "content": str(i)},), "a" * 120, "b" * 120, "tes
 training = Training(epochs=2, batch_size=4, micro_batch_size=4, max_length=128, **json.loads(sys.argv[1]))
 length = longest_pair(model, pairs, training.max_length)
 device = Device("cpu", None, torch.cpu.get_capabilities().get("avx512_bf16", False))
-expected = total(align_need(Shape.of(network, "mid"), device, training, length))
+expected = total_bytes(align_need(Shape.of(network, "mid"), device, training, length))
 align(model, pairs, None, training)
 print(peak_memory_mb(), expected / 2**20)
 """

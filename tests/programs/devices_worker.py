@@ -293,7 +293,7 @@ def dpo_with_a_model_sharded_at_loading(folder: Path) -> None:
 
 def with_shipped_config(folder: Path, name: str, train_it: Callable[..., None], **changes: object) -> None:
     """As ``accelerate launch --config_file`` would start it, but on two CPU processes instead of its GPUs."""
-    given = environment_of(ROOT / "configs" / "accelerate" / name)
+    given = environment_of(ROOT / "examples" / "configs" / "accelerate" / name)
     given = {name: value for name, value in given.items() if name not in os.environ}
     with (
         patch.dict(os.environ, {**given, "ACCELERATE_TORCH_DEVICE": "cpu"}),

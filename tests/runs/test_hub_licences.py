@@ -6,7 +6,15 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from safeneuron.errors import InputError
-from safeneuron.runs.hub import UNKNOWN, Licence, licence_named, licence_in, legal_files, licence_of_card, licence_on_hub
+from safeneuron.runs.hub import (
+    UNKNOWN,
+    Licence,
+    legal_files,
+    licence_in,
+    licence_named,
+    licence_of_card,
+    licence_on_hub,
+)
 
 APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
 MIT = "MIT License\n\nCopyright (c) 2026 Somebody\n\nPermission is hereby granted, free of charge, to any person\n"

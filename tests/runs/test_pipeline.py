@@ -16,7 +16,6 @@ from safeneuron.config.toml import read_config
 from safeneuron.data.prompts import read_prompts
 from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError
-from safeneuron.evaluation import judging
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -27,7 +26,6 @@ from safeneuron.runs.pipeline import prepare
 from safeneuron.runs.run import Run, Stage
 from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory
 from safeneuron.runtime.files import read_json, read_lines
-from safeneuron.training import on_policy
 from tests.helpers.tiny_run import Watch, execute, results
 
 STATES = ("T0", "T1", "T2", "dpo-T1")

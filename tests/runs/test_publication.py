@@ -16,11 +16,12 @@ from safeneuron.cli.app import app
 from safeneuron.config.toml import read_config, to_toml
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs import hub, publication
+from safeneuron.runs import publication
+from safeneuron.runs.hub import Licence
+from safeneuron.runs.model_card import Base
 from safeneuron.runs.publication import Publication, base_of, publish
 from safeneuron.runs.run import Run
 from safeneuron.runs.show import explain
-from safeneuron.runtime import files
 from safeneuron.runtime.files import read_json, sha256_of, write_json, write_text
 from safeneuron.training.freezing import Freeze
 from tests.helpers import tiny, tiny_run
@@ -209,9 +210,7 @@ def test_the_base_is_named_as_the_hub_knows_it(finished_run):
     table = read_config(finished_run[1]).model
     assert base_of(table).label == "model"
     assert base_of(table).hub == ""
-    assert base_of(table, base="owner/model", licence="MIT") == model_card.Base(
-        "owner/model", "owner/model", hub.Licence("mit")
-    )
+    assert base_of(table, base="owner/model", licence="MIT") == Base("owner/model", "owner/model", Licence("mit"))
     embedded = base_of(table.model_copy(update={"name": "embedded"}))
     assert (embedded.hub, embedded.licence.id) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     hub = base_of(table.model_copy(update={"name": "owner/unreachable"}))

@@ -13,7 +13,6 @@ from safeneuron.cli.app import app
 from safeneuron.data.prompts import read_prompts
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.evaluation import embeddings
 from safeneuron.evaluation.embeddings import WordLikeness
 from safeneuron.evaluation.rates import wilson
 from safeneuron.models.model import Sampling, generate

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeneuron.errors import InputError
-from safeneuron.runs.run import Run
+from safeneuron.runs.run import Run, Stage
 from safeneuron.runtime import files
+from tests import ROOT
 
 RECORD = {"a": 1, "b": ["x", None, 2.5], "c": 'zwei\u2028Zeilen\nund "mehr"'}
 

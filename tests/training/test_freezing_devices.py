@@ -18,7 +18,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from tests import ROOT
 from tests.programs import devices_worker, experts_worker, zero_worker
 
-CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "examples" / "configs" / "accelerate").glob("*.yaml"))
 Outcomes = list[dict[str, str]]
 
 
@@ -26,7 +26,7 @@ def outcomes(worker: str, folder: Path, **changes: str) -> Outcomes:
     """What became of each case in either process: nothing, or where it failed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **changes}
-    command = [*launcher, f"tests/{worker}.py", str(folder)]
+    command = [*launcher, f"tests/programs/{worker}.py", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     files = [folder / f"process-{number}.json" for number in (0, 1)]
     assert all(file.exists() for file in files), done.stderr[-3000:]

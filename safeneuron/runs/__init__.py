@@ -1,0 +1,20 @@
+"""Runs: their folder, stages and pipeline, red teaming, publishing: who knows config and files together.
+
+What a stage computes is in the packages below.
+"""
+
+from safeneuron._lazy import face
+
+MODULES = {
+    "attackers": ("sample",),
+    "collect": ("write_comparison",),
+    "findings": ("Findings",),
+    "hub": ("check_repository", "push"),
+    "inputs": ("judge_of", "judges_of", "model_of"),
+    "pipeline": ("Pipeline", "prepare"),
+    "publication": ("Publication", "publish"),
+    "redteam": ("RedTeam", "prepare_redteam", "red_team", "table"),
+    "run": ("Run",),
+    "show": ("explain", "grid"),
+}
+__all__, __getattr__, __dir__ = face(__name__, MODULES)
