@@ -28,6 +28,7 @@ from safeneuron.data.prompts import (
 from safeneuron.data.rows import Source, read_jsonl
 from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError, did_you_mean
+from tests import ROOT
 
 BUNDLED = Path(prompts.__file__).parent / "bundled"
 
