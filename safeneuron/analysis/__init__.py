@@ -8,5 +8,6 @@ from safeneuron._lazy import face
 MODULES = {
     "analyser": ("ANALYSIS_PARTS", "Analyser"),
     "settings": ("Effort",),
+    "tables": ("analysis_tables",),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -53,8 +53,8 @@ def analyse_command(
     os.environ["TQDM_DISABLE"] = "1"
     from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
     from safeneuron.analysis.settings import Effort
+    from safeneuron.analysis.tables import analysis_tables
     from safeneuron.config.toml import read_config
-    from safeneuron.reporting.terminal import analysis_tables
     from safeneuron.runs.run import Run
 
     (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]

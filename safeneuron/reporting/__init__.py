@@ -39,6 +39,6 @@ MODULES = {
         "resistance",
     ),
     "tables": ("Table", "as_csv", "attack_table", "outcome_table", "refusal_table"),
-    "terminal": ("Grid", "analysis_tables", "grid_of", "result_table"),
+    "terminal": ("Grid", "grid_of", "result_table"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

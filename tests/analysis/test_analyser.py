@@ -11,9 +11,9 @@ import pytest
 from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
 from safeneuron.analysis.scaling import data_scale, iterations
 from safeneuron.analysis.settings import Effort
+from safeneuron.analysis.tables import MASKED, analysis_tables
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
-from safeneuron.reporting.terminal import MASKED, analysis_tables
 from safeneuron.runs.run import Run
 from tests.helpers.tiny_run import Watch
 

@@ -6,8 +6,8 @@ import pytest
 
 from safeneuron.analysis.redundancy import redundancy_record
 from safeneuron.analysis.settings import Effort
+from safeneuron.analysis.tables import analysis_tables
 from safeneuron.config.toml import read_config
-from safeneuron.reporting.terminal import analysis_tables
 from safeneuron.runtime.files import read_json, write_json
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import score
