@@ -72,7 +72,7 @@ from safeneuron.runtime.devices import (
     reuse_memory,
 )
 from safeneuron.runtime.files import read_json, read_lines, write_json, write_lines, write_text, writing
-from safeneuron.runtime.progress import Watcher
+from safeneuron.runtime.progress import Watcher, part_of
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import FEWEST, choose, resolve_thresholds, score
 from safeneuron.training.ablation import Ablation
@@ -327,9 +327,6 @@ class Pipeline:
                 if path.exists():
                     continue
 
-                def told(done: int, total: int, before: int = number) -> None:
-                    self.watcher.progress(before * total + done, len(jobs) * total)
-
                 model = self.model(state)
                 with pruned_anywhere(model, prunings[name]):
                     found = benchmark(
@@ -340,7 +337,7 @@ class Pipeline:
                         shots=table.shots,
                         chat_template=table.chat_template,
                         batch_size=table.batch_size,
-                        progress=told,
+                        progress=part_of(self.watcher.progress, number, len(jobs)),
                     )
                 write_json(path, found.to_record())
 

@@ -39,7 +39,7 @@ from safeneuron.runs.run import Run
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import peak_memory_mb
 from safeneuron.runtime.files import append_lines, kept_lines, key_of, read_json, read_lines, write_json, write_lines
-from safeneuron.runtime.progress import Progress
+from safeneuron.runtime.progress import Progress, section_of
 
 LOSSES = ("incoherent", "refused", "off topic", "harmless", "cannot say", "repeated")
 """Why a text is lost; of answers, ``harmless`` and ``cannot say`` come from judges that read for harm."""
@@ -222,9 +222,9 @@ def red_team(
     wanted = {"prompts": _prompts_wanted(settings), "answers": _answers_wanted(requests, settings)}
     total, done, keys = sum(map(len, wanted.values())), 0, {}
     for kind, samples in wanted.items():
-        told = None if progress is None else _part(progress, done, total)
+        progress_of_kind = section_of(progress, done, total)
         asked = key_of([sample.asked for sample in samples])
-        write = partial(_generate, model, neurons, samples, settings, told)
+        write = partial(_generate, model, neurons, samples, settings, progress_of_kind)
         keys[kind] = _stage(run, kind, {**made_by, "asked": asked}, {}, write)
         done += len(samples)
     like = likeness()
@@ -358,10 +358,6 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
 def _texts(path: Path) -> list[str]:
     return [record["text"] for record in sorted(read_lines(path), key=lambda record: int(record["index"]))]
-
-
-def _part(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
 
 
 def _stage(

@@ -49,7 +49,7 @@ MODULES = {
         "placed",
         "require_whole",
     ),
-    "progress": ("Progress", "Watcher"),
+    "progress": ("Progress", "Watcher", "part_of", "section_of"),
     "quantization": ("dense", "dequantised", "has_four_bits", "in_four_bits", "is_quantised", "packed_by"),
     "sharding": (),
 }

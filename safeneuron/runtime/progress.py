@@ -1,4 +1,4 @@
-"""Who is told how long work goes on."""
+"""How far work has come: the callback that counts, its use for parts of a whole, and who watches a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,43 @@ from collections.abc import Callable
 from typing import Protocol
 
 Progress = Callable[[int, int], None]
-"""Told how much of a piece of work is done: ``progress(done, total)``."""
+"""Called with how much of a piece of work is done: ``progress(done, total)``."""
+
+
+def part_of(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Progress of one of several equal parts, as progress of the whole.
+
+    Args:
+        progress: Of the whole; ``None`` if nobody watches.
+        index: Which part it is, counted from 0.
+        count: How many parts there are.
+
+    Returns:
+        What the part calls with its own ``(done, total)``; ``None`` if nobody watches.
+    """
+    if progress is None:
+        return None
+    return lambda done, total: progress(index * total + done, count * total)
+
+
+def section_of(progress: Progress | None, start: int, whole: int) -> Progress | None:
+    """Progress of a part of known size, as progress of the whole in which so many items come before it.
+
+    Args:
+        progress: Of the whole; ``None`` if nobody watches.
+        start: How many items come before the part.
+        whole: How many items there are in all.
+
+    Returns:
+        What the part calls with its own ``(done, total)``; ``None`` if nobody watches.
+    """
+    if progress is None:
+        return None
+    return lambda done, _: progress(start + done, whole)
 
 
 class Watcher(Protocol):
-    """Who is told how a run goes on; the command line draws progress bars, tests listen."""
+    """Who follows a run; the command line draws progress bars, tests listen."""
 
     def began(self, stage: str) -> None:
         """A stage starts now."""

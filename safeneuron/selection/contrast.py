@@ -15,7 +15,7 @@ from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import recorded, require_eager
 from safeneuron.neurons.layout import feed_forwards, require_dense
 from safeneuron.neurons.statistics import ActivationStats
-from safeneuron.runtime.progress import Progress
+from safeneuron.runtime.progress import Progress, section_of
 from safeneuron.selection.ranking import Ranking
 
 
@@ -102,16 +102,16 @@ def gradient_gap(
     """
     count = min(common_ending(model), *(one.prompt for one in (*refused, *safe)))
 
-    def done(start: int) -> Progress | None:
-        whole = len(refused) + len(safe)
-        return None if progress is None else lambda done, _: progress(start + done, whole)
-
+    whole = len(refused) + len(safe)
     harmful = total_gradient_work(
-        refused, lambda part: _ending(model, part, count, gradients=True), batch_tokens, done(0)
+        refused, lambda part: _ending(model, part, count, gradients=True), batch_tokens, section_of(progress, 0, whole)
     )
     gradient, activation = harmful / len(refused)
     (harmless,) = total_gradient_work(
-        safe, lambda part: _ending(model, part, count, gradients=False), batch_tokens, done(len(refused))
+        safe,
+        lambda part: _ending(model, part, count, gradients=False),
+        batch_tokens,
+        section_of(progress, len(refused), whole),
     ) / len(safe)
     scores = (gradient * (activation - harmless)).sum(dim=0)
     return Ranking(scores, model.widths, model.fingerprint, "gradient")
