@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from tests.helpers.architectures import Result, check
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from tests.helpers.architectures import Result, check
 
 PAGE = Path(__file__).with_name("architectures.md")
 SECONDS, BYTES = 90, 6 * 2**30

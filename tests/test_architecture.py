@@ -243,3 +243,19 @@ def test_nothing_is_unpickled_or_evaluated(module):
 def test_no_exception_is_caught_without_a_name(module):
     handlers = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.ExceptHandler)]
     assert all(handler.type is not None for handler in handlers)
+
+
+def narrows(test: ast.expr) -> bool:
+    """Whether a condition only tells a type checker what a value is: ``isinstance`` or ``is not None``."""
+    if isinstance(test, ast.BoolOp):
+        return all(map(narrows, test.values))
+    if isinstance(test, ast.Call):
+        return ast.unparse(test.func) == "isinstance"
+    return isinstance(test, ast.Compare) and ast.unparse(test).endswith(" is not None")
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_promises_are_kept_by_raise(module):
+    """``python -O`` leaves out every ``assert``."""
+    asserted = [node.test for node in ast.walk(TREES[module]) if isinstance(node, ast.Assert)]
+    assert [ast.unparse(test) for test in asserted if not narrows(test)] == []

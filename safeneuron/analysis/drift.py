@@ -205,7 +205,8 @@ def _kernel(states: Tensor) -> Tensor:
 def _hsic(first: Tensor, second: Tensor) -> float:
     """The unbiased estimate of the Hilbert-Schmidt independence criterion (Song et al. 2012, eq. 5)."""
     n = len(first)
-    assert n >= 4, "the estimate needs four prompts"
+    if n < 4:
+        raise ValueError(f"the estimate needs four prompts, found {n}")
     trace = (first * second).sum()
     outer = first.sum() * second.sum() / ((n - 1) * (n - 2))
     cross = first.sum(dim=0) @ second.sum(dim=0) * 2 / (n - 2)

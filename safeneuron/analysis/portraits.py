@@ -77,7 +77,10 @@ def portraits(
     model: Model, neurons: NeuronSet, prompts: Sequence[Prompt], activations: Tensor, tokens: int = 8, examples: int = 3
 ) -> list[Portrait]:
     """A portrait of each neuron of the set, in its order; ``activations`` is ``[prompt, neuron]`` of these neurons."""
-    assert activations.shape == (len(prompts), len(neurons)), "one column a neuron of the set"
+    if activations.shape != (len(prompts), len(neurons)):
+        raise ValueError(
+            f"activations of shape {tuple(activations.shape)} for {len(prompts)} prompts and {len(neurons)} neurons"
+        )
     categories = sorted({prompt.category for prompt in prompts})
     profiles = category_profiles(activations, [prompt.category for prompt in prompts], categories)
     order = activations.argsort(dim=0, descending=True, stable=True)[:examples]

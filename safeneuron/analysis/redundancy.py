@@ -214,7 +214,8 @@ def neurons_to_halve(curve: Sequence[tuple[int, float]]) -> int | None:
     None if no point is. ``curve`` is in the order of the number of neurons.
     """
     (start, intact), *_ = curve
-    assert start == 0, "the first point is the intact model"
+    if start != 0:
+        raise ValueError(f"the first point is the intact model, found {start} neurons pruned")
     half = intact / 2
     if intact == 0:
         return None

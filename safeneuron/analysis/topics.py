@@ -163,7 +163,8 @@ def expected_core(sets: Sequence[NeuronSet]) -> float:
 
 def _sums(histogram: Counts, n: int) -> tuple[Counts, Counts]:
     """For every choice S of topics: |intersection| and |union| of its sets, ``[2**n]``."""
-    assert histogram.shape == (1 << n,), "one entry a pattern"
+    if histogram.shape != (1 << n,):
+        raise ValueError(f"histogram of shape {histogram.shape} for {n} topics; expected one entry a pattern")
     above, below = histogram.copy(), histogram.copy()
     for bit in range(n):
         # Views that pair each choice without the bit with the same one with it.

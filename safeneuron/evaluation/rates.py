@@ -50,8 +50,9 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Differen
 
     ``p_corrected`` is not corrected yet: see ``corrected``.
     """
-    assert len(first) == len(second), "both states were asked the same prompts"
     n = len(first)
+    if n != len(second):
+        raise ValueError(f"paired states answer the same prompts, found {n} and {len(second)} answers")
     if n == 0:
         return None
     pairs = list(zip(first, second, strict=True))

@@ -104,7 +104,8 @@ class Model:
         """
         ids, mask = pad(rows, int(self.tokenizer.pad_token_id), side, self.device)
         seen = [row for row in rows if isinstance(row, vision.ImageTokens)]
-        assert len(seen) in (0, len(rows)), "rows with and without a picture do not share a batch"
+        if len(seen) not in (0, len(rows)):
+            raise ValueError(f"{len(seen)} of {len(rows)} rows have a picture; only all or none can share a batch")
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.processor is None or not seen:
             return inputs
@@ -239,7 +240,8 @@ def _seeded(sampling: Sampling | None, first: int, device: torch.device) -> Iter
 def by_length(prompts: Sequence[Sequence[int]], batch_size: int, skip: int = 0) -> list[list[int]]:
     """Indices of prompts in batches, longest first, without the first ``skip`` prompts, which are whole batches."""
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    assert skip % batch_size == 0 or skip >= len(order), "only whole batches can be skipped"
+    if skip % batch_size and skip < len(order):
+        raise ValueError(f"only whole batches can be skipped, found {skip} prompts in batches of {batch_size}")
     return [order[start : start + batch_size] for start in range(skip, len(order), batch_size)]
 
 

@@ -59,7 +59,8 @@ class NeuronSet:
     @staticmethod
     def of_mask(mask: Tensor, widths: tuple[int, ...], fingerprint: str, label: str = "") -> NeuronSet:
         """The set of the true entries of a boolean vector ``[neuron]`` over all layers laid end to end."""
-        assert mask.shape == (sum(widths),), f"mask of shape {tuple(mask.shape)} for {sum(widths)} neurons"
+        if mask.shape != (sum(widths),):
+            raise ValueError(f"mask of shape {tuple(mask.shape)} for {sum(widths)} neurons; expected one entry each")
         return NeuronSet(mask.nonzero().flatten().cpu(), widths, fingerprint, label)
 
     def __len__(self) -> int:

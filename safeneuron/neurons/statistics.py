@@ -73,7 +73,8 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """Unbiased sample variance, the ``s**2`` of Eq. 6; needs two vectors or more."""
-        assert self.count >= 2, "a variance needs at least two vectors"
+        if self.count < 2:
+            raise ValueError(f"a variance needs at least two vectors, found {self.count}")
         return self.m2 / (self.count - 1 if self.counts is None else (self.counts - 1).clamp(min=1))
 
 

@@ -140,7 +140,8 @@ class Rivals:
             return gradient_gap(self.model, self.refused, self.answered)
         if name == "twins":
             return twin_difference(measure(self.model, *twins(*self.all), max_tokens=self.tokens))
-        assert name == "contrast", "the config knows no other"
+        if name != "contrast":
+            raise ValueError(f"the selector {name!r} is unknown")
         return activation_contrast(self.model, other(), [*self.refused, *self.answered])
 
 

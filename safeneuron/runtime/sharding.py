@@ -306,7 +306,8 @@ def _master(name: str, parameter: nn.Parameter) -> _Run | None:
     facts = vars(parameter)
     if (mapping := facts.get("_hp_mapping")) is not None:  # ZeRO-1 and -2
         flat, there, inside = mapping.hp_fragment._base, mapping.hp_fragment_address, mapping.lp_fragment_address
-        assert flat.dim() == 1, "the flat tensor that ZeRO's optimizer steps on, of which the fragment is a view"
+        if flat.dim() != 1:
+            raise RuntimeError(f"the tensor that ZeRO steps on has {flat.dim()} dimensions, expected 1")
         return _Run(flat, there.start, inside.start, inside.numel)
     if (zero := facts.get("_z3_optimizer")) is not None and parameter.requires_grad:
         if zero.swap_optimizer:
@@ -333,7 +334,8 @@ def _numbers(shape: torch.Size, dim: int, index: Tensor, experts: Tensor | None 
     if len(shape) == 1:
         return index
     if len(shape) == 3:
-        assert dim == 0, "of experts in part there are numbers"
+        if dim != 0:
+            raise RuntimeError(f"slices of whole experts lie along dimension 0, found {dim}")
         shape = torch.Size((shape[0], math.prod(shape[1:])))
     rows, columns = (torch.arange(size, device=index.device) for size in shape)
     rows, columns = (index, columns) if dim == 0 else (rows, index)

@@ -81,7 +81,8 @@ def held_out_accuracy(vectors: Tensor, signs: Tensor, penalty: float = 1e-2, fol
     Each class is dealt evenly over the folds. Columns are centred and brought to a mean square of 1 in all (one factor,
     that of the rows learnt from), so that one penalty fits streams of any size. 0.5 is chance for classes of one size.
     """
-    assert len(vectors) == len(signs), "one sign a row"
+    if len(vectors) != len(signs):
+        raise ValueError(f"one sign a row is expected, found {len(vectors)} rows and {len(signs)} signs")
     draw = torch.Generator().manual_seed(seed)
     fold = torch.empty(len(signs), dtype=torch.int64)
     for sign in (1, -1):

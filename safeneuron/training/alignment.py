@@ -132,9 +132,10 @@ def free_change(policy: nn.Module, reference: nn.Module, proof: Freeze | None, f
     Frozen slices add nothing to the numerator, being identical.
     """
     change = size = 0.0
-    for after, before in zip(policy.parameters(), reference.parameters(), strict=True):
+    for (name, after), before in zip(policy.named_parameters(), reference.parameters(), strict=True):
         if id(after) in fixed:
-            assert torch.equal(after.to(before.dtype), before), "a parameter that was not to be trained has changed"
+            if not torch.equal(after.to(before.dtype), before):
+                raise RuntimeError(f"the parameter {name}, which was not to be trained, has changed")
             continue
         start = before.detach().double()
         change += float((after.detach().double() - start).square().sum())
@@ -246,8 +247,8 @@ def align(
         fixed = _fixed(policy, training, freeze_rest)
     given = dequantised(model.network)
     store_in(checkpoint_dtype(given, model.stored_dtype), policy.parameters())
-    identical = proof is None or not proof.changed()
-    assert identical, "frozen neurons changed in spite of FreezeNeurons"
+    if proof is not None:
+        proof.verify()
     change = free_change(policy, given, proof, {id(parameter) for parameter in fixed})
     _check_change(change, state.global_step, training.learning_rate)
     return Alignment(
@@ -255,7 +256,7 @@ def align(
         log=training_log(state.log_history),
         steps=state.global_step,
         frozen_count=len(frozen) if frozen is not None else 0,
-        frozen_identical=identical,
+        frozen_identical=True,
         frozen_sha256=digest,
         free_change=change,
         at_once=at_once,
@@ -303,7 +304,8 @@ def _trainer(
             callbacks=callbacks,
             peft_config=lora_config(policy, training) if training.lora_rank else None,
         )
-    assert reference is not None or trainer.ref_model is None, "TRL has loaded another reference than the given model"
+    if reference is None and trainer.ref_model is not None:
+        raise RuntimeError("TRL has loaded another reference than the given model")
     trainer.ref_model = None
     # The reference may have shown already that fewer fit into memory.
     trainer.at_once = min(filter(None, (training.at_once, trainer.at_once)), default=0)

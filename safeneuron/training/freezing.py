@@ -246,7 +246,8 @@ class FreezeNeurons(TrainerCallback):
     @property
     def freeze(self) -> Freeze:
         """The freeze in force; only once training has begun."""
-        assert self._freeze is not None, "training has not begun"
+        if self._freeze is None:
+            raise RuntimeError("the neurons are frozen when training begins; it has not begun")
         return self._freeze
 
 

@@ -168,7 +168,7 @@ def test_skip_continues_with_the_same_batches(tiny_model, skip):
 
 
 def test_only_whole_batches_can_be_skipped(tiny_model):
-    with pytest.raises(AssertionError, match="whole batches"):
+    with pytest.raises(ValueError, match="whole batches"):
         list(generate(tiny_model, [[5], [6], [7]], max_new_tokens=1, batch_size=2, skip=1))
 
 

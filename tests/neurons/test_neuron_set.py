@@ -141,7 +141,7 @@ def test_mask_is_the_layers_end_to_end(flags):
 
 
 def test_mask_of_another_size_is_a_bug_of_ours():
-    with pytest.raises(AssertionError, match="17 neurons"):
+    with pytest.raises(ValueError, match="17 neurons"):
         NeuronSet.of_mask(torch.ones(16, dtype=torch.bool), WIDTHS, "abc")
 
 
