@@ -1,4 +1,4 @@
-"""DPO on any number of devices: started with ``accelerate launch`` and a config of configs/accelerate, or alone.
+"""DPO on any number of devices: started with ``accelerate launch`` and a config of configs/accelerate/, or alone.
 
 Every process runs this script. Nothing in it is about devices but where the model is loaded and that one process shows
 the proof. A model too large for every process to hold has its neurons found before, with ``safeneuron measure``.

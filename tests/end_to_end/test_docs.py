@@ -1,8 +1,7 @@
-"""The documentation is true: trees, layers, links, commands, configs, equations, and the README's snippet."""
+"""The documentation is true: links, commands, configs, paths, names, equations, and the README's snippet."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import io
@@ -22,12 +21,12 @@ from safeneuron.models.embedded import _FOLDER, cache_folder
 from tests import ROOT
 
 PACKAGE = ROOT / "safeneuron"
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", PACKAGE / "data" / "bundled")
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "decisions", ROOT / "examples", PACKAGE / "data" / "bundled")
 PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VERBS = get_command(app).commands
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STAGES = ("measuring", "pairing", "aligning", "attacking", "reporting")
+GENERATED = ("cli", "architecture")
 
 
 def name_of(page: Path) -> str:
@@ -46,82 +45,6 @@ def heading_anchors(text: str) -> set[str]:
     """The anchors that the headings of a page get: lower case, no punctuation, dashes for spaces."""
     headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-# -- the tree -------------------------------------------------------------------------------------------------------
-
-
-def tree() -> list[tuple[str, str]]:
-    """(path, description) of every file in the README's tree of the package."""
-    (drawn,) = [block for block in blocks(README, "text") if block.startswith("safeneuron/")]
-    found, folder = [], ""
-    for line in drawn.splitlines()[1:]:
-        path, _, description = line.strip().partition(" ")
-        inside = line.startswith("    ")
-        if path.endswith("/"):
-            folder = path
-        else:
-            found.append((folder + path if inside else path, description.strip()))
-    return found
-
-
-def layers() -> dict[str, int]:
-    return {path[:-3]: int(text[0]) for path, text in tree() if path.endswith(".py") and text[0].isdigit()}
-
-
-def imported(path: Path, top_only: bool = False) -> set[str]:
-    """Names of all modules that a file imports; with ``top_only`` without those imported inside functions."""
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = module.body if top_only else list(ast.walk(module))
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"safeneuron.{alias.name}" for alias in node.names if node.module == "safeneuron"}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
-
-
-def test_tree_lists_every_file_of_the_package_once():
-    listed = [path for path, _ in tree()]
-    real = [
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
-    ]
-    assert sorted(listed) == sorted(real)
-
-
-def test_tree_describes_every_file():
-    assert [path for path, description in tree() if len(description.split()) < 2] == []
-
-
-def test_every_module_but_the_package_itself_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - layers().keys() == {"__init__"}
-
-
-def test_imports_point_to_the_same_layer_or_down():
-    known = layers()
-    wrong = [
-        f"{name} (layer {layer}) imports {other} (layer {known[other]})"
-        for name, layer in known.items()
-        for other in (found.removeprefix("safeneuron.") for found in imported(PACKAGE / f"{name}.py"))
-        if other in known and known[other] > layer
-    ]
-    assert wrong == []
-
-
-def test_stages_do_not_import_one_another():
-    for name in STAGES:
-        assert not imported(PACKAGE / f"{name}.py") & {f"safeneuron.{other}" for other in STAGES}, name
-
-
-def test_layer_0_imports_no_torch_at_its_top():
-    heavy = {"torch", "transformers", "scipy", "datasets", "matplotlib", "trl"}
-    for name in (name for name, layer in layers().items() if layer == 0):
-        top = {found.partition(".")[0] for found in imported(PACKAGE / f"{name}.py", top_only=True)}
-        assert not top & heavy, name
 
 
 # -- links ----------------------------------------------------------------------------------------------------------
@@ -199,9 +122,10 @@ def test_commands_parse(line):
         assert re.fullmatch(r"(T\d+/)?(data|measure|select|attack|judge|pairs|align|report)|STAGE", stage), stage
 
 
-def test_cli_page_is_what_the_program_prints():
-    script = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))
-    assert script["main"](["--check"]) == 0, "write it again with: python docs/make_cli.py"
+@pytest.mark.parametrize("page", GENERATED)
+def test_generated_pages_are_as_the_program_is_now(page):
+    script = runpy.run_path(str(ROOT / "docs" / f"make_{page}.py"))
+    assert script["main"](["--check"]) == 0, f"write it again with: python docs/make_{page}.py"
 
 
 # -- configs --------------------------------------------------------------------------------------------------------
@@ -229,6 +153,8 @@ def test_settings_named_in_the_text_exist(page):
         table, _, key = name.partition(".")
         if table not in tables or key in ("html", "md", "json", "jsonl", "toml", "py"):
             continue
+        if (PACKAGE / table / f"{key}.py").exists():
+            continue
         if key not in tables[table].model_fields:
             unknown.append(code)
         elif equals:
@@ -236,12 +162,58 @@ def test_settings_named_in_the_text_exist(page):
     assert unknown == []
 
 
+# -- paths and names ------------------------------------------------------------------------------------------------
+
+
+def present(page: Path) -> str:
+    """The page without what it says of the past."""
+    return page.read_text(encoding="utf-8").partition("## Where things were")[0]
+
+
+def named(dotted: str) -> object:
+    """The module, class, function or attribute with this full name."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value: object = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            value = getattr(value, part)
+        return value
+    raise AssertionError(f"there is no {dotted}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_named_in_a_page_exist(page):
+    paths = set(re.findall(r"(?<![\w./-])(?:safeneuron|tests|docs|examples|benchmarks|tools)/[\w./-]+", present(page)))
+    missing = {path for path in paths if not (ROOT / path.rstrip(".")).exists() and not re.search(r"[A-Z]{4}", path)}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_of_the_package_in_a_page_exist(page):
+    for dotted in set(re.findall(r"\b(?:sn|safeneuron)(?:\.[A-Za-z_]\w*)+", present(page))):
+        named(f"safeneuron.{dotted.partition('.')[2]}")
+
+
+def test_where_things_were_names_what_is_there_now():
+    section = ARCHITECTURE.partition("## Where things were")[2]
+    rows = re.findall(r"^\| .+ \| (`.+`) \|$", section, re.MULTILINE)
+    assert len(rows) > 150
+    for dotted in {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}:
+        named(f"safeneuron.{dotted}")
+
+
 # -- equations ------------------------------------------------------------------------------------------------------
 
 
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
 def equations() -> list[tuple[str, list[str], list[str]]]:
-    """(equation, functions, tests) of the README's table."""
-    section = README.partition("## From the paper to the code")[2].partition("\n## ")[0]
+    """(equation, functions, tests) of the table of the architecture."""
+    section = ARCHITECTURE.partition("## From the paper to the code")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [(row[0].strip(), re.findall(r"`([^`]+)`", row[2]), re.findall(r"`([^`]+)`", row[3])) for row in rows[2:]]
 
@@ -258,13 +230,10 @@ def test_equations_of_the_paper_are_all_there():
 def test_equations_have_their_functions_and_tests(equation, functions, tests):
     assert functions
     for dotted in functions:
-        module, *parts = dotted.split(".")
-        value = importlib.import_module(f"safeneuron.{module}")
-        for part in parts:
-            value = getattr(value, part)
+        assert named(f"safeneuron.{dotted}") is not None
     assert tests
-    for named in tests:
-        file, _, function = named.partition("::")
+    for test in tests:
+        file, _, function = test.partition("::")
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert re.search(rf"^(    )?def {function}\(", source, re.MULTILINE), f"{file} has no {function}"
 
