@@ -36,7 +36,7 @@ from safeneuron.selection.measurement import POOLINGS, measure
 from safeneuron.selection.scores import choose, score, thresholds_for
 from safeneuron.training.alignment import align
 from safeneuron.training.on_policy import refusal
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 
 PARTS = ("measure", "memory", "plan", "probe", "freeze", "training", "precision", "pooling", "generation", "demo")
 
@@ -159,7 +159,7 @@ def plan_of(name: str) -> None:
         Pair(({"role": "user", "content": prompt.text},), "word " * 400, "other " * 400)
         for prompt in prompts("unsafe", 4)
     ]
-    training = Training(epochs=2, batch_size=4, micro_batch_size=4, max_length=192, **PLANNED[name])
+    training = TrainingSettings(epochs=2, batch_size=4, micro_batch_size=4, max_length=192, **PLANNED[name])
     length = longest_pair(model, pairs, training.max_length)
     need = align_need(Shape.of(model.network, model.name), Device.of(model.device), training, length)
     reset_peak_memory()
@@ -188,7 +188,7 @@ def bench_freeze() -> None:
 
     def steps(frozen: NeuronSet | None) -> float:
         times: list[float] = []
-        align(model, pairs, frozen, Training(learning_rate=1e-6, epochs=2, batch_size=4, micro_batch_size=4),
+        align(model, pairs, frozen, TrainingSettings(learning_rate=1e-6, epochs=2, batch_size=4, micro_batch_size=4),
               progress=lambda done, total: times.append(time.perf_counter()))  # fmt: skip
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
@@ -209,7 +209,7 @@ def peak_of(how: str) -> None:
     model = load("embedded", dtype="float32")
     first_ones = {layer: range(width // 100) for layer, width in enumerate(model.widths)}
     one_percent = NeuronSet.of(first_ones, model.widths, model.fingerprint).random_like(0)
-    training = Training(learning_rate=1e-6, epochs=1, batch_size=4, micro_batch_size=4)
+    training = TrainingSettings(learning_rate=1e-6, epochs=1, batch_size=4, micro_batch_size=4)
     align(model, preferences(12), one_percent if how == "frozen" else None, training)
     print(f"{peak_memory_mb():.1f}")
 
@@ -241,7 +241,7 @@ def train_of(how: str) -> None:
     pairs = preferences(64)
     begun = time.perf_counter()
     if how == "ours":
-        training = Training(learning_rate=1e-5, epochs=1, batch_size=8, micro_batch_size=8, weight_decay=0.0,
+        training = TrainingSettings(learning_rate=1e-5, epochs=1, batch_size=8, micro_batch_size=8, weight_decay=0.0,
                             warmup_share=0.0)  # fmt: skip
         losses = [entry["loss"] for entry in align(model, pairs, None, training).log]
     else:

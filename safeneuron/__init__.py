@@ -126,6 +126,6 @@ MODULES = {
     ),
     "training.lora": ("merge_adapters",),
     "training.on_policy": ("on_policy_pairs",),
-    "training.settings": ("Training",),
+    "training.settings": ("TrainingSettings",),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class RenamedSetting(DeprecationWarning):
+    """A setting or a value was given under its old name, which is still understood."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known word most like ``word``, or nothing when none is close."""
     matches = get_close_matches(word, list(known), n=1)

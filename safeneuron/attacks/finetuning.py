@@ -29,7 +29,7 @@ from safeneuron.runtime import distributed
 from safeneuron.runtime.offloading import require_whole
 from safeneuron.runtime.progress import Progress
 from safeneuron.training.lora import lora_config
-from safeneuron.training.settings import Training, Watch, model_restored
+from safeneuron.training.settings import TrainingSettings, Watch, model_restored
 
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
 """The columns in which an answer is looked for, best first."""
@@ -87,7 +87,7 @@ def finetuned(
 
     quiet()
     distributed.start_group()
-    training = Training(
+    training = TrainingSettings(
         lora_rank=rank, lora_alpha=2 * rank, learning_rate=learning_rate, weight_decay=0.0, batch_size=batch_size,
         micro_batch_size=batch_size, max_length=max_length, seed=seed,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _same_gradients(network: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def _arguments(training: Training, steps: int, device: torch.device, folder: str) -> Any:
+def _arguments(training: TrainingSettings, steps: int, device: torch.device, folder: str) -> Any:
     """The settings as TRL's ``SFTConfig``; nothing is saved in ``folder``."""
     from trl.trainer.sft_config import SFTConfig
 

@@ -6,18 +6,11 @@ What the settings do stands where they are used.
 from safeneuron._lazy import face
 
 MODULES = {
-    "schema": (
-        "AlignTable",
-        "AttackTable",
-        "CapabilityTable",
-        "Config",
-        "DataTable",
-        "JudgeTable",
-        "ModelTable",
-        "PairSourceTable",
-        "SourceTable",
-    ),
+    "align": ("AlignTable",),
+    "attack": ("JUDGES", "RULES", "AttackTable", "JudgeTable", "Rule"),
+    "schema": ("Config", "sentence_of"),
     "states": ("BASE", "State", "previous", "selectors_for", "states_of"),
+    "tables": ("CapabilityTable", "DataTable", "ModelTable", "PairSourceTable", "SourceTable"),
     "toml": ("presets", "read_config", "to_toml"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

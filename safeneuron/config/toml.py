@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from safeneuron.config.schema import Config, _sentence
+from safeneuron.config.schema import Config, sentence_of
 from safeneuron.errors import InputError, did_you_mean
 
 
@@ -53,7 +53,7 @@ def parse_config(text: str, origin: str, changes: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(_sentence(error, origin)) from error
+        raise InputError(sentence_of(error, origin)) from error
 
 
 def to_toml(config: Config, comments: bool = True) -> str:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safeneuron.config.attack import JUDGES, RULES, Rule
 from safeneuron.data.rows import Row, Source, read_rows
 from safeneuron.errors import InputError, did_you_mean
 from safeneuron.evaluation.coherence import incoherent
@@ -15,13 +16,6 @@ from safeneuron.evaluation.judge import VERDICTS, Judge, RefusalPhrases
 
 if TYPE_CHECKING:
     from safeneuron.evaluation.rubric import Endpoint
-
-
-JUDGES = (
-    "refusal-phrases", "refusal-embedding", "llama-guard-3-8b", "llama-guard-3-1b", "harmbench-llama",
-    "harmbench-mistral", "strongreject", "wildguard", "shieldgemma-2b", "shieldgemma-9b", "rubric",
-)  # fmt: skip
-"""The names that `make_judge` knows."""
 
 
 def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
@@ -46,10 +40,6 @@ def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
     from safeneuron.evaluation.guard_models import load_guard
 
     return load_guard(name)
-
-
-Rule = Literal["majority", "all", "any"]
-RULES: tuple[Rule, ...] = ("majority", "all", "any")
 
 
 class Panel:

@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safeneuron.config.schema import AlignTable, AttackTable, Config, SourceTable
+from safeneuron.config.align import AlignTable
+from safeneuron.config.attack import AttackTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State, states_of
+from safeneuron.config.tables import SourceTable
 from safeneuron.data.rows import Source
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
 from safeneuron.planning.lengths import available_pairs, available_prompts, some_of
 from safeneuron.planning.memory import Device, bytes_per_number
-from safeneuron.planning.plan import ModelSpec, training_of
+from safeneuron.planning.plan import ModelSpec
 from safeneuron.runtime.devices import device_named
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 
 CALL = 5e-4
 """Seconds of Python in each layer of each pass, on any device: dozens of small operations that have to be started."""
@@ -115,7 +118,9 @@ def answering_seconds(
     return batches * (first + new_tokens * step)
 
 
-def training_seconds(shape: Shape, speed: Speed, training: Training, pairs: int, length: float, share: float) -> float:
+def training_seconds(
+    shape: Shape, speed: Speed, training: TrainingSettings, pairs: int, length: float, share: float
+) -> float:
     """DPO on pairs of two sequences of ``length``; ``share`` of the forward passes is done once more (``refresh``).
 
     A pass back computes twice what the pass forward does, or once where only adapters are trained; with gradient
@@ -318,7 +323,7 @@ def _training_jobs(config: Config, clock: Clock, b: int, classes: Amount) -> Ite
 
 
 def _training(config: Config, table: AlignTable, clock: Clock, pairs: Amount, classes: Amount, b: int) -> float:
-    training = training_of(config, table)
+    training = TrainingSettings.of(table, config.seed)
     share = table.refresh_share if table.refresh and table.kl_weight else 0.0
     seconds = training_seconds(clock.paper.shape, clock.training, training, pairs.number, pairs.length, share)
     seconds += (1 + training.epochs) * 2 * clock.looking(pairs)

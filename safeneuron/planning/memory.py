@@ -20,7 +20,7 @@ from safeneuron.models.model import Model
 from safeneuron.models.shape import Shape
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import available_memory, bfloat16_pays, resident_memory
-from safeneuron.training.settings import Training, is_sharded
+from safeneuron.training.settings import TrainingSettings, is_sharded
 
 GB = 2**30
 Need = dict[str, float]
@@ -78,7 +78,7 @@ def total_bytes(need: Need) -> float:
 def align_need(
     shape: Shape,
     device: Device,
-    training: Training,
+    training: TrainingSettings,
     length: int,
     frozen: int = 0,
     lora_rank: int = 0,
@@ -252,7 +252,7 @@ def longest_pair(model: Model, pairs: Sequence[Pair], max_length: int) -> int:
     return min(max_length, max((len(model.encode(messages, image)) for messages, image in some), default=max_length))
 
 
-def pairs_at_once(training: Training, device: Device) -> int:
+def pairs_at_once(training: TrainingSettings, device: Device) -> int:
     """How many pairs are in one pass on each device."""
     share = math.ceil(training.batch_size / device.count)
     return min(training.at_once or training.micro_batch_size, training.micro_batch_size, share)
@@ -271,7 +271,7 @@ MARGIN = 1.1
 class Plan:
     """How a training is done, what it needs with pairs of at most ``length`` tokens, and the device for that."""
 
-    training: Training
+    training: TrainingSettings
     need: Need
     device: Device
     length: int
@@ -299,7 +299,11 @@ class Plan:
 
 
 def plan_training(
-    training: Training, device: Device, length: int, need: Callable[[Training], Need], change: bool = True
+    training: TrainingSettings,
+    device: Device,
+    length: int,
+    need: Callable[[TrainingSettings], Need],
+    change: bool = True,
 ) -> Plan:
     """The training as it is asked for if it fits, or, with ``change``, in the first of these ways that does.
 
@@ -346,14 +350,14 @@ def gigabytes(size: float) -> str:
     return f"{size / GB:,.1f} GB"
 
 
-def ways(training: Training) -> str:
+def ways(training: TrainingSettings) -> str:
     """How many pairs at a time, and whether their activations are computed again."""
     count = training.at_once or training.micro_batch_size
     pairs = f"{count} pair{'s' if count > 1 else ''} at a time"
     return pairs + (" and gradient checkpointing" if training.gradient_checkpointing else "")
 
 
-def _ways(training: Training) -> Iterator[Training]:
+def _ways(training: TrainingSettings) -> Iterator[TrainingSettings]:
     for checkpointing in sorted({training.gradient_checkpointing, True}):
         size = training.at_once or training.micro_batch_size
         yield replace(training, gradient_checkpointing=checkpointing)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from safeneuron.config.schema import AlignTable, Config, SourceTable
+from safeneuron.config.align import AlignTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import State
+from safeneuron.config.tables import SourceTable
 from safeneuron.data.rows import Source
 from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
@@ -38,10 +40,7 @@ from safeneuron.planning.memory import (
 )
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import device_named
-from safeneuron.training.settings import Training
-
-TRAINING = {field.name for field in fields(Training)} - {"seed"}
-"""The keys of [align] that are settings of the training itself."""
+from safeneuron.training.settings import TrainingSettings
 
 UNITS = {"MB": 2**20, "GB": GB, "TB": 2**40}
 TEMPLATE_TOKENS = 64
@@ -80,12 +79,9 @@ class Pictures:
     patches: int
 
 
-def training_of(config: Config, table: AlignTable) -> Training:
-    """The settings of a training in its table."""
-    return Training(**table.model_dump(include=TRAINING), seed=config.seed)
-
-
-def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: NeuronSet | None, change: bool) -> Plan:
+def plan_for(
+    model: Model, pairs: Sequence[Pair], training: TrainingSettings, frozen: NeuronSet | None, change: bool
+) -> Plan:
     """How the training of a loaded model on these pairs is done so that it fits on its device, or on that of each rank.
 
     Raises ``InputError`` if it may be changed and there is no way.
@@ -102,7 +98,7 @@ def plan_for(model: Model, pairs: Sequence[Pair], training: Training, frozen: Ne
     return replace(made, training=_of_all_ranks(made.training))
 
 
-def _of_all_ranks(training: Training) -> Training:
+def _of_all_ranks(training: TrainingSettings) -> TrainingSettings:
     """What suits the rank with the least memory, since all must go through the model in the same way."""
     asked = distributed.gather([training.at_once, training.gradient_checkpointing])
     at_once = min((size for size, _ in asked if size), default=0)
@@ -215,13 +211,13 @@ def _planned(
 ) -> Plan:
     shape, (length, seen) = paper.shape, longest
     frozen = round((config.select.density or 0.01) * shape.width * shape.layers) if table.freeze != "none" else 0
-    return _plan(paper, device, training_of(config, table), length, frozen, table.fit_memory, seen)
+    return _plan(paper, device, TrainingSettings.of(table, config.seed), length, frozen, table.fit_memory, seen)
 
 
 def _plan(
     paper: ModelSpec,
     device: Device,
-    training: Training,
+    training: TrainingSettings,
     length: int,
     frozen: int,
     change: bool,
@@ -229,7 +225,7 @@ def _plan(
 ) -> Plan:
     b = bytes_per_number(training.precision, device)
 
-    def need(tried: Training) -> Need:
+    def need(tried: TrainingSettings) -> Need:
         # Both sequences of a pair show its picture.
         sight = _sight(paper, seen, 2 * pairs_at_once(tried, device), b)
         return align_need(paper.shape, device, tried, length, frozen, tried.lora_rank, sight=sight)

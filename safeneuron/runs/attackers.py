@@ -13,7 +13,9 @@ from safeneuron.attacks.finetuning import Demonstration, finetuned, read_demonst
 from safeneuron.attacks.jailbreaks import Attempt, input_attempts
 from safeneuron.attacks.pruning import PLAIN, perplexity, respond
 from safeneuron.attacks.refusal_direction import find_direction, without_direction
-from safeneuron.config.schema import AlignTable, AttackTable, Config
+from safeneuron.config.align import AlignTable
+from safeneuron.config.attack import AttackTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import State
 from safeneuron.data.prompts import benign_text
 from safeneuron.data.types import Prompt

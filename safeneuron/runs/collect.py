@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron._version import __version__
-from safeneuron.config.schema import AlignTable, Config
+from safeneuron.config.align import AlignTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
 from safeneuron.config.toml import read_config, to_toml
 from safeneuron.errors import InputError
@@ -61,7 +62,7 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "max_new_tokens": config.attack.max_new_tokens,
         "neurons_total": base.total,
         "layers": len(base.widths),
-        "part": config.measure.part,
+        "part": config.measure.stored_part,
         "states": [_state(config, run, state, base) for state in states],
         "differences": state_differences(run, states),
     }

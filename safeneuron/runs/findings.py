@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safeneuron.config.schema import AlignTable, Config
+from safeneuron.config.align import AlignTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State, selectors_for, states_of
 from safeneuron.data.types import Prompt
 from safeneuron.neurons.interventions import Edit

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safeneuron.config.schema import CapabilityTable, Config, JudgeTable, ModelTable, SourceTable
+from safeneuron.config.attack import JudgeTable
+from safeneuron.config.schema import Config
+from safeneuron.config.tables import CapabilityTable, ModelTable, SourceTable
 from safeneuron.data.pairs import left_out, read_pairs
 from safeneuron.data.prompts import check_splits, read_prompts
 from safeneuron.data.rows import Source

@@ -19,8 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from safeneuron._version import __version__
-from safeneuron.config.schema import Config, DataTable, PairSourceTable, SourceTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
+from safeneuron.config.tables import DataTable, PairSourceTable, SourceTable
 from safeneuron.reporting.rendering import escaped, fenced, table_escaped
 from safeneuron.reporting.results import attack_of, columns_of, joined_words
 from safeneuron.reporting.summary import (

@@ -25,8 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safeneuron.config.schema import Config, SourceTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State, previous, selectors_for, states_of
+from safeneuron.config.tables import SourceTable
 from safeneuron.config.toml import to_toml
 from safeneuron.data.pairs import mix
 from safeneuron.data.prompts import check_classes, check_splits
@@ -38,7 +39,7 @@ from safeneuron.evaluation.rates import verdict_rates
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import measure_towers, pruned_anywhere
 from safeneuron.neurons.statistics import ActivationStats
-from safeneuron.planning.plan import plan_for, plans_for, training_of
+from safeneuron.planning.plan import plan_for, plans_for
 from safeneuron.runs.attackers import (
     Rivals,
     answer_all,
@@ -77,7 +78,7 @@ from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import FEWEST, choose, resolve_thresholds, score
 from safeneuron.training.ablation import Ablation
 from safeneuron.training.alignment import align
-from safeneuron.training.settings import require_trainable_settings
+from safeneuron.training.settings import TrainingSettings, require_trainable_settings
 
 
 class Pipeline:
@@ -106,7 +107,7 @@ class Pipeline:
         base, *trained = states_of(self.config)
         for state in trained:
             table = self.config.variant(state.variant)
-            require_trainable_settings(training_of(self.config, table), table.refresh > 0)
+            require_trainable_settings(TrainingSettings.of(table, self.config.seed), table.refresh > 0)
         self.foresee(trained)
         self.examine(base)
         if trained:
@@ -172,7 +173,7 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             unsafe, safe = self.classes()
-            if table.part == "eyes":
+            if table.part == "vision":
                 stats = measure_towers(self.model(state), unsafe, safe, table.pooling, self.watcher.progress)
             else:
                 stats = measure(
@@ -395,7 +396,7 @@ class Pipeline:
             made = self.run.folder / "T0" / "pairs"
             pairs = [Pair.from_record(record, made) for record in read_lines(made / "pairs.jsonl")]
             frozen = self.findings.frozen(table, found)
-            plan = plan_for(start, pairs, training_of(self.config, table), frozen, table.fit_memory)
+            plan = plan_for(start, pairs, TrainingSettings.of(table, self.config.seed), frozen, table.fit_memory)
             self.watcher.noted(f"{state.name}/align needs about {plan.sentence()}")
             with writing(folder / "checkpoints"):
                 result = align(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron._version import __version__
-from safeneuron.config.schema import Config, ModelTable
+from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
+from safeneuron.config.tables import ModelTable
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError, did_you_mean
 from safeneuron.models import embedded

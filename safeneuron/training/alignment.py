@@ -34,7 +34,7 @@ from safeneuron.training.ablation import AblateSteps, Ablation, Refresh
 from safeneuron.training.freezing import Freeze, FreezeNeurons
 from safeneuron.training.lora import adapters_of, add_adapters, lora_config, require_unpacked
 from safeneuron.training.settings import (
-    Training,
+    TrainingSettings,
     Watch,
     arguments_of,
     is_sharded,
@@ -59,7 +59,7 @@ def plain_copy(model: Model) -> PreTrainedModel:
     return plain
 
 
-def base_of_adapters(model: Model, training: Training) -> PreTrainedModel:
+def base_of_adapters(model: Model, training: TrainingSettings) -> PreTrainedModel:
     """A copy of the given network for adapters: in 4 bits, if it is, or else in the precision that loses nothing.
 
     That is bfloat16 where training computes in it and the checkpoint was stored in it, with half the memory of float32.
@@ -145,7 +145,7 @@ def free_change(policy: nn.Module, reference: nn.Module, proof: Freeze | None, f
     return (change / size) ** 0.5 if size > 0 else 0.0
 
 
-_DEFAULT = Training()
+_DEFAULT = TrainingSettings()
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def align(
     model: Model,
     pairs: Sequence[Pair],
     frozen: NeuronSet | None,
-    training: Training = _DEFAULT,
+    training: TrainingSettings = _DEFAULT,
     ablation: Ablation | None = None,
     refresh: Refresh | None = None,
     freeze_rest: bool = False,
@@ -264,7 +264,7 @@ def align(
     )
 
 
-def _fixed(policy: PreTrainedModel, training: Training, freeze_rest: bool) -> list[nn.Parameter]:
+def _fixed(policy: PreTrainedModel, training: TrainingSettings, freeze_rest: bool) -> list[nn.Parameter]:
     """Whole parameters that are not trained; the vision tower and the projector never are."""
     sight = vision_parameters(policy)
     if freeze_rest:
@@ -276,7 +276,7 @@ def _trainer(
     policy: PreTrainedModel,
     model: Model,
     pairs: Sequence[Pair],
-    training: Training,
+    training: TrainingSettings,
     arguments: Any,
     ablation: Ablation | None,
     refresh: Refresh | None,
@@ -318,7 +318,7 @@ def _trainer(
     return trainer
 
 
-def _check(model: Model, pairs: Sequence[Pair], training: Training, freeze_rest: bool) -> None:
+def _check(model: Model, pairs: Sequence[Pair], training: TrainingSettings, freeze_rest: bool) -> None:
     _check_pairs(model, pairs)
     require_whole(model.network, "align")
     if has_four_bits(model.network) and not training.lora_rank:

@@ -23,7 +23,7 @@ from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.weights import Slice, has_adapters
 from safeneuron.runtime import sharding
 from safeneuron.runtime.quantization import dequantised, packed_by
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 
 # The layers of PEFT whose change is scaling * B A, and the starts of an adapter that leave the base weights alone.
 PLAIN_LAYERS = (
@@ -84,7 +84,7 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
     return slices
 
 
-def lora_config(model: nn.Module | HasNetwork, training: Training) -> Any:
+def lora_config(model: nn.Module | HasNetwork, training: TrainingSettings) -> Any:
     """The settings as a ``peft.LoraConfig``, for the linear layers of the model's FFNs, of its attention, or of both.
 
     Raises ``InputError`` without PEFT.

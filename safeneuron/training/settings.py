@@ -8,70 +8,77 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeneuron.config.align import AlignTable
+from safeneuron.config.schema import sentence_of
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import bfloat16_pays
 from safeneuron.runtime.progress import Progress
 
 COMPLETE = "complete"
-PRECISIONS = ("auto", "bfloat16", "float32")
-TARGETS = ("ffn", "attention", "ffn+attention")
+_TABLE = AlignTable()
 
 
-@dataclass(frozen=True)
-class Training:
-    """The settings of one training; the defaults are the paper's where it has any.
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The settings of one training; the defaults are those of the table [align], the paper's where it has any.
 
-    One optimizer step sees ``batch_size`` pairs, those of all ranks counted, and each rank at most ``micro_batch_size``
-    of them at a time. ``sft_weight`` adds so many times the mean negative log-likelihood of a chosen answer's token to
-    DPO's loss. ``precision`` is that of computing: ``bfloat16`` under autocast, ``float32``, or ``auto``, which chooses
-    by the device; the weights being trained are always float32. With ``bucketing`` pairs of like length share a
-    micro-batch. With a ``lora_rank`` only adapters of that rank are trained, on the matrices in ``lora_targets``
-    (``ffn``, ``attention`` or ``ffn+attention``), scaled by ``lora_alpha / lora_rank``; they want about ten times the
-    learning rate. ``at_once`` is the largest number of pairs of a micro-batch in one pass, 0 for all; like
-    ``gradient_checkpointing`` it changes what memory is needed, and the results only by rounding. ``freeze_routers``
-    leaves what routes tokens to experts as it is. Raises
-    ``InputError`` for values that do not go together.
+    What they mean stands in the table too (``safeneuron config``). Of processes that share a batch, ``batch_size``
+    counts the pairs of all, ``micro_batch_size`` those of each. ``precision`` is that of computing: ``bfloat16`` under
+    autocast, ``float32``, or ``auto``, which chooses by the device; the weights being trained are always float32.
+
+    Args:
+        at_once: The largest number of pairs of a micro-batch in one pass, 0 for all. Like ``gradient_checkpointing`` it
+            changes what memory is needed, and the results only by rounding.
+        seed: Of the order of the pairs and of dropout.
+
+    Raises:
+        InputError: For values out of range or that do not go together.
     """
 
-    beta: float = 0.1
-    sft_weight: float = 0.0
-    learning_rate: float = 5e-6
-    weight_decay: float = 0.05
-    epochs: float = 3.0
-    batch_size: int = 8
-    micro_batch_size: int = 8
-    warmup_share: float = 0.1
-    max_length: int = 1024
-    bucketing: bool = True
-    max_grad_norm: float = 1.0
-    freeze_routers: bool = False
-    gradient_checkpointing: bool = False
+    beta: float = _TABLE.beta
+    sft_weight: float = _TABLE.sft_weight
+    learning_rate: float = _TABLE.learning_rate
+    weight_decay: float = _TABLE.weight_decay
+    epochs: float = _TABLE.epochs
+    batch_size: int = _TABLE.batch_size
+    micro_batch_size: int = _TABLE.micro_batch_size
+    warmup_share: float = _TABLE.warmup_share
+    max_length: int = _TABLE.max_length
+    bucketing: bool = _TABLE.bucketing
+    max_grad_norm: float = _TABLE.max_grad_norm
+    freeze_routers: bool = _TABLE.freeze_routers
+    gradient_checkpointing: bool = _TABLE.gradient_checkpointing
+    lora_rank: int = _TABLE.lora_rank
+    lora_alpha: int = _TABLE.lora_alpha
+    lora_dropout: float = _TABLE.lora_dropout
+    lora_targets: str = _TABLE.lora_targets
+    precision: str = _TABLE.precision
+    save_every: int = _TABLE.save_every
     at_once: int = 0
-    lora_rank: int = 0
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_targets: str = "ffn+attention"
-    precision: str = "auto"
-    save_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.micro_batch_size:
-            raise InputError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
-            )
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision {self.precision!r} is unknown; expected auto, bfloat16 or float32")
-        if self.lora_targets not in TARGETS:
-            raise InputError(f"lora_targets {self.lora_targets!r} is unknown; expected {', '.join(TARGETS)}")
+        # The table's own checks are the only ones.
+        values = {name: value for name, value in asdict(self).items() if name in AlignTable.model_fields}
+        try:
+            AlignTable.model_validate(values)
+        except ValidationError as error:
+            raise InputError(sentence_of(error, "the settings of a training", AlignTable)) from error
+
+    @classmethod
+    def of(cls, table: AlignTable, seed: int) -> TrainingSettings:
+        """The settings of the training that a table [align], or a variant of it, describes."""
+        names = {field.name for field in fields(cls)}
+        return cls(**table.model_dump(include=names), seed=seed)
 
     def micro_batch(self) -> int:
         """Pairs in one forward pass of this rank: as near to ``micro_batch_size`` as divides its share of a batch.
@@ -95,7 +102,7 @@ class Training:
         return self.precision == "bfloat16" or (self.precision == "auto" and bfloat16_pays(device))
 
 
-def arguments_of(training: Training, pair_count: int, device: torch.device, folder: Path, save: bool) -> Any:
+def arguments_of(training: TrainingSettings, pair_count: int, device: torch.device, folder: Path, save: bool) -> Any:
     """The settings as TRL's ``DPOConfig``; checkpoints go to ``folder`` if ``save`` and ``training.save_every`` say so.
 
     The reference's log-probabilities are computed before the first step, so that no reference stays in memory.
@@ -152,7 +159,7 @@ def is_sharded() -> bool:
     return distributed.world() > 1 and _asked("ACCELERATE_USE_FSDP")
 
 
-def require_trainable_settings(training: Training, refresh: bool) -> None:
+def require_trainable_settings(training: TrainingSettings, refresh: bool) -> None:
     """Raise ``InputError`` if the ranks, as they were launched, cannot train so, with or without ``refresh``."""
     training.micro_batch()
     if distributed.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):

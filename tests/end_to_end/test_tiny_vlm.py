@@ -120,7 +120,7 @@ def test_the_names_of_images_are_escaped_in_the_report() -> None:
 
 
 EYES = [
-    "measure.part=eyes",
+    "measure.part=vision",
     "measure.pooling=mean",
     "align.rounds=0",
     "select.density=0.3",
@@ -175,8 +175,8 @@ def test_what_does_not_go_with_the_neurons_of_the_eyes(looked: Path, here: Path)
     with pytest.raises(InputError, match=r"is of a model's eyes .* where neurons of a text decoder are expected"):
         write_pruned(model, NeuronSet.load(looked / "T0/select/neurons.json"), looked / "pruned")
     for change, said in (
-        ("align.rounds=1", r"the eyes stay as they are in training.*set align.rounds = 0"),
-        ("measure.pooling=last", "pictures have no last token"),
+        ("align.rounds=1", r"the vision tower stays as it is in training.*set align.rounds = 0"),
+        ("measure.pooling=last", "images have no last token"),
         ('attack.selectors=["probe"]', r"attack.selectors is for neurons of the text decoder"),
         ('attack.knowledge=["iterated"]', "attack.knowledge = 'iterated' is for neurons of the text"),
         ("attack.backend=vllm", "attack.backend = 'vllm' is for neurons of the text"),

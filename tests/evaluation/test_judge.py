@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from safeneuron.config.attack import JUDGES
 from safeneuron.errors import InputError
 from safeneuron.evaluation.guard_models import (
     GuardSize,
@@ -23,7 +24,7 @@ from safeneuron.evaluation.guard_models import (
     parse_guard,
 )
 from safeneuron.evaluation.judge import VERDICTS, Judge, RefusalPhrases
-from safeneuron.evaluation.judging import JUDGES, make_judge
+from safeneuron.evaluation.judging import make_judge
 from tests.helpers.bytewise import SPECIAL, bytewise_tokenizer, tiny_llama
 
 GOLDEN_8B = """ <|begin_of_text|><|start_header_id|>user<|end_header_id|>

@@ -23,7 +23,7 @@ from safeneuron.planning.duration import (
     time_words,
     training_seconds,
 )
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny, tiny_experts
 
 ENDLESS = 1e30
@@ -92,7 +92,7 @@ def test_each_token_of_an_answer_reads_the_weights_and_what_was_said_before():
 
 def test_training_is_three_passes_and_one_for_the_reference():
     shape = Shape.of(tiny.network(), "llama")
-    training = Training(epochs=2, batch_size=4, micro_batch_size=4)
+    training = TrainingSettings(epochs=2, batch_size=4, micro_batch_size=4)
     tokens = 2 * 12 * 30
     once, head = forward_flops(shape, tokens, 30), 2 * shape.vocabulary * shape.hidden * tokens
 

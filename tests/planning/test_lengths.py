@@ -16,7 +16,7 @@ from safeneuron.models.vision_tower import towers_of
 from safeneuron.planning.duration import Clock, Speed
 from safeneuron.planning.lengths import Lengths, VisionShape, available_pairs, available_prompts, some_of
 from safeneuron.planning.plan import ModelSpec, device_asked, plan_for, table_of_needs
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny, tiny_vision
 from tests.planning.test_plan import row
 
@@ -142,7 +142,7 @@ def test_without_the_processor_the_caps_are_taken_and_it_is_said(seeing, tmp_pat
 def test_right_before_a_training_pictures_are_counted(seeing):
     model = tiny_vision.model("qwen2-vl")
     pair = Pair(ASKED, "a", "b", "test", tiny_vision.picture(300, 200))
-    made = plan_for(model, [pair], Training(micro_batch_size=4, batch_size=4, max_length=2000), None, False)
+    made = plan_for(model, [pair], TrainingSettings(micro_batch_size=4, batch_size=4, max_length=2000), None, False)
     assert made.length > len(model.ask(Prompt("What is this?")))
     eyes, lengths = VisionShape.of(model.network), Lengths(model.tokenizer, model.processor)
     assert eyes.need(2 * 4 * lengths.patches(eyes, ASKED, pair.image), 4) > 0

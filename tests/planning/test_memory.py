@@ -27,7 +27,7 @@ from safeneuron.planning.memory import (
     measure_need,
     total_bytes,
 )
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests import ROOT
 from tests.helpers import tiny
 
@@ -151,7 +151,7 @@ def test_precision_decides_what_measuring_and_attacking_need():
 
 def test_twenty_bytes_a_parameter_before_activations(tmp_path):
     large = Shape.read(str(seventy_billion(tmp_path)))
-    accumulated = Training(batch_size=8, micro_batch_size=1, precision="float32", gradient_checkpointing=True)
+    accumulated = TrainingSettings(batch_size=8, micro_batch_size=1, precision="float32", gradient_checkpointing=True)
     need = align_need(large, GPU, accumulated, length=128)
     held = sum(need[name] for name in ("given model", "weights", "optimizer", "gradients"))
     assert held == 20 * large.parameters
@@ -162,7 +162,9 @@ def test_fewer_pairs_and_checkpointing_need_less():
     wide = shape(hidden_size=256, intermediate_size=1024, layers=24, vocab_size=2000)
     sizes = [
         total_bytes(
-            align_need(wide, CPU, Training(micro_batch_size=8, at_once=at_once, gradient_checkpointing=again), 512)
+            align_need(
+                wide, CPU, TrainingSettings(micro_batch_size=8, at_once=at_once, gradient_checkpointing=again), 512
+            )
         )
         for again in (False, True)
         for at_once in (0, 4, 2, 1)
@@ -174,7 +176,7 @@ def test_fewer_pairs_and_checkpointing_need_less():
 
 def test_sharded_devices_share_what_is_trained_and_others_do_not(tmp_path):
     large = Shape.read(str(seventy_billion(tmp_path)))
-    training = Training(batch_size=32, micro_batch_size=1, gradient_checkpointing=True)
+    training = TrainingSettings(batch_size=32, micro_batch_size=1, gradient_checkpointing=True)
     eight = {how: Device("cuda", 80 * GB, True, 8, sharded=how) for how in (True, False)}
     alone = align_need(large, GPU, training, 256)
     replicated = align_need(large, eight[False], training, 256)
@@ -189,7 +191,7 @@ def test_sharded_devices_share_what_is_trained_and_others_do_not(tmp_path):
 
 def test_each_device_has_its_share_of_the_batch():
     wide = shape(layers=24, hidden_size=256)
-    training = Training(batch_size=8, micro_batch_size=8)
+    training = TrainingSettings(batch_size=8, micro_batch_size=8)
     two = Device("cuda", None, True, 2, sharded=False)
     assert (
         align_need(wide, two, training, 512)["activations"] < 0.6 * align_need(wide, GPU, training, 512)["activations"]
@@ -198,12 +200,15 @@ def test_each_device_has_its_share_of_the_batch():
 
 def test_adapters_need_moments_of_themselves_only():
     one = shape()
-    need = align_need(one, GPU, Training(), 64, lora_rank=4)
+    need = align_need(one, GPU, TrainingSettings(), 64, lora_rank=4)
     adapters = 4 * one.layers * (one.inputs + one.outputs)
     assert need["optimizer"] == 8 * adapters
     assert need["weights"] == 4 * one.parameters + 4 * adapters
     stored_small = Shape(**{**vars(one), "stored": 2})
-    assert align_need(stored_small, GPU, Training(), 64, lora_rank=4)["weights"] == 2 * one.parameters + 4 * adapters
+    assert (
+        align_need(stored_small, GPU, TrainingSettings(), 64, lora_rank=4)["weights"]
+        == 2 * one.parameters + 4 * adapters
+    )
 
 
 def test_the_longest_pair_is_found_and_capped(tiny_model):
@@ -224,7 +229,7 @@ from safeneuron.models.shape import Shape
 from safeneuron.planning.memory import Device, align_need, longest_pair, total_bytes
 from safeneuron.runtime.devices import peak_memory_mb
 from safeneuron.training.alignment import align
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 
 torch.set_num_threads(1)
 network = tiny.network(
@@ -233,7 +238,7 @@ network = tiny.network(
 )
 model = Model(network, tiny.tokenizer(), "mid", "mid")
 pairs = [Pair(({"role": "user", "content": str(i)},), "a" * 120, "b" * 120, "test") for i in range(4)]
-training = Training(epochs=2, batch_size=4, micro_batch_size=4, max_length=128, **json.loads(sys.argv[1]))
+training = TrainingSettings(epochs=2, batch_size=4, micro_batch_size=4, max_length=128, **json.loads(sys.argv[1]))
 length = longest_pair(model, pairs, training.max_length)
 device = Device("cpu", None, torch.cpu.get_capabilities().get("avx512_bf16", False))
 expected = total_bytes(align_need(Shape.of(network, "mid"), device, training, length))

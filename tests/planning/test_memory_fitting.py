@@ -18,12 +18,12 @@ from safeneuron.planning.memory import (
     plan_training,
     require_fit,
 )
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 
-ASKED = Training(batch_size=16, micro_batch_size=8)
+ASKED = TrainingSettings(batch_size=16, micro_batch_size=8)
 
 
-def need(training: Training) -> Need:
+def need(training: TrainingSettings) -> Need:
     """10 GB, and for each pair at a time 4 GB, or 1 with checkpointing; nothing is wasted."""
     each = 1 if training.gradient_checkpointing else 4
     pairs = training.at_once or training.micro_batch_size
@@ -46,7 +46,7 @@ def test_fewer_pairs_come_before_checkpointing(memory, at_once, checkpointing):
 
 
 def test_checkpointing_that_was_asked_for_stays():
-    asked = Training(batch_size=16, micro_batch_size=8, gradient_checkpointing=True)
+    asked = TrainingSettings(batch_size=16, micro_batch_size=8, gradient_checkpointing=True)
     assert plan_training(asked, device(18), 100, need).training == asked
     assert plan_training(asked, device(15), 100, need).training.at_once == 4
 

@@ -12,8 +12,9 @@ from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
 from safeneuron.planning import memory
 from safeneuron.planning.memory import GB, MARGIN, Device, align_need, total_bytes
-from safeneuron.planning.plan import device_asked, table_of_needs, training_of
+from safeneuron.planning.plan import device_asked, table_of_needs
 from safeneuron.runtime.files import read_json, read_lines
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers.tiny_run import Watch, execute, results, write_world
 from tests.planning.test_memory import seventy_billion
 
@@ -85,7 +86,7 @@ WIDE = (*ONE_ROUND, "align.precision=float32", "align.micro_batch_size=6", "alig
 def memory_for(config: Config, at_once: int) -> float:
     """GB in which the training just fits with so many pairs of 45 tokens at a time."""
     shape = Shape.read(config.model.name)
-    training = replace(training_of(config, config.align), at_once=at_once)
+    training = replace(TrainingSettings.of(config.align, config.seed), at_once=at_once)
     return total_bytes(align_need(shape, Device("cpu", None, bfloat16=False), training, 45)) * MARGIN / GB
 
 

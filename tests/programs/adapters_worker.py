@@ -24,7 +24,7 @@ from safeneuron.training import alignment
 from safeneuron.training.alignment import align
 from safeneuron.training.freezing import Freeze, frozen
 from safeneuron.training.lora import Adapter, adapter_slices, adapters_of
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny
 from tests.helpers.frozen_checks import assert_frozen_stayed, network_with_noise, snapshot, some_neurons
 from tests.programs.devices_worker import ANATOMIES, refused, run, spread, train, whole
@@ -88,7 +88,7 @@ def aligned(folder: Path, sharded: bool) -> None:
     """The same losses as in one process are not to be had, the batches being others; the same guarantees are."""
     model = tiny.model()
     before, neurons = snapshot(model.network), chosen_neurons(model)
-    training = Training(
+    training = TrainingSettings(
         learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, warmup_share=0.0, max_length=64,
         precision="float32", lora_rank=4, save_every=2,
     )  # fmt: skip

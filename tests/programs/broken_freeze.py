@@ -12,12 +12,12 @@ from safeneuron.data.types import Pair
 from safeneuron.training import alignment
 from safeneuron.training.alignment import align
 from safeneuron.training.freezing import Freeze, FreezeNeurons, frozen
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny
 from tests.helpers.frozen_checks import some_neurons
 
 PAIRS = [Pair(({"role": "user", "content": f"question {i}"},), "No.", f"Sure, {i}", "test") for i in range(4)]
-SETTINGS = Training(
+SETTINGS = TrainingSettings(
     learning_rate=1e-2, epochs=1, batch_size=4, micro_batch_size=4, warmup_share=0.0, max_length=64,
     precision="float32",
 )  # fmt: skip

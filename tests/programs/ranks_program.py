@@ -111,14 +111,14 @@ def aligned(folder: Path) -> dict[str, Any]:
     from safeneuron.neurons.neuron_set import NeuronSet
     from safeneuron.training.ablation import Ablation
     from safeneuron.training.alignment import align
-    from safeneuron.training.settings import Training
+    from safeneuron.training.settings import TrainingSettings
     from tests.helpers import tiny
 
     pairs = [
         Pair(({"role": "user", "content": f"question {n}"},), f"No, not {n * 3}.", f"Sure, step {n * 7}.", "test")
         for n in range(8)
     ]
-    training = Training(
+    training = TrainingSettings(
         learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=2, max_length=64, precision="float32",
         gradient_checkpointing=True, save_every=1,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def exchanged() -> dict[str, Any]:
     import torch
 
     from safeneuron.errors import InputError
-    from safeneuron.training.settings import Training
+    from safeneuron.training.settings import TrainingSettings
 
     me = distributed.rank()
 
@@ -190,7 +190,7 @@ def exchanged() -> dict[str, Any]:
         "large": [len(text) for text in distributed.gather("é" * (2**21 + me))],
         "tensors": [tensor.tolist() for tensor in distributed.each_tensor(torch.tensor([float(me), 0.5]))],
         "alone": alone,
-        "micro-batches": [said(Training(batch_size=batch, micro_batch_size=micro).micro_batch)
+        "micro-batches": [said(TrainingSettings(batch_size=batch, micro_batch_size=micro).micro_batch)
                           for batch, micro in ((8, 8), (8, 2), (24, 8), (6, 2), (3, 3))],
     }  # fmt: skip
 

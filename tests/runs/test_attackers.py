@@ -8,7 +8,7 @@ import re
 import pytest
 
 from safeneuron.attacks.jailbreaks import input_attempts
-from safeneuron.config.schema import AttemptName
+from safeneuron.config.attack import AttemptName
 from safeneuron.config.states import State
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError

@@ -24,7 +24,7 @@ from safeneuron.models.loading import load
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import device_named
 from safeneuron.runtime.files import read_json, read_lines
-from safeneuron.training.settings import Training, last_checkpoint, require_trainable_settings
+from safeneuron.training.settings import TrainingSettings, last_checkpoint, require_trainable_settings
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import results
 from tests.programs import ranks_program
@@ -118,10 +118,10 @@ def test_ways_of_sharing_that_are_not_exact_are_refused(launched, environment, r
     for name, value in environment.items():
         launched.setenv(name, value)
     if not said:
-        require_trainable_settings(Training(), refresh)
+        require_trainable_settings(TrainingSettings(), refresh)
         return
     with pytest.raises(InputError, match=said) as error:
-        require_trainable_settings(Training(), refresh)
+        require_trainable_settings(TrainingSettings(), refresh)
     assert "\n" not in str(error.value)
 
 

@@ -34,7 +34,7 @@ from safeneuron.selection.scores import select
 from safeneuron.training.alignment import align
 from safeneuron.training.freezing import Freeze
 from safeneuron.training.lora import merge_adapters
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny
 from tests.helpers.frozen_checks import snapshot
 
@@ -106,7 +106,7 @@ def test_what_needs_the_weights_is_refused(packed):
         pass
     for rank in (0, 4):
         with pytest.raises(InputError, match=r"packed \(PackedLinear\).*FreezeNeurons in a trainer of your own"):
-            align(packed, pairs, None, Training(lora_rank=rank))
+            align(packed, pairs, None, TrainingSettings(lora_rank=rank))
     with pytest.raises(InputError, match="SNIP and Wanda read FFNs of torch's linear layers"):
         wanda(packed, exchanges_of(packed, [Prompt("a")] * 2, ["b", "c"]))
 

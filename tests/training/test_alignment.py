@@ -19,11 +19,11 @@ from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.layout import LINEAGE
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.training import alignment
-from safeneuron.training.ablation import AblateSteps, Ablation
+from safeneuron.training.ablation import Ablation
 from safeneuron.training.alignment import Alignment, align
 from safeneuron.training.dpo import dataset_of
 from safeneuron.training.freezing import Freeze
-from safeneuron.training.settings import COMPLETE, Training
+from safeneuron.training.settings import COMPLETE, TrainingSettings
 from tests.helpers import tiny
 from tests.helpers.frozen_checks import assert_only_frozen_stayed, frozen_entries, snapshot, some_neurons
 from tests.training.test_freezing import hooks_on
@@ -51,7 +51,7 @@ def run(model: Model, frozen: NeuronSet | None = None, **changes: object) -> Ali
     ablated, share = settings.pop("ablated", None), settings.pop("ablate_share", 1.0)
     reference = settings.pop("ablate_reference", False)
     ablation = Ablation(ablated, share, reference) if ablated is not None else None
-    return align(model, PAIRS, frozen, Training(**settings), ablation, **apart)
+    return align(model, PAIRS, frozen, TrainingSettings(**settings), ablation, **apart)
 
 
 def chosen_neurons(model: Model) -> NeuronSet:
@@ -317,8 +317,6 @@ def test_the_reference_too_is_ablated_if_asked_for():
     assert result.log[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     intact = run(model, batch_size=8, micro_batch_size=8)
     assert result.log[0]["grad_norm"] != pytest.approx(intact.log[0]["grad_norm"], rel=1e-3)
-    with pytest.raises(InputError, match=r"found ablate_share = 0\.5"):
-        run(model, ablated=many_neurons(model), ablate_reference=True, ablate_share=0.5)
 
 
 def test_ablated_share_of_the_steps():
@@ -329,32 +327,6 @@ def test_ablated_share_of_the_steps():
     assert every_second.log[0] == plain.log[0]
     assert every_second.log[1]["loss"] != plain.log[1]["loss"]
     assert never.log == plain.log
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 2 / 3, 0.9, 1.0])
-def test_ablated_steps_are_spread_evenly_and_depend_on_the_step_alone(share):
-    network = tiny.network()
-    neurons = some_neurons(network)
-
-    def steps_from(start: int) -> list[bool]:
-        ablate, pattern = AblateSteps(Ablation(neurons, share)), []
-        for step in range(start, 60):
-            ablate.on_step_begin(None, State(step), None, model=network)
-            pattern.append(hooks_on(network) > 0)
-            ablate.on_step_end(None, State(step), None)
-            assert hooks_on(network) == 0
-        return pattern
-
-    straight = steps_from(0)
-    assert steps_from(23) == straight[23:]
-    for length in (1, 2, 3, 10, 30):
-        for start in range(60 - length):
-            assert abs(sum(straight[start : start + length]) - share * length) <= 1 + 1e-9
-
-
-class State:
-    def __init__(self, step: int) -> None:
-        self.global_step = step
 
 
 # -- resumption -------------------------------------------------------------------------------------------------
@@ -534,8 +506,6 @@ def test_weights_that_the_checkpoint_cannot_hold_are_not_rounded():
         ({"learning_rate": 1e-30}, "changed by 0 of their size after 2 steps"),
         ({"learning_rate": 1e30}, "diverged: (loss|grad_norm) is"),
         ({"learning_rate": 1e39, "epochs": 0.5}, "use a learning rate below"),
-        ({"batch_size": 3, "micro_batch_size": 2}, "must be a multiple of micro_batch_size"),
-        ({"precision": "bf16"}, "precision 'bf16' is unknown"),
         ({"max_length": 5}, "none of the 8 prompts leaves room"),
     ],
 )
@@ -562,7 +532,7 @@ def test_equal_answers_are_named_by_their_place():
 def test_prompts_that_fill_the_context_are_told():
     model = tiny.model()
     long = Pair(({"role": "user", "content": "why " * 40},), "No.", "Yes.", "test")
-    training = Training(
+    training = TrainingSettings(
         learning_rate=1e-2, epochs=1, batch_size=4, micro_batch_size=2, max_length=64, precision="float32"
     )
     result = align(model, [long, *PAIRS, long], None, training)

@@ -20,10 +20,10 @@ from safeneuron.planning.memory import longest_pair
 from safeneuron.training.ablation import Ablation, Refresh
 from safeneuron.training.alignment import align
 from safeneuron.training.dpo import PICTURES, data_of
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny, tiny_vision
 
-TRAINING = Training(
+TRAINING = TrainingSettings(
     learning_rate=1e-2, epochs=2, batch_size=4, micro_batch_size=4, precision="float32", max_length=200, seed=1
 )
 

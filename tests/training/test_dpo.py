@@ -9,7 +9,7 @@ import torch
 
 from safeneuron.data.types import Pair
 from safeneuron.training.dpo import PreferenceTrainer, dataset_of, padded_lengths
-from safeneuron.training.settings import Training, Watch, arguments_of, last_checkpoint, training_log
+from safeneuron.training.settings import TrainingSettings, Watch, arguments_of, last_checkpoint, training_log
 from tests.helpers import tiny
 
 PAIRS = [
@@ -20,7 +20,9 @@ PAIRS = [
     )
     for number in range(22)
 ]
-SETTINGS = Training(epochs=3, batch_size=4, micro_batch_size=2, max_length=80, precision="float32", save_every=2)
+SETTINGS = TrainingSettings(
+    epochs=3, batch_size=4, micro_batch_size=2, max_length=80, precision="float32", save_every=2
+)
 
 
 class Recorder(PreferenceTrainer):
@@ -36,7 +38,7 @@ class Recorder(PreferenceTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def trainer(folder: Path, settings: Training = SETTINGS, pairs: list[Pair] = PAIRS) -> Recorder:
+def trainer(folder: Path, settings: TrainingSettings = SETTINGS, pairs: list[Pair] = PAIRS) -> Recorder:
     made = Recorder(
         model=tiny.network(),
         args=arguments_of(settings, len(pairs), torch.device("cpu"), folder, save=True),
@@ -71,7 +73,7 @@ def test_like_lengths_share_a_micro_batch_and_every_epoch_has_another_order(tmp_
     assert first != second
     assert part not in (first[: len(part)], second[: len(part)])
     padding = [record["padding"] for record in made.state.log_history if "loss" in record]
-    plain = trainer(tmp_path / "plain", Training(**{**vars(SETTINGS), "bucketing": False}))
+    plain = trainer(tmp_path / "plain", TrainingSettings(**{**vars(SETTINGS), "bucketing": False}))
     plain.train()
     as_it_comes = [record["padding"] for record in plain.state.log_history if "loss" in record]
     assert sum(padding) / len(padding) < 0.75 * sum(as_it_comes) / len(as_it_comes)
@@ -111,7 +113,7 @@ def test_the_reference_goes_from_long_to_short_pairs_and_belongs_to_its_pair(tmp
     made = trainer(tmp_path)
     lengths = padded_lengths(made.train_dataset, 80)
     assert lengths == sorted(lengths, reverse=True)
-    plain = trainer(tmp_path / "plain", Training(**{**vars(SETTINGS), "bucketing": False}))
+    plain = trainer(tmp_path / "plain", TrainingSettings(**{**vars(SETTINGS), "bucketing": False}))
     assert padded_lengths(plain.train_dataset, 40) != lengths
 
     def references(one):

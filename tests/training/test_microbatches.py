@@ -14,7 +14,7 @@ from safeneuron.runtime.devices import MemoryShortage
 from safeneuron.training.ablation import Ablation
 from safeneuron.training.alignment import Alignment, align
 from safeneuron.training.microbatches import merged, pair_count, part_of
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.training.test_freezing import some_neurons
 
 LENGTHS = (3, 40, 7, 21, 2, 33, 11, 5)
@@ -39,7 +39,7 @@ def run(model: Model, frozen: bool = True, **changes: object) -> Alignment:
     ablated = settings.pop("ablated", None)
     ablation = Ablation(ablated) if ablated is not None else None
     neurons = some_neurons(model.network) if frozen else None
-    return align(model, pairs, neurons, Training(**settings), ablation)
+    return align(model, pairs, neurons, TrainingSettings(**settings), ablation)
 
 
 class Scarce:

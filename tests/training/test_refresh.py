@@ -16,7 +16,7 @@ from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.training.ablation import Refresh
 from safeneuron.training.alignment import Alignment, align
 from safeneuron.training.freezing import Freeze
-from safeneuron.training.settings import Training
+from safeneuron.training.settings import TrainingSettings
 from tests.helpers import tiny
 from tests.training.test_alignment import (
     LN2,
@@ -36,7 +36,7 @@ SETTINGS = {"learning_rate": 1e-2, "epochs": 1.0, "batch_size": 8, "micro_batch_
 
 def run(model: Model, refresh: Refresh, frozen: NeuronSet | None = None, folder: Path | None = None, progress=None,
         **changes: object) -> Alignment:  # fmt: skip
-    training = Training(**{**SETTINGS, **changes})
+    training = TrainingSettings(**{**SETTINGS, **changes})
     return align(model, PAIRS, frozen, training, refresh=refresh, checkpoints=folder, progress=progress)
 
 
