@@ -19,9 +19,9 @@ from safeneuron.attacks.pruning import respond, sweep
 from safeneuron.models.forward import Exchange, common_ending, exchanges_of, prompts_alone
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
-from safeneuron.neurons.blocks import linear_in
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.layout import feed_forwards
+from safeneuron.neurons.linears import linear_in
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.contrast import activation_contrast, gradient_gap
 from safeneuron.selection.linear_probe import probe

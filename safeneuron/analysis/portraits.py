@@ -19,8 +19,8 @@ from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.model import Model
 from safeneuron.neurons.anatomy import decoder_of
-from safeneuron.neurons.blocks import linear_in
 from safeneuron.neurons.layout import feed_forwards, network_of
+from safeneuron.neurons.linears import linear_in
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime.offloading import materialised
 from safeneuron.selection.measurement import activations_of

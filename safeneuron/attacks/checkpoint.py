@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safeneuron.errors import InputError
 from safeneuron.models.model import Model
-from safeneuron.neurons.blocks import ExpertStack, FeedForward, is_transposed, linear_in, weight_of
+from safeneuron.neurons.blocks import OutputProjection
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.layout import LINEAGE, config_of, fingerprint, layers, names_in, network_of
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -58,81 +58,54 @@ def with_edit_in_weights(model: Model, edit: Edit) -> Iterator[None]:
     changes: list[tuple[Tensor, Tensor, Tensor]] = []
     for layer in layers(network):
         for block in layer.blocks:
-            for change in _engraved_in(network, block, edit):
-                changes.append(change)
+            for projection in block.output_projections():
+                changes += _changes_of(network, layer.index, projection, edit)
     with _weights_changed(network, changes):
         yield
 
 
-def _engraved_in(
-    network: nn.Module, block: FeedForward | ExpertStack, edit: Edit
+def _changes_of(
+    network: nn.Module, layer: int, projection: OutputProjection, edit: Edit
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What one FFN, or one expert after another, needs to hold of the edit: a parameter, places in it, new values."""
-    if isinstance(block, ExpertStack):
-        weight = block.parameter(block.output)
-        name = f"{block.output.name}_bias"
-        for expert in range(block.count):
-            channels, values = edit.layer(block.layer, block.first + expert * block.width, block.width)
-            first = expert * weight[0].numel()
-            bias = block.module._parameters.get(name)
-            yield from _held(network, edit, weight[expert], weight, first, block.output.dim == 1, channels, values)
-            if values.any():
-                yield _constant(network, edit, weight[expert], bias, expert, block.output.dim == 1, channels, values)
-        return
-    channels, values = edit.layer(block.layer, block.first, block.width)
-    plain = weight_of(block.output)
-    assert plain is not None, "_require_plain has seen them"
-    turned = is_transposed(block.output)
-    yield from _held(network, edit, plain, plain, 0, turned, channels, values)
-    if values.any():
-        bias = linear_in(block.output)._parameters.get("bias")
-        yield _constant(network, edit, plain, bias, None, turned, channels, values)
-
-
-def _held(
-    network: nn.Module,
-    edit: Edit,
-    matrix: Tensor,
-    weight: nn.Parameter,
-    first: int,
-    turned: bool,
-    channels: Tensor,
-    values: Tensor,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The columns of one matrix, whose entries begin at place ``first`` of the weight, times the factor of the edit."""
+    """What one FFN needs to hold of the edit: a parameter, places in its flattened form, new values there."""
+    channels, values = edit.layer(layer, projection.first, projection.width)
     if len(channels):
-        columns = _columns(matrix, channels, turned)
-        new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
-        rows = torch.arange(columns.shape[0], device=weight.device)
-        across, down = (matrix.stride(1), matrix.stride(0)) if not turned else (matrix.stride(0), matrix.stride(1))
-        yield weight, first + (rows[:, None] * down + channels.to(weight.device) * across).flatten(), new
+        yield _scaled_columns(projection, edit, channels)
+    if values.any():
+        yield _constant(network, projection, edit, channels, values)
+
+
+def _scaled_columns(projection: OutputProjection, edit: Edit, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of the output projection times the factor of the edit."""
+    weight, matrix = projection.weight, projection.matrix
+    columns = _columns(projection, channels)
+    new = edit.factor * columns if edit.factor else torch.zeros_like(columns)
+    rows = torch.arange(columns.shape[0], device=weight.device)
+    across, down = matrix.stride()[::-1] if not projection.transposed else matrix.stride()
+    first = (projection.expert or 0) * matrix.numel()
+    return weight, first + (rows[:, None] * down + channels.to(weight.device) * across).flatten(), new
 
 
 def _constant(
-    network: nn.Module,
-    edit: Edit,
-    matrix: Tensor,
-    bias: nn.Parameter | None,
-    expert: int | None,
-    turned: bool,
-    channels: Tensor,
-    values: Tensor,
+    network: nn.Module, projection: OutputProjection, edit: Edit, channels: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bias of the output projection with what the pinned neurons always say."""
+    bias, expert = projection.bias, projection.expert
     if bias is None:
         raise InputError(
             f"{edit.name} pins neurons to values, which would need a bias in the FFN's output projection, and "
             f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
         )
-    constant = _columns(matrix, channels, turned).double() @ values.to(matrix.device)
+    constant = _columns(projection, channels).double() @ values.to(projection.weight.device)
     own = bias if expert is None else bias[expert]
     place = torch.arange(len(constant), device=constant.device) + (expert or 0) * len(constant)
     return bias, place, own.detach().double() + constant
 
 
-def _columns(matrix: Tensor, channels: Tensor, turned: bool) -> Tensor:
+def _columns(projection: OutputProjection, channels: Tensor) -> Tensor:
     """What the output projection reads of some neurons, ``[hidden, channel]``."""
-    columns = matrix.detach().T if turned else matrix.detach()
+    matrix = projection.matrix.detach()
+    columns = matrix.T if projection.transposed else matrix
     return columns[:, channels.to(matrix.device)]
 
 

@@ -12,7 +12,7 @@ from safeneuron.errors import InputError
 from safeneuron.models import embedded
 from safeneuron.models.loading import load
 from safeneuron.models.shape import Shape
-from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer, is_transposed, linear_in, size_of
+from safeneuron.neurons.blocks import Block, Layer
 from safeneuron.neurons.layout import layers, names_in
 from safeneuron.neurons.verification import Proof, prove
 from safeneuron.neurons.weights import require_trainable, routers
@@ -83,38 +83,23 @@ def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Dia
     )
 
 
-def _described(layer: Layer, block: FeedForward | ExpertStack, names: dict[int, str]) -> DiagnosisRow:
-    if isinstance(block, ExpertStack):
-        fused = len({m.name for m in block.inputs if block.parameter(m).dim() == 3}) == 1 and len(block.inputs) > 1
-        alternating = any(matrix.step == 2 for matrix in block.inputs)
-        form = "stacked" + (", gate and up fused" if fused else "") + (", rows alternate" if alternating else "")
-        owns = [
-            _place(f"{block.name}.{m.name}", "e", m.dim, block.parameter(m).dim(), m.first, m.step)
-            for m in block.inputs
-        ]
-        out = block.output
-        owns.append(_place(f"{block.name}.{out.name}", "e", out.dim, 3, 0, 1))
-        return DiagnosisRow("", block.name or "FFN", f"{block.count} experts x {block.width:,}", form, tuple(owns))
-    separate = {id(rows.module) for rows in block.inputs}
-    form = "plain" if len(block.inputs) == 1 else "gated, separate" if len(separate) == 2 else "gated, fused"
-    if block.inputs[0].step == 2:
-        form += ", rows alternate"
-    if is_transposed(block.output):
-        form += ", Conv1D"
-    own = []
-    for module, first, step in block.inputs:
-        for key, parameter in linear_in(module)._parameters.items():
-            if parameter is not None:
-                dim = 1 if is_transposed(module) and parameter.dim() == 2 else 0
-                own.append(_place(_short(names, layer, parameter, key), "", dim, parameter.dim(), first, step))
-    for parameter in [linear_in(block.output)._parameters.get("weight")]:
-        if parameter is not None:
-            dim = 0 if is_transposed(block.output) else 1
-            own.append(_place(_short(names, layer, parameter, "weight"), "", dim, 2, 0, 1))
-    size = size_of(block.output)
-    assert size is not None, "anatomy has measured it"
+def _described(layer: Layer, block: Block, names: dict[int, str]) -> DiagnosisRow:
+    locations = block.input_locations()
+    output = block.output_location()
+    owns = [
+        _place(
+            _short(names, layer, location.parameter, location.name),
+            "e" if block.is_mixture else "",
+            location.dim,
+            location.parameter.dim(),
+            location.first,
+            location.step,
+        )
+        for location in (*locations, *([] if output is None else [output]))
+    ]
+    neurons = f"{block.count} experts x {block.width:,}" if block.is_mixture else f"{block.width:,}"
     expert = f" (expert {block.expert})" if block.expert is not None else ""
-    return DiagnosisRow("", (block.name or "in the layer") + expert, f"{block.width:,}", form, tuple(own))
+    return DiagnosisRow("", (block.name or "in the layer") + expert, neurons, block.form, tuple(owns))
 
 
 def _short(names: dict[int, str], layer: Layer, parameter: nn.Parameter, key: str) -> str:

@@ -13,7 +13,7 @@ from safeneuron.errors import InputError
 from safeneuron.models import embedded
 from safeneuron.models.vision import takes_images
 from safeneuron.neurons.anatomy import decoder_of, layers_of
-from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer
+from safeneuron.neurons.blocks import Layer
 from safeneuron.neurons.layout import layers, widths_of
 
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -123,16 +123,17 @@ def _parameters(module: nn.Module) -> int:
 
 def _active(layer: Layer, config: Any) -> int:
     """How many weights of a layer one token goes through."""
-    found = float(_parameters(layer.module))
+    active = float(_parameters(layer.module))
     chosen = next((size for name in CHOSEN if isinstance(size := vars(config).get(name), int)), None)
-    for number, block in enumerate(layer.blocks):
-        if isinstance(block, ExpertStack) and number == 0:
-            found -= _parameters(block.module) * max(0.0, 1 - (chosen or block.count) / block.count)
-    split = [block for block in layer.blocks if isinstance(block, FeedForward) and block.expert is not None]
-    modules = {id(part): part for block in split for part in (block.output, *(rows.module for rows in block.inputs))}
-    if split:
-        found -= sum(map(_parameters, modules.values())) * max(0.0, 1 - (chosen or len(split)) / len(split))
-    return round(found)
+    # Routed experts are the first block of the layer, or a block each.
+    stacked = [block for block in layer.blocks[:1] if block.is_mixture]
+    split = [block for block in layer.blocks if block.expert is not None]
+    for experts in (stacked, split):
+        count = sum(block.count for block in experts)
+        modules = {id(module): module for block in experts for module in block.modules()}
+        if count:
+            active -= sum(map(_parameters, modules.values())) * max(0.0, 1 - (chosen or count) / count)
+    return round(active)
 
 
 def _normed(module: nn.Module, hidden: int, queries: int, keys: int) -> int:

@@ -7,7 +7,7 @@ from safeneuron._lazy import face
 
 MODULES = {
     "anatomy": ("decoder_of", "hidden_size", "layers_of"),
-    "blocks": ("ExpertStack", "FeedForward", "Layer", "acting", "is_transposed", "linear_in", "size_of", "weight_of"),
+    "blocks": ("Block", "Layer", "OutputProjection", "Slice"),
     "interventions": ("Change", "Edit", "edited", "everywhere", "pruned", "recorded", "require_eager"),
     "layout": (
         "HasNetwork",
@@ -21,6 +21,7 @@ MODULES = {
         "require_dense",
         "widths_of",
     ),
+    "linears": ("acting", "linear_in", "size_of"),
     "neuron_set": ("NeuronSet", "VISION_SUFFIX"),
     "statistics": (
         "ActivationStats",
@@ -34,6 +35,6 @@ MODULES = {
         "save_tensors",
     ),
     "verification": ("Proof", "prove", "settle_layout"),
-    "weights": ("Slice", "has_adapters", "owned_slices", "parameters_of_no_neuron", "require_trainable", "routers"),
+    "weights": ("has_adapters", "owned_slices", "parameters_of_no_neuron", "require_trainable", "routers"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

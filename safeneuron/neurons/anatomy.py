@@ -17,17 +17,10 @@ import torch
 from torch import nn
 
 from safeneuron.errors import InputError
-from safeneuron.neurons.blocks import (
-    ExpertStack,
-    FeedForward,
-    Layer,
-    Rows,
-    Stacked,
-    acting,
-    linear_in,
-    size_of,
-    unwrapped,
-)
+from safeneuron.neurons.blocks import Block, Layer
+from safeneuron.neurons.dense import FeedForward, Rows
+from safeneuron.neurons.experts import ExpertStack, Stacked
+from safeneuron.neurons.linears import acting, size_of, unwrapped
 from safeneuron.runtime import sharding
 
 
@@ -68,7 +61,8 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
                 and tuple(sharding.shape_of(one)) == (shapes[key][0], shapes[key][rows])
             ):
                 found += [Stacked(bias, 1, *place) for place in places]
-    return ExpertStack(0, width, count, module, Stacked(output, 1 if transposed else 2), tuple(found), name=name)
+    down = Stacked(output, 1 if transposed else 2)
+    return ExpertStack(0, width, module, down, tuple(found), count=count, name=name)
 
 
 def _volumes(module: nn.Module) -> dict[str, torch.Size]:
@@ -191,7 +185,7 @@ def anatomy(network: nn.Module) -> list[Layer]:
     seen: dict[int, int] = {}
     for layer in found:
         for block in layer.blocks:
-            part = id(block.module if isinstance(block, ExpertStack) else linear_in(block.output))
+            part = id(block.holder)
             if seen.setdefault(part, layer.index) != layer.index:
                 raise InputError(
                     f"layers {seen[part]} and {layer.index} of {type(decoder).__name__} share one FFN, so that its "
@@ -210,7 +204,7 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
     for layer in found:
         inner = unwrapped(layer.module)
         here = {block.name for block in layer.blocks}
-        stacks = [block.module for block in layer.blocks if isinstance(block, ExpertStack)]
+        stacks = [block.holder for block in layer.blocks if block.is_mixture]
         stacked = {id(part) for module in stacks for part in (module, *module.children())}
         for name, module in inner.named_modules():
             known = (name, type(module)) in kinds and name not in here and name
@@ -256,7 +250,7 @@ class _Leaf(NamedTuple):
     outputs: int
 
 
-def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tuple[FeedForward | ExpertStack, ...]:
+def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tuple[Block, ...]:
     """The blocks of one layer: routed experts first, then all else in the order of its definition."""
     layer = unwrapped(layer)
     leaves, stacks = _parts(layer, hidden)
@@ -268,13 +262,13 @@ def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tup
     widest = max((block.width for block in found if block.expert is None), default=0)
     dense = [block for block in found if block.expert is None and block.width * NARROW > widest]
     split = sorted((block for block in found if block.expert is not None), key=lambda block: block.expert or 0)
-    blocks: list[FeedForward | ExpertStack] = []
-    first = 0
     routed = [replace(stack, layer=index) for stack in stacks]
-    ordered: list[FeedForward | ExpertStack] = [*sorted(routed, key=lambda stack: -stack.count), *split, *dense]
-    for one in ordered:
-        blocks.append(replace(one, first=first))
-        first += one.width * (one.count if isinstance(one, ExpertStack) else 1)
+    ordered: list[Block] = [*sorted(routed, key=lambda stack: -stack.count), *split, *dense]
+    blocks: list[Block] = []
+    first = 0
+    for block in ordered:
+        blocks.append(replace(block, first=first))
+        first += block.neurons
     return tuple(blocks)
 
 

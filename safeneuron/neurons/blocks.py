@@ -1,95 +1,260 @@
-"""The two kinds of FFN blocks: a dense one, and a stack of experts."""
+"""One kind of block for all layouts of FFNs: what it owns, where its neurons lie, and how it is called.
+
+``dense.FeedForward`` is one FFN of linear layers, ``experts.ExpertStack`` all experts of a layer in parameters that
+they share. Both say where their weights lie (``Location``), and ``Block`` makes all else of it: slices, rows, columns.
+Whoever uses a block speaks to ``Block`` alone, so that another layout of weights is another class, which ``anatomy``
+makes.
+
+Shapes: a matrix that writes neurons is ``[neuron, hidden]``, the output projection ``[hidden, neuron]``; transposed
+ones the other way round, stacked ones with ``[expert, ...]`` before. Channels are numbered within a layer, neurons
+within their block.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from safeneuron.runtime import sharding
+from safeneuron.runtime.quantization import is_quantised
 
 
-class Stacked(NamedTuple):
-    """A parameter ``[expert, ...]`` in which channel ``j`` is place ``first + step * j`` along ``dim``."""
+@dataclass(frozen=True)
+class Slice:
+    """The part of one parameter that some neurons own: ``parameter.index_select(dim, index)``.
+
+    Of a parameter of several experts it is, for each number, place ``index[n]`` along ``dim`` within expert
+    ``experts[n]``. In the coordinates of the whole parameter, also where it is spread over processes;
+    ``sharding.local_parts`` says what of it is here.
+    """
 
     name: str
+    parameter: nn.Parameter
+    dim: int
+    index: Tensor
+    experts: Tensor | None = None
+
+
+class Location(NamedTuple):
+    """Where the neurons of an FFN lie in a parameter: neuron ``j`` at place ``first + step * j`` along ``dim``.
+
+    ``name`` is the parameter's name in its module. Where a parameter holds several experts, ``[expert, ...]``, each
+    expert has these places.
+    """
+
+    name: str
+    parameter: nn.Parameter
     dim: int
     first: int = 0
     step: int = 1
 
 
-@dataclass(frozen=True)
-class ExpertStack:
-    """All routed experts of one layer: ``count`` FFNs of ``width`` channels in the parameters of one module.
+class Span(NamedTuple):
+    """One FFN of a layer: its number where tokens are routed to it, else its name; its first channel and its width."""
 
-    Channel ``j`` of expert ``e`` is neuron ``first + e * width + j`` of the layer. ``output`` is the parameter that
-    the activations are multiplied with, ``inputs`` are those that write them, with their biases.
-    """
-
-    layer: int
-    width: int
-    count: int
-    module: nn.Module
-    output: Stacked
-    inputs: tuple[Stacked, ...]
-    first: int = 0
-    name: str = ""
-
-    def own(self, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the layer's channels are of these experts, as the numbers of experts and their own channels."""
-        flat = channels[(channels >= self.first) & (channels < self.first + self.count * self.width)] - self.first
-        return flat // self.width, flat % self.width
-
-    def parameter(self, matrix: Stacked) -> nn.Parameter:
-        """The parameter itself, as it is in the module now."""
-        return self.module.get_parameter(matrix.name)
-
-
-# Under these names wrappers keep the one module they wrap: torch.compile, activation checkpointing, DDP and DeepSpeed.
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
-
-
-class Rows(NamedTuple):
-    """A matrix that writes into the FFN, within a module: neuron ``j`` is its row ``first + step * j``."""
-
-    module: nn.Module
+    ffn: int | str
     first: int
-    step: int = 1
+    width: int
+
+
+class OutputProjection(NamedTuple):
+    """The output projection of one FFN, whose neurons are ``width`` channels of the layer from ``first`` on.
+
+    ``expert`` is its place in a weight ``[expert, ...]`` and in the bias; ``None`` for a weight of its own.
+    """
+
+    first: int
+    width: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool
+    expert: int | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """Its own part of the weight, as a view."""
+        return self.weight if self.expert is None else self.weight[self.expert]
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """One FFN: the projection whose input is a(x), and the matrices that compute a(x).
+class Block(ABC):
+    """One FFN, or several of one form: ``count`` times ``width`` neurons of a layer, from its channel ``first`` on.
 
-    Its neurons are ``first`` to ``first + width`` of those of the layer. ``name`` is its place in the layer, ``expert``
-    its number where tokens are routed to it. Each module is the one that is called, which PEFT may have put around the
-    linear layer; ``linear_in`` finds that one. Where a ``norm`` stands before the output projection, as in BitNet, a
-    neuron owns its gain and bias too, and the neurons of the FFN are scaled together.
+    ``name`` is its place in the layer, ``expert`` its number where it is one of a list of experts. Where a ``norm``
+    stands before the output projection, as in BitNet, a neuron owns its gain and bias too, and the neurons of the FFN
+    are scaled together.
     """
 
     layer: int
     width: int
-    output: nn.Module
-    inputs: tuple[Rows, ...]
-    first: int = 0
-    name: str = ""
-    expert: int | None = None
-    norm: nn.Module | None = None
+    first: int = field(default=0, kw_only=True)
+    name: str = field(default="", kw_only=True)
+    count: int = field(default=1, kw_only=True)
+    expert: int | None = field(default=None, kw_only=True)
+    norm: nn.Module | None = field(default=None, kw_only=True)
 
-    def rows_of(self, channels: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Each module that writes into the FFN, once, with the rows of its matrix that belong to these channels."""
-        rows: dict[nn.Module, list[Tensor]] = {}
-        for module, first, step in self.inputs:
-            rows.setdefault(module, []).append(channels * step + first)
-        for module, parts in rows.items():
-            yield module, torch.cat(parts).to(device_of(module))
+    # -- what it is --
+
+    @property
+    @abstractmethod
+    def is_mixture(self) -> bool:
+        """Whether it is all experts of a layer at once, in parameters that they share."""
+
+    @property
+    @abstractmethod
+    def has_open_order(self) -> bool:
+        """Whether shapes leave it open how the rows of one fused matrix are ordered: in halves, or in turns."""
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """How its matrices are laid out, for people."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """What blocks have in common of which one stands for all."""
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons it has."""
+        return self.count * self.width
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router decides which tokens come to it."""
+        return self.is_mixture or self.expert is not None
+
+    # -- where it is --
+
+    @property
+    @abstractmethod
+    def holder(self) -> nn.Module:
+        """The module that holds the weight of the output projection."""
+
+    @property
+    @abstractmethod
+    def hooked(self) -> nn.Module | None:
+        """The module that is called with the activations; ``None`` where only a product of tensors reads them."""
+
+    @property
+    @abstractmethod
+    def router_path(self) -> tuple[str, ...] | None:
+        """The place in the layer of the module that routes tokens to it; ``None`` without routing."""
+
+    @property
+    @abstractmethod
+    def packed(self) -> str:
+        """The class of its first linear layer whose weights a library has packed away; empty without one."""
+
+    @abstractmethod
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that it is computed with, each once, that of the output projection last."""
+
+    @abstractmethod
+    def spans(self) -> Iterator[Span]:
+        """Its FFNs, in the order of their neurons."""
+
+    # -- what it owns --
+
+    @abstractmethod
+    def input_locations(self) -> list[Location]:
+        """Where neurons lie in what writes them, matrices and their biases, as far as these are parameters."""
+
+    @abstractmethod
+    def output_location(self) -> Location | None:
+        """Where neurons lie in the output projection; ``None`` for a packed one."""
+
+    @abstractmethod
+    def parameters(self) -> Iterator[tuple[nn.Parameter, tuple[int, ...] | None]]:
+        """Each parameter of its modules, with the shape that it must have to be trained, where that is known."""
+
+    @abstractmethod
+    def output_projections(self) -> Iterator[OutputProjection]:
+        """The output projections of its FFNs, in the order of their neurons; packed ones are left out."""
+
+    @abstractmethod
+    def samples(self, name: str, precision: torch.dtype) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
+        """The shape of each output projection and some of its first rows; of experts only those of the first.
+
+        Args:
+            name: What an error calls the weight.
+            precision: That of the model, in which a packed layer is run.
+        """
+
+    @abstractmethod
+    def divided(self, neurons: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Neurons of the block as channels of their own FFN, and whose of the experts they are, both ``[neuron]``."""
 
     def own(self, channels: Tensor) -> Tensor:
-        """Which of the layer's channels are this FFN's, as its own channels."""
-        return channels[(channels >= self.first) & (channels < self.first + self.width)] - self.first
+        """Which of the layer's channels are its own, as numbers of its neurons."""
+        return channels[(channels >= self.first) & (channels < self.first + self.neurons)] - self.first
+
+    def slices(self, names: Mapping[int, str], channels: Tensor) -> list[Slice]:
+        """Every part of its parameters that neurons own: rows, their biases, entries of the norm, columns.
+
+        Args:
+            names: The name of each parameter of the model by its id.
+            channels: Channels of the layer, ``[channel]``; those of other blocks are passed over.
+        """
+        neurons = self.own(channels)
+        if not len(neurons):
+            return []
+        output = self.output_location()
+        places, experts = self.divided(neurons)
+        # Both halves of a fused matrix are one slice of it.
+        locations: dict[int, list[Location]] = {}
+        for location in (*self.input_locations(), *self._norm_locations(), *([] if output is None else [output])):
+            locations.setdefault(id(location.parameter), []).append(location)
+        slices = []
+        for number, parts in locations.items():
+            parameter, dim = parts[0].parameter, parts[0].dim
+            index = torch.cat([places * part.step + part.first for part in parts]).to(parameter.device)
+            of = None if experts is None else experts.repeat(len(parts)).to(parameter.device)
+            slices.append(Slice(names[number], parameter, dim, index, of))
+        return slices
+
+    def _norm_locations(self) -> list[Location]:
+        named = () if self.norm is None else self.norm.named_parameters()
+        return [Location(name, parameter, 0) for name, parameter in named]
+
+    def column(self, neuron: int) -> Tensor:
+        """The weights that read a neuron of the block, as a view ``[hidden]``."""
+        location = self.output_location()
+        if location is None:
+            raise ValueError(f"the output projection of {self.name or 'the layer'} is packed: it has no columns")
+        return self._view(location, neuron)
+
+    def rows(self, neuron: int) -> list[Tensor]:
+        """The weights that write a neuron of the block, matrix by matrix, as views ``[hidden]``."""
+        views = [self._view(location, neuron) for location in self.input_locations()]
+        return [view for view in views if view.dim()]
+
+    def biases(self, neuron: int) -> list[Tensor]:
+        """The biases of a neuron of the block, matrix by matrix, as views ``[]``."""
+        views = [self._view(location, neuron) for location in self.input_locations()]
+        return [view for view in views if not view.dim()]
+
+    def _view(self, location: Location, neuron: int) -> Tensor:
+        places, experts = self.divided(torch.tensor([neuron]))
+        place = location.first + location.step * int(places)
+        if experts is None:
+            return location.parameter.select(location.dim, place)
+        return location.parameter[int(experts)].select(location.dim - 1, place)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether its weights can be read and written here as what they are: not packed, quantised, spread or away."""
+        output = self.output_location()
+        if self.packed or output is None:
+            return False
+        parameters = [location.parameter for location in (*self.input_locations(), output)]
+        return not any(one.is_meta or is_quantised(one) or sharding.is_spread(one) for one in parameters)
 
 
 @dataclass(frozen=True)
@@ -98,81 +263,14 @@ class Layer:
 
     index: int
     module: nn.Module
-    blocks: tuple[FeedForward | ExpertStack, ...]
+    blocks: tuple[Block, ...]
 
     @property
     def width(self) -> int:
         """How many neurons it has."""
-        return sum(block.width * (block.count if isinstance(block, ExpertStack) else 1) for block in self.blocks)
+        return sum(block.neurons for block in self.blocks)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is one FFN that every token goes through."""
-        return len(self.blocks) == 1 and isinstance(self.blocks[0], FeedForward) and self.blocks[0].expert is None
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside a wrapper, with the same parameters; any other module as it is."""
-    # Asking for the wrappers' own classes would import the whole compiler, and DeepSpeed.
-    if len(module._modules) == 1:
-        ((name, inner),) = module._modules.items()
-        if name in WRAPPED and inner is not None:
-            return unwrapped(inner)
-    # Who holds a model of PEFT has imported it; to import it here would cost seconds, and it may not be installed.
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(module, peft.PeftModel | peft.PeftMixedModel):
-        inner = module.base_model
-        return unwrapped(inner.model if isinstance(inner, peft.tuners.tuners_utils.BaseTuner) else inner)
-    return module
-
-
-def acting(module: nn.Module) -> nn.Module:
-    """The module that does the work there: itself, or the copy of it that PEFT trains in full (``modules_to_save``)."""
-    inner = unwrapped(module)
-    copies = inner._modules.get("modules_to_save")
-    if not isinstance(copies, nn.ModuleDict):
-        return inner
-    wrapper: Any = inner
-    active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
-    return copies[active[0]] if active else wrapper.original_module
-
-
-def linear_in(module: nn.Module) -> Any:
-    """The linear layer with the weights: the module itself, or what PEFT has put an adapter around."""
-    inner = acting(module)
-    while inner._modules.get("base_layer") is not None:
-        base = inner._modules["base_layer"]
-        assert base is not None, "asked just now"
-        inner = base
-    return inner
-
-
-def size_of(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer, of whatever class, quantised or not; ``None`` for anything else."""
-    linear = linear_in(module)
-    if isinstance(linear, Conv1D):
-        return int(linear.nx), int(linear.nf)
-    facts = vars(linear)
-    sizes = facts.get("in_features"), facts.get("out_features")
-    if len(linear._modules) == 0 and isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
-    return None
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is kept ``[input, output]``, as GPT-2 does, so that a row of the matrix is its column."""
-    return isinstance(linear_in(module), Conv1D)
-
-
-def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """The weight of a linear layer, if it is one parameter, packed or not."""
-    weight = linear_in(module)._parameters.get("weight")
-    return weight if isinstance(weight, nn.Parameter) else None
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a linear layer's weights are."""
-    linear: nn.Module = linear_in(module)
-    for tensor in (*linear.parameters(), *linear.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+        return len(self.blocks) == 1 and not self.blocks[0].is_routed

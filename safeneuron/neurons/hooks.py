@@ -3,6 +3,10 @@
 A linear layer is watched by a hook. Experts in three-dimensional parameters have no module of their own to hook: while
 their module runs, the products of activations with slices of its output parameter are intercepted, whatever loop or
 kernel the modelling code has around them. Of fused kernels the plain loop over experts is used meanwhile.
+
+Shapes: activations of a dense FFN are ``[row, token, neuron]``, or ``[token, row, neuron]`` where the model is
+time-first, or ``[row * token, neuron]``; those of an expert are ``[vector, neuron]``, one vector for each token that
+was routed to it, whose places in the flattened batch are ``[vector]``.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import TIME_FIRST
-from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer
+from safeneuron.neurons.blocks import Block, Layer
 
+# All that modelling code multiplies activations with a slice of a parameter by.
 PRODUCTS = {
     functional.linear,
     torch.matmul,
@@ -45,11 +49,10 @@ class TokenLayout:
 
     def see(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Read the shape of the decoder's input, which is token ids or their embeddings; a forward pre-hook."""
-        given = [named.get("input_ids"), named.get("inputs_embeds"), *inputs]
-        for one in given:
-            if isinstance(one, Tensor):
-                self.rows, self.length = one.shape[0], one.shape[1]
-                return
+        candidates = [named.get("input_ids"), named.get("inputs_embeds"), *inputs]
+        tensor = next((candidate for candidate in candidates if isinstance(candidate, Tensor)), None)
+        if tensor is not None:
+            self.rows, self.length = tensor.shape[0], tensor.shape[1]
 
 
 @dataclass
@@ -67,8 +70,13 @@ class TokenStream:
     tokens: TokenLayout
 
     def whole(self) -> Tensor:
-        """The activations as ``[row, token, channel]``, zero at tokens that were not routed here."""
+        """The activations as ``[row, token, channel]``, zero at tokens that were not routed here.
+
+        Raises:
+            InputError: For activations of another shape than the batch has.
+        """
         values = self.activations
+        # One expert's vectors go back to their tokens.
         if self.places is not None:
             flat = values.new_zeros(self.tokens.rows * self.tokens.length, values.shape[-1])
             values = flat.index_copy(0, self.places, values)
@@ -85,7 +93,7 @@ class TokenStream:
         return values
 
     def narrowed(self, whole: Tensor) -> Tensor:
-        """The inverse of ``whole``: in the form in which the activations came."""
+        """The inverse of ``whole``: ``[row, token, channel]`` in the form in which the activations came."""
         if self.places is not None:
             return whole.flatten(0, 1)[self.places]
         if self.tokens.time_first and self.activations.dim() == 3:
@@ -97,37 +105,42 @@ class TokenStream:
 def observed(decoder: nn.Module, layers: list[Layer], tap: Tap) -> Iterator[None]:
     """Within the block ``tap`` gets all that flows into the layers' output projections, and may return another tensor.
 
-    Several such blocks, one within another, see what the outer ones have made of it. Raises ``InputError`` while the
-    model runs where experts compute in a way that cannot be followed.
+    Several such blocks, one within another, see what the outer ones have made of it.
+
+    Args:
+        decoder: The text decoder, whose input says how many rows and tokens a batch has.
+        layers: Those to observe.
+        tap: Called with each stream; what it returns takes the place of the activations, ``None`` leaves them.
+
+    Raises:
+        InputError: While the model runs, where experts compute in a way that cannot be followed.
     """
-    tokens = TokenLayout(time_first=bool(vars(vars(decoder)["config"]).get(TIME_FIRST)))
+    config: Any = decoder.config
+    tokens = TokenLayout(time_first=bool(getattr(config, TIME_FIRST, False)))
     with ExitStack() as stack:
+        # The first hook of all: what comes after it needs the shape of the batch.
         stack.callback(decoder.register_forward_pre_hook(tokens.see, with_kwargs=True).remove)
         for layer in layers:
-            routed: dict[nn.Module, list[FeedForward]] = {}
+            listed: dict[nn.Module, list[tuple[Block, nn.Module]]] = {}
             for block in layer.blocks:
-                if isinstance(block, ExpertStack):
+                if block.hooked is None:
                     stack.enter_context(_tapped(block, tap, tokens))
-                elif block.expert is None:
-                    stack.callback(block.output.register_forward_pre_hook(_dense_hook(block, tap, tokens)).remove)
+                elif block.router_path is None:
+                    stack.callback(block.hooked.register_forward_pre_hook(_dense_hook(block, tap, tokens)).remove)
                 else:
-                    routed.setdefault(_parent(layer.module, block), []).append(block)
-            for parent, blocks in routed.items():
-                seen = _Seen()
-                stack.enter_context(_running(parent, seen.within))
-                for block in blocks:
-                    hook = _routed_hook(block, tap, tokens, seen)
-                    stack.callback(block.output.register_forward_pre_hook(hook).remove)
+                    mixture = layer.module.get_submodule(".".join(block.router_path))
+                    listed.setdefault(mixture, []).append((block, block.hooked))
+            # Experts in a list are linear layers like any other, but which tokens they get is seen in their mixture.
+            for mixture, experts in listed.items():
+                routing = _Routing()
+                stack.enter_context(_running(mixture, routing))
+                for block, module in experts:
+                    hook = _routed_hook(block, tap, tokens, routing)
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
 
 
-def _parent(layer: nn.Module, block: FeedForward) -> nn.Module:
-    """The module that routes tokens to an expert of a list: the one that holds the list."""
-    path = block.name.split(".")
-    return layer.get_submodule(".".join(path[:-2]))
-
-
-def _dense_hook(block: FeedForward, tap: Tap, tokens: TokenLayout) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+def _dense_hook(block: Block, tap: Tap, tokens: TokenLayout) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         changed = tap(TokenStream(block.layer, block.first, inputs[0], None, tokens))
         return None if changed is None else (changed, *inputs[1:])
@@ -136,20 +149,18 @@ def _dense_hook(block: FeedForward, tap: Tap, tokens: TokenLayout) -> Callable[[
 
 
 def _routed_hook(
-    block: FeedForward, tap: Tap, tokens: TokenLayout, seen: _Seen
+    block: Block, tap: Tap, tokens: TokenLayout, routing: _Routing
 ) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         values: Tensor = inputs[0]
-        flow = TokenStream(
-            block.layer, block.first, values.flatten(0, -2), seen.places(values.flatten(0, -2), tokens), tokens
-        )
-        changed = tap(flow)
+        vectors = values.flatten(0, -2)
+        changed = tap(TokenStream(block.layer, block.first, vectors, routing.places(vectors, tokens), tokens))
         return None if changed is None else (changed.view_as(values), *inputs[1:])
 
     return hook
 
 
-class _Seen(TorchFunctionMode):
+class _Routing(TorchFunctionMode):
     """While it is entered it remembers which rows were last picked out of a list of tokens: those of one expert."""
 
     def __init__(self) -> None:
@@ -157,12 +168,13 @@ class _Seen(TorchFunctionMode):
         self.picked: Tensor | None = None
         self.taken = 0
 
-    def within(self, inputs: tuple[Any, ...]) -> _Seen:
-        """Itself, for a new pass."""
+    def within(self, inputs: tuple[Any, ...]) -> _Routing:
+        """Itself, for a new pass of the module on these inputs."""
         self.picked, self.taken = None, 0
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # hidden[places]: a matrix of tokens, indexed by whole numbers.
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
             source, picked = args
             if source.dim() == 2 and picked.dim() == 1 and picked.dtype == torch.int64:
@@ -170,7 +182,7 @@ class _Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def places(self, values: Tensor, tokens: TokenLayout) -> Tensor:
-        """Which tokens these vectors are of. Raises ``InputError`` where that cannot be told.
+        """Which tokens these vectors are of, ``[vector]``. Raises ``InputError`` where that cannot be told.
 
         The rows that were picked for one expert, or of those that were picked for all of them the next ones.
         """
@@ -185,127 +197,146 @@ class _Seen(TorchFunctionMode):
         )
 
 
-class _Products(_Seen):
-    """While it is entered, activations on their way into a stack's output projection pass through its taps."""
+class _Products(_Routing):
+    """While it is entered, activations on their way into the output projections of experts pass through its taps."""
 
-    def __init__(self, block: ExpertStack, taps: list[tuple[Tap, TokenLayout]]) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
-        self.block, self.taps = block, taps
-        self.entering: Tensor | None = None
-        self.asked = self.met = False
+        self.block = block
+        self.taps: list[tuple[Tap, TokenLayout]] = []
+        self.input: Tensor | None = None
+        self.has_tokens = self.has_product = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter of the output projections, as it is in the module now."""
+        output = self.block.output_location()
+        assert output is not None, "experts without a module to hook have a parameter"
+        return output.parameter
 
     def within(self, inputs: tuple[Any, ...]) -> _Products:
-        self.picked, self.taken, self.met = None, 0, False
-        tensors = [one for one in inputs if isinstance(one, Tensor)]
-        self.entering = next((one for one in tensors if one.is_floating_point()), None)
+        self.picked, self.taken, self.has_product = None, 0, False
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        self.input = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         # A token may be routed to no expert at all, or past the last of them to one without weights.
-        routes = [one for one in tensors if one.dtype == torch.int64]
-        self.asked = any(bool((one < self.block.count).any()) for one in routes) or not routes
+        routes = [tensor for tensor in tensors if tensor.dtype == torch.int64]
+        self.has_tokens = any(bool((route < self.block.count).any()) for route in routes) or not routes
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if error is None and self.asked and not self.met:
+        if error is None and self.has_tokens and not self.has_product:
+            names = [name for name, parameter in self.block.holder.named_parameters() if parameter is self.weight]
             raise InputError(
-                f"the experts of layer {self.block.layer} ({type(self.block.module).__name__}) computed without a "
-                f"product with {self.block.output.name} that could be followed; this mixture of experts is not "
-                "supported"
+                f"the experts of layer {self.block.layer} ({type(self.block.holder).__name__}) computed without a "
+                f"product with {names[0]} that could be followed; this mixture of experts is not supported"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in PRODUCTS and len(args) >= 2 and self._is_output(args[1]):
-            self.met = True
+            self.has_product = True
             args = (self._changed(args[0], args[1]), *args[1:])
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _is_output(self, weight: Tensor) -> bool:
-        own = self.block.parameter(self.block.output)
-        return weight.device == own.device and weight.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    def _is_output(self, tensor: Tensor) -> bool:
+        """Whether a factor is a view of the parameter, or the parameter itself: slices share its memory."""
+        own = self.weight
+        return tensor.device == own.device and tensor.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
 
     def _changed(self, values: Tensor, weight: Tensor) -> Tensor:
-        own = self.block.parameter(self.block.output)
+        """The activations ``[vector, neuron]``, or ``[expert, vector, neuron]``, after all taps."""
+        own = self.weight
+        # One expert's matrix: where it begins in the parameter says which expert's.
         if weight.dim() == 2:
             expert = (weight.storage_offset() - own.storage_offset()) // own.stride(0)
-            here = self.places(values, self.taps[0][1])
+            places = self.places(values, self.taps[0][1])
             for tap, tokens in self.taps:
-                values = self._tapped(expert, values, here, tap, tokens)
+                values = self._tapped(expert, values, places, tap, tokens)
             return values
         # All experts at once, each on all tokens; what was not routed came as zeros.
         parts = []
-        for expert, one in enumerate(values):
-            here = self._asked(expert, self.taps[0][1])
+        for expert, part in enumerate(values):
+            places = self._routed_places(expert, self.taps[0][1])
             for tap, tokens in self.taps:
-                one = self._tapped(expert, one, here, tap, tokens)
-            parts.append(one)
+                part = self._tapped(expert, part, places, tap, tokens)
+            parts.append(part)
         return torch.stack(parts)
 
-    def _tapped(self, expert: int, values: Tensor, here: Tensor, tap: Tap, tokens: TokenLayout) -> Tensor:
+    def _tapped(self, expert: int, values: Tensor, places: Tensor, tap: Tap, tokens: TokenLayout) -> Tensor:
+        """One expert's activations after one tap, which sees those of the tokens that were routed there."""
         first = self.block.first + expert * self.block.width
-        chosen = values if len(here) == len(values) else values[here]
-        changed = tap(TokenStream(self.block.layer, first, chosen, here, tokens))
+        routed = values if len(places) == len(values) else values[places]
+        changed = tap(TokenStream(self.block.layer, first, routed, places, tokens))
         if changed is None:
             return values
-        return changed if len(here) == len(values) else values.index_copy(0, here, changed)
+        return changed if len(places) == len(values) else values.index_copy(0, places, changed)
 
-    def _asked(self, expert: int, tokens: TokenLayout) -> Tensor:
-        """The tokens that an expert was asked about, where all experts are handed a copy of all tokens."""
+    def _routed_places(self, expert: int, tokens: TokenLayout) -> Tensor:
+        """Which tokens were routed to an expert, where all experts are handed a copy of all tokens."""
         count = tokens.rows * tokens.length
-        assert self.entering is not None, "experts have an input"
-        flat = self.entering.flatten(0, -2)
+        assert self.input is not None, "experts have an input"
+        flat = self.input.flatten(0, -2)
         if len(flat) == count:
             return torch.arange(count, device=flat.device)
         own = flat.reshape(-1, count, flat.shape[-1])[expert]
         return own.any(dim=-1).nonzero().flatten()
 
 
-# The taps of each module of experts that is watched now, outermost first.
-_TAPS: WeakKeyDictionary[nn.Module, list[tuple[Tap, TokenLayout]]] = WeakKeyDictionary()
+class _Watched:
+    """The forward of a module while it is watched: the one that it had, run in a mode and with the plain experts."""
+
+    def __init__(self, module: nn.Module, mode: _Routing) -> None:
+        self.forward, self.mode = module.forward, mode
+        self.config: Any = getattr(module, "config", None)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        with _eager(self.config), self.mode.within((*inputs, *named.values())):
+            return self.forward(*inputs, **named)
 
 
 @contextmanager
-def _tapped(block: ExpertStack, tap: Tap, tokens: TokenLayout) -> Iterator[None]:
-    taps = _TAPS.setdefault(block.module, [])
-    taps.append((tap, tokens))
-    try:
-        if len(taps) > 1:
+def _tapped(block: Block, tap: Tap, tokens: TokenLayout) -> Iterator[None]:
+    """Within the block the tap gets all that experts in shared parameters multiply with their output projections."""
+    forward = vars(block.holder).get("forward")
+    # A module that is watched already has one mode, whose taps go from the outermost to this one.
+    if isinstance(forward, _Watched) and isinstance(forward.mode, _Products):
+        forward.mode.taps.append((tap, tokens))
+        try:
             yield
-        else:
-            with _running(block.module, _Products(block, taps).within):
-                yield
-    finally:
-        taps.remove((tap, tokens))
+        finally:
+            forward.mode.taps.pop()
+        return
+    products = _Products(block)
+    products.taps.append((tap, tokens))
+    with _running(block.holder, products):
+        yield
 
 
 @contextmanager
-def _running(module: nn.Module, mode: Callable[[tuple[Any, ...]], _Seen]) -> Iterator[None]:
+def _running(module: nn.Module, mode: _Routing) -> Iterator[None]:
     """Within the block the module's forward runs in the mode, and in the plain implementation of its experts."""
-    before = vars(module).get("forward")
-    forward = module.forward
-    config = vars(module).get("config")
-
-    def running(*inputs: Any, **named: Any) -> Any:
-        with _eager(config), mode((*inputs, *named.values())):
-            return forward(*inputs, **named)
-
-    vars(module)["forward"] = running
+    # A forward of the module's own, as accelerate sets one, is in its dictionary; else it is its class's.
+    attributes = vars(module)
+    before = attributes.get("forward")
+    attributes["forward"] = _Watched(module, mode)
     try:
         yield
     finally:
-        vars(module).pop("forward")
+        del attributes["forward"]
         if before is not None:
-            vars(module)["forward"] = before
+            attributes["forward"] = before
 
 
 @contextmanager
 def _eager(config: Any) -> Iterator[None]:
     """Within the block experts compute in a loop, whatever kernel the config has chosen."""
-    if config is None or "_experts_implementation_internal" not in vars(config):
+    chosen = getattr(config, "_experts_implementation_internal", None)
+    if chosen is None:
         yield
         return
-    chosen = vars(config)["_experts_implementation_internal"]
-    vars(config)["_experts_implementation_internal"] = "eager"
+    config._experts_implementation_internal = "eager"
     try:
         yield
     finally:
-        vars(config)["_experts_implementation_internal"] = chosen
+        config._experts_implementation_internal = chosen

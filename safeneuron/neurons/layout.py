@@ -12,24 +12,15 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import anatomy, decoder_of
-from safeneuron.neurons.blocks import (
-    ExpertStack,
-    FeedForward,
-    Layer,
-    is_transposed,
-    linear_in,
-    size_of,
-    unwrapped,
-    weight_of,
-)
+from safeneuron.neurons.blocks import Layer, Span
+from safeneuron.neurons.dense import FeedForward
+from safeneuron.neurons.linears import unwrapped
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runtime import sharding
 from safeneuron.runtime.offloading import is_offloaded, materialised
-from safeneuron.runtime.quantization import dense, in_four_bits
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
@@ -72,11 +63,6 @@ def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
     Raises ``InputError`` that says what was found for an anatomy that is not known.
     """
     return [block for layer in layers(model) for block in layer.blocks if isinstance(block, FeedForward)]
-
-
-def stacks(model: nn.Module | HasNetwork) -> list[ExpertStack]:
-    """The experts of the text decoder that share three-dimensional parameters, one stack a layer."""
-    return [block for layer in layers(model) for block in layer.blocks if isinstance(block, ExpertStack)]
 
 
 def require_dense(model: nn.Module | HasNetwork, what: str) -> None:
@@ -136,19 +122,10 @@ def neurons_at(
     return NeuronSet.of(chosen, tuple(layer.width for layer in found), fingerprint(network), label)
 
 
-def _spans(layer: Layer) -> Iterator[tuple[int | str, int, int]]:
-    """Each FFN of a layer: its number or name, its first neuron and its width."""
+def _spans(layer: Layer) -> Iterator[Span]:
+    """Each FFN of a layer, in the order of its channels."""
     for block in layer.blocks:
-        if isinstance(block, ExpertStack):
-            # A second stack is one of shared experts, or of experts for images.
-            for expert in range(block.count):
-                yield (
-                    expert if block is layer.blocks[0] else f"{block.name}.{expert}",
-                    block.first + expert * block.width,
-                    block.width,
-                )
-        else:
-            yield block.name if block.expert is None else block.expert, block.first, block.width
+        yield from block.spans()
 
 
 def config_of(network: nn.Module) -> Any:
@@ -182,60 +159,11 @@ def _digest_of(network: nn.Module, config: Any) -> str:
     for layer in layers(network):
         for block in layer.blocks:
             name = f"down_proj.weight of layer {layer.index}"
-            for shape, sample in _samples(name, block, precision):
-                digest.update(f"{tuple(shape)}".encode())
-                if sample is not None:
-                    # float16 first: what is too small for it loses its sign there, and so must lose it everywhere.
-                    signs = sample[:16, :256].to(torch.float16) > 0
-                    digest.update(signs.cpu().numpy().tobytes())
+            with materialised(block.holder):
+                for shape, sample in block.samples(name, precision):
+                    digest.update(f"{tuple(shape)}".encode())
+                    if sample is not None:
+                        # float16 first: what is too small for it loses its sign there, and so must everywhere.
+                        signs = sample[:16, :256].to(torch.float16) > 0
+                        digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _samples(
-    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
-) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
-    """The shape of each output projection and some of its first rows; of experts only those of the first."""
-    with materialised(block.module if isinstance(block, ExpertStack) else linear_in(block.output)):
-        yield from _samples_here(name, block, precision)
-
-
-def _samples_here(
-    name: str, block: FeedForward | ExpertStack, precision: torch.dtype
-) -> Iterator[tuple[tuple[int, int], Tensor | None]]:
-    if isinstance(block, ExpertStack):
-        weight = block.parameter(block.output)
-        (first,) = sharding.first_rows(name, weight, 1)
-        sample = first.T if block.output.dim == 1 else first
-        for expert in range(block.count):
-            yield (sample.shape[0], sample.shape[1]), sample if expert == 0 else None
-        return
-    shape = size_of(block.output)
-    assert shape is not None, "anatomy has measured it"
-    weight_or_none = weight_of(block.output)
-    if weight_or_none is None or weight_or_none.dim() != 2:
-        yield shape[::-1], None if block.expert else _computed_with(linear_in(block.output), shape[0], precision)
-        return
-    weight = weight_or_none
-    if in_four_bits(weight):
-        weight = nn.Parameter(dense(weight))
-    if block.expert:
-        yield shape[::-1], None
-    elif is_transposed(block.output):
-        yield shape[::-1], sharding.first_rows(name, weight, 256)[:, :16].T
-    else:
-        yield shape[::-1], sharding.first_rows(name, weight, 16)
-
-
-def _computed_with(linear: nn.Module, inputs: int, precision: torch.dtype) -> Tensor | None:
-    """Some of the weights of a layer that packs them in a way of its own, ``[input, output]``: what it makes of ones.
-
-    The integers that hold them would not do: every kernel arranges them as it likes, some of them in the first pass,
-    which has to be in the precision of the model.
-    """
-    held = next(one for one in (*linear.buffers(), *linear.parameters()) if one.numel() > 1)
-    if held.is_meta:
-        return None
-    bias = vars(linear).get("bias", linear._parameters.get("bias", linear._buffers.get("bias")))
-    with torch.no_grad():
-        found: Tensor = linear.forward(torch.eye(16, inputs, dtype=precision, device=held.device))
-    return found if bias is None else found - bias.to(found.dtype)

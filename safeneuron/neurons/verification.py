@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import INTERLEAVED, TIME_FIRST, decoder_of
-from safeneuron.neurons.blocks import ExpertStack, FeedForward, Layer
+from safeneuron.neurons.blocks import Block, Layer
 from safeneuron.neurons.hooks import TokenStream, observed
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.layout import HasNetwork, config_of, layers, network_of
-from safeneuron.neurons.weights import biases, changed, column, is_plain, rows_of
+from safeneuron.neurons.weights import changed
 from safeneuron.runtime.offloading import device_of_inputs, is_offloaded, materialised
 
 ROWS, TOKENS = 2, 6
@@ -81,7 +81,7 @@ def settle_layout(model: nn.Module | HasNetwork) -> Proof:
     try:
         return prove(network)
     except InputError as error:
-        for mark in [INTERLEAVED, TIME_FIRST] if _has_fused(network) else [TIME_FIRST]:
+        for mark in [INTERLEAVED, TIME_FIRST] if _has_open_order(network) else [TIME_FIRST]:
             if any(mark in config for config in configs):
                 continue
             for config in configs:
@@ -94,19 +94,13 @@ def settle_layout(model: nn.Module | HasNetwork) -> Proof:
         raise error
 
 
-def _has_fused(model: nn.Module | HasNetwork) -> bool:
-    blocks = [block for layer in layers(model) for block in layer.blocks if isinstance(block, FeedForward)]
-    return any(len(block.inputs) == 2 and block.inputs[0].module is block.inputs[1].module for block in blocks)
+def _has_open_order(model: nn.Module | HasNetwork) -> bool:
+    return any(block.has_open_order for layer in layers(model) for block in layer.blocks)
 
 
 def _kind(layer: Layer) -> Any:
     """What layers have in common of which one stands for all."""
-    parts = tuple(
-        (type(block).__name__, block.width, block.name.rstrip("0123456789"), type(block.module))
-        if isinstance(block, ExpertStack)
-        else (type(block.output).__name__, block.width, block.name.rstrip("0123456789"), len(block.inputs))
-        for block in layer.blocks
-    )
+    parts = tuple(block.kind for block in layer.blocks)
     return type(layer.module), tuple(dict.fromkeys(parts)), len(parts)
 
 
@@ -178,13 +172,12 @@ def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
     for layer in found:
         for block in layer.blocks:
             times = count.get((layer.index, block.first), 0)
-            routed = isinstance(block, ExpertStack) or block.expert is not None
-            if times > 1 or (times == 0 and not routed and layer.index in ran):
+            if times > 1 or (times == 0 and not block.is_routed and layer.index in ran):
                 raise _failed(network, layer, block, f"its FFN runs {times} times in one pass, where once was expected")
     return ran
 
 
-def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertStack) -> list[str]:
+def _prove_block(network: nn.Module, layer: Layer, block: Block) -> list[str]:
     """Probe the busiest neuron of a block; returns what could not be tried."""
     seen: dict[int, Tensor] = {}
 
@@ -197,54 +190,51 @@ def _prove_block(network: nn.Module, layer: Layer, block: FeedForward | ExpertSt
 
     def activations() -> dict[int, Tensor]:
         seen.clear()
-        norm = block.norm if isinstance(block, FeedForward) else None
         with ExitStack() as stack:
-            if norm is None:
+            if block.norm is None:
                 stack.enter_context(observed(decoder_of(network), [layer], look))
             else:
                 # What is scaled together is each neuron's own only before that.
-                stack.callback(norm.register_forward_pre_hook(before_norm).remove)
+                stack.callback(block.norm.register_forward_pre_hook(before_norm).remove)
             run_network(network, layer.module)
         return dict(seen)
 
     before = activations()
     if not before:
-        return [] if isinstance(block, FeedForward) else [f"the experts of layer {layer.index}, which got no token"]
+        # One expert of a list may well get no token of twelve; all of them cannot.
+        return [f"the experts of layer {layer.index}, which got no token"] if block.is_mixture else []
     first = max(before, key=lambda key: float(before[key].abs().amax()))
     channel = int(before[first].abs().amax(dim=0).argmax())
     name = f"layer {layer.index} {block.name}".strip()
-    if not is_plain(block):
-        if isinstance(block, FeedForward):
-            _prove_order(network, layer, block)
+    if not block.is_readable:
+        _prove_order(network, layer, block)
         return [f"the weights of {name}, which are quantised or spread"]
-    expert = (first - block.first) // block.width
-    _prove_column(network, layer, block, first, channel, expert)
-    _prove_rows(network, layer, block, first, channel, expert, activations, before)
-    if isinstance(block, FeedForward) and block.expert is None:
+    _prove_column(network, layer, block, first, channel)
+    _prove_rows(network, layer, block, first, channel, activations, before)
+    if not block.is_routed:
         _prove_place(network, layer, block, activations, before[first])
     return []
 
 
-def _prove_order(network: nn.Module, layer: Layer, block: FeedForward) -> None:
+def _prove_order(network: nn.Module, layer: Layer, block: Block) -> None:
     """The output projection must run after the matrices that write its input; no weights are needed to see that."""
+    *writers, output = block.modules()
+    if not writers:
+        return
     ran: list[nn.Module] = []
-    parts = [*dict.fromkeys(rows.module for rows in block.inputs), block.output]
     with ExitStack() as stack:
-        for part in parts:
-            stack.callback(part.register_forward_pre_hook(lambda module, _: ran.append(module)).remove)
+        for module in (*writers, output):
+            stack.callback(module.register_forward_pre_hook(lambda module, _: ran.append(module)).remove)
         run_network(network, layer.module)
-    if block.output in ran[: len(parts) - 1] and len(ran) == len(parts):
+    if output in ran[: len(writers)] and len(ran) == len(writers) + 1:
         raise _failed(network, layer, block, "what was taken for its output projection runs before its other matrices")
 
 
-def _within(block: FeedForward | ExpertStack, flow: TokenStream) -> bool:
-    size = block.width * (block.count if isinstance(block, ExpertStack) else 1)
-    return block.first <= flow.first < block.first + size
+def _within(block: Block, flow: TokenStream) -> bool:
+    return block.first <= flow.first < block.first + block.neurons
 
 
-def _prove_column(
-    network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, first: int, channel: int, expert: int
-) -> None:
+def _prove_column(network: nn.Module, layer: Layer, block: Block, first: int, channel: int) -> None:
     def prune(flow: TokenStream) -> Tensor | None:
         if flow.first != first:
             return None
@@ -254,7 +244,7 @@ def _prove_column(
     plain = _output(network, layer)
     with observed(decoder_of(network), [layer], prune):
         by_hook = _output(network, layer)
-    with changed(column(block, expert, channel), torch.zeros_like):
+    with changed(block.column(first - block.first + channel), torch.zeros_like):
         by_weight = _output(network, layer)
     gap, effect = _distance(by_hook, by_weight), _distance(plain, by_weight)
     if not gap <= max(0.05 * effect, _noise(plain)):
@@ -270,14 +260,14 @@ def _prove_column(
 def _prove_rows(
     network: nn.Module,
     layer: Layer,
-    block: FeedForward | ExpertStack,
+    block: Block,
     first: int,
     channel: int,
-    expert: int,
     activations: Callable[[], dict[int, Tensor]],
     before: dict[int, Tensor],
 ) -> None:
-    rows = list(rows_of(block, expert, channel))
+    neuron = first - block.first + channel
+    rows = block.rows(neuron)
     for row in rows:
         with changed(row, lambda values: values * 0.5 + 0.25 * values.abs().mean().clamp(min=0.01)):
             moved = _moved(before, activations())
@@ -293,7 +283,7 @@ def _prove_rows(
     with ExitStack() as stack:
         for row in rows:
             stack.enter_context(changed(row, torch.zeros_like))
-        for bias in biases(block, expert, channel):
+        for bias in block.biases(neuron):
             stack.enter_context(changed(bias, torch.zeros_like))
         silent = activations()[first][:, channel]
     if float((silent - silent[0]).abs().max()) > 1e-3 * float(before[first].abs().amax()):
@@ -303,7 +293,7 @@ def _prove_rows(
 
 
 def _prove_place(
-    network: nn.Module, layer: Layer, block: FeedForward, activations: Callable[[], dict[int, Tensor]], before: Tensor
+    network: nn.Module, layer: Layer, block: Block, activations: Callable[[], dict[int, Tensor]], before: Tensor
 ) -> None:
     """Another first token, for the FFN alone, must change what its neurons say there, and nowhere else."""
 
@@ -314,7 +304,7 @@ def _prove_place(
         return (values, *inputs[1:])
 
     with ExitStack() as stack:
-        for module in {rows.module for rows in block.inputs}:
+        for module in block.modules()[:-1]:
             stack.callback(module.register_forward_pre_hook(other).remove)
         after = activations()[block.first]
     moved = (after != before).any(dim=-1).view(ROWS, -1)
@@ -379,7 +369,7 @@ def _moved(before: dict[int, Tensor], after: dict[int, Tensor]) -> set[tuple[int
     return found
 
 
-def _failed(network: nn.Module, layer: Layer, block: FeedForward | ExpertStack, found: str) -> InputError:
+def _failed(network: nn.Module, layer: Layer, block: Block, found: str) -> InputError:
     return InputError(
         f"layer {layer.index} ({type(layer.module).__name__}) of {type(network).__name__} is not what its matrices "
         f"look like: of the FFN in {block.name or 'the layer'} {found}; this architecture is not supported"

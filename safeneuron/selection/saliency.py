@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from safeneuron.errors import InputError
 from safeneuron.models.forward import Batch, Exchange, run_backward, run_decoder, total_gradient_work
 from safeneuron.models.model import Model
-from safeneuron.neurons.blocks import linear_in
 from safeneuron.neurons.interventions import require_eager
 from safeneuron.neurons.layout import feed_forwards, names_in, require_dense
+from safeneuron.neurons.linears import linear_in
 from safeneuron.runtime.offloading import materialised
 from safeneuron.runtime.progress import Progress
 from safeneuron.runtime.quantization import dense

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.anatomy import decoder_of, layers_of
-from safeneuron.neurons.blocks import acting, linear_in, size_of
+from safeneuron.neurons.blocks import Slice
 from safeneuron.neurons.layout import LINEAGE, HasNetwork, feed_forwards, fingerprint, names_in, network_of
+from safeneuron.neurons.linears import acting, linear_in, size_of
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.neurons.weights import Slice, has_adapters
+from safeneuron.neurons.weights import has_adapters
 from safeneuron.runtime import sharding
 from safeneuron.runtime.quantization import dequantised, packed_by
 from safeneuron.training.settings import TrainingSettings

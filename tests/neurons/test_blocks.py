@@ -13,7 +13,7 @@ from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.forward import exchanges_of
 from safeneuron.neurons.interventions import Edit, edited, pruned, recorded
-from safeneuron.neurons.layout import LINEAGE, fingerprint, layers, neuron_addresses, neurons_at, stacks, widths_of
+from safeneuron.neurons.layout import LINEAGE, fingerprint, layers, neuron_addresses, neurons_at, widths_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
 from safeneuron.neurons.verification import prove
@@ -64,7 +64,7 @@ def silence(network: nn.Module, neurons: NeuronSet, output_only: bool) -> None:
 def test_every_expert_is_found(mixture):
     network = tiny_experts.network(mixture)
     (*_, last) = layers(network)
-    (stack,) = (block for block in last.blocks if block in stacks(network))
+    (stack,) = (block for block in last.blocks if block.is_mixture)
     assert (stack.count, stack.width, stack.first) == (EXPERTS, WIDTH, 0)
     shared = {"qwen2-moe": tiny_experts.SHARED, "deepseek-v3": WIDTH, "llama4": WIDTH}.get(mixture, 0)
     assert last.width == EXPERTS * WIDTH + shared
