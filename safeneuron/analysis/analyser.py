@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from safeneuron.analysis import figures
-from safeneuron.analysis.depth import density_over_depth, layer_densities, mean_depth, thirds
-from safeneuron.analysis.drift import by_layer, movement_record, observe, state_record
-from safeneuron.analysis.methods import agreements, discoveries, volcano
-from safeneuron.analysis.portraits import portraits_record
-from safeneuron.analysis.redundancy import redundancy_record, with_intervals
-from safeneuron.analysis.scaling import data_scale, iterations, required_results
-from safeneuron.analysis.settings import Effort, finite, flat
-from safeneuron.analysis.stability import stability_record
-from safeneuron.analysis.topics import topic_stats, topics_record
+from safeneuron.analysis.depth import DepthRecord, depth_record
+from safeneuron.analysis.drift import StateRecord, StatesRecord, movements, observe, state_record, weights_in
+from safeneuron.analysis.methods import MethodsRecord, agreements, discoveries, volcano
+from safeneuron.analysis.portraits import PortraitsRecord, portraits_record
+from safeneuron.analysis.records import PartRecord, TableRow, finite
+from safeneuron.analysis.redundancy import RedundancyRecord, redundancy_record
+from safeneuron.analysis.scaling import ScaleRecord, data_scale, iterations, required_results
+from safeneuron.analysis.settings import Effort
+from safeneuron.analysis.stability import StabilityRecord, stability_record
+from safeneuron.analysis.topics import TopicsRecord, topic_stats, topics_record
 from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
 from safeneuron.data.prompts import read_twins
@@ -52,9 +53,16 @@ from safeneuron.selection.scores import Scores
 
 ANALYSIS_PARTS = ("topics", "depth", "stability", "states", "redundancy", "methods", "neurons", "scale")
 
-Record = dict[str, Any]
-Tables = dict[str, list[Record]]
+RECORDS: dict[str, type[PartRecord]] = {
+    "topics": TopicsRecord, "depth": DepthRecord, "stability": StabilityRecord, "states": StatesRecord,
+    "redundancy": RedundancyRecord, "methods": MethodsRecord, "neurons": PortraitsRecord, "scale": ScaleRecord,
+}  # fmt: skip
+"""What the ``numbers.json`` of each part holds."""
+
+Tables = dict[str, list[TableRow]]
 Figures = dict[str, Callable[[], Any]]
+AnalysedPart = tuple[PartRecord, Tables, Figures]
+"""What a part gives: its record, its CSV tables, and its figures, which are drawn when they are written."""
 
 
 class Analyser:
@@ -88,15 +96,15 @@ class Analyser:
         self.states = [one for name, one in known.items() if not only or name in only]
         self._loaded: tuple[str, str, Model] | None = None
 
-    def analyse(self, parts: Sequence[str] = ANALYSIS_PARTS, redo: Sequence[str] = ()) -> dict[str, Record]:
-        """Do the parts that are not done yet, and those to ``redo``; the numbers of all of them by name."""
+    def analyse(self, parts: Sequence[str] = ANALYSIS_PARTS, redo: Sequence[str] = ()) -> dict[str, PartRecord]:
+        """Do the parts that are not done yet, and those to ``redo``; the records of all of them by name."""
         redo = [name.removeprefix("analysis/") for name in redo]
         unknown = [name for name in (*parts, *redo) if name not in ANALYSIS_PARTS]
         if unknown:
             raise InputError(f"analysis has no part {unknown[0]!r}; expected some of {', '.join(ANALYSIS_PARTS)}")
         for name in redo:
             self.run.remove(f"analysis/{name}")
-        works: dict[str, Callable[[Path], tuple[Record, Tables, Figures]]] = {
+        works: dict[str, Callable[[Path], AnalysedPart]] = {
             "topics": self.topics, "depth": self.depth, "stability": self.stability, "states": self.changes,
             "redundancy": self.redundancy, "methods": self.methods, "neurons": self.neurons, "scale": self.scale,
         }  # fmt: skip
@@ -104,7 +112,7 @@ class Analyser:
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
-    def topics(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def topics(self, folder: Path) -> AnalysedPart:
         """Topics of the unsafe prompts, beside the same prompts dealt to topics at random."""
         classes, model = self._classes(), self._model(self.state)
         labels = [prompt.category for prompt in classes[0]]
@@ -116,40 +124,18 @@ class Analyser:
         mixed = [next(order) if label in stats.topics else "" for label in labels]
         shuffled = topic_stats(self.config, model, classes, mixed)
         record = topics_record(self.config, stats, shuffled, self.effort)
-        layers = [
-            {"layer": layer, "width": width, **{role: record["layers"][role][layer] for role in record["layers"]}}
-            for layer, width in enumerate(record["widths"])
-        ]
-        tables = {"topics": record["topics"], "layers": layers}
-        tables |= {name: record[name] for name in ("overlaps", "random_neurons", "shuffled_topics")}
-        return record, tables, {"topics": lambda: figures.topics_figure(record)}
+        return record, record.tables(), {"topics": lambda: figures.topics_figure(record)}
 
-    def depth(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def depth(self, folder: Path) -> AnalysedPart:
         """The sets of this run's states, and T0's of the other runs, over relative depth."""
         named = [(state.name, self.findings.neurons(state)) for state in self.states]
         if self.others:
             every = [(self.config, self.run), *self.others]
             named = [(config.name, Findings(config, run).neurons(BASE)) for config, run in every]
-        sets: list[Record] = [
-            {
-                "name": name,
-                "neurons": len(one),
-                "layers": layer_densities(one),
-                "density": density_over_depth(one),
-                "thirds": list(thirds(one)),
-                "mean_depth": mean_depth([one])[0],
-            }
-            for name, one in named
-        ]
-        rows = [
-            {"name": one["name"], "neurons": one["neurons"], "mean_depth": one["mean_depth"]}
-            | dict(zip(("early", "middle", "late"), one["thirds"], strict=True))
-            for one in sets
-        ]
-        record = {"sets": sets}
-        return record, {"depth": rows}, {"depth": lambda: figures.depth_figure(record)}
+        record = depth_record(named)
+        return record, record.tables(), {"depth": lambda: figures.depth_figure(record)}
 
-    def stability(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def stability(self, folder: Path) -> AnalysedPart:
         """What the set owes to the prompts and to the way of measuring."""
         model = self._model(self.state)
         bare = copy.copy(model.tokenizer)
@@ -157,102 +143,100 @@ class Analyser:
         other = "bfloat16" if str(model.network.dtype) == "torch.float32" else "float32"
         variants = [("no chat template", replace(model, tokenizer=bare)), (other, self._load(self.state, other))]
         record = stability_record(
-            self.config, model, self._classes(), variants, self.effort, self.watcher.progress, self.also
-        )
-        record["state"] = self.state.name
-        thresholds = [
-            {"density": one["density"], **one["jaccard"], "chance": one["chance"]} for one in record["thresholds"]
-        ]
-        tables = {"samples": record["samples"], "variants": record["variants"], "thresholds": thresholds}
-        if record["also"]:
-            tables["also"] = [flat(one) for one in record["also"]]
-        return record, tables, {"stability": lambda: figures.stability_figure(record)}
+            self.config, model, state=self.state.name, classes=self._classes(), variants=variants,
+            effort=self.effort, also=self.also, progress=self.watcher.progress,
+        )  # fmt: skip
+        return record, record.tables(), {"stability": lambda: figures.stability_figure(record)}
 
-    def changes(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def changes(self, folder: Path) -> AnalysedPart:
         """What training changed, state by state."""
         unsafe, safe = (sample(prompts, self.effort.prompts, self.config.seed) for prompts in self._classes())
         first = self.findings.neurons(BASE)
         base = observe(self._model(BASE), (unsafe, safe), first)
         source = embedded_folder() if self.config.model.name == NAME else Path(self.config.model.name)
-        records: list[Record] = []
+        records = []
         for number, state in enumerate(self.states):
             path = folder / f"{state.name}.json"
             if not path.exists():
-                own, model = self.findings.neurons(state), self._model(state)
-                now = base if state == BASE else observe(model, (unsafe, safe), own)
+                neurons, model = self.findings.neurons(state), self._model(state)
+                observed = base if state == BASE else observe(model, (unsafe, safe), neurons)
                 # A name on the Hub is no folder to read weights from.
                 moved = (
-                    movement_record(self._load(state, "stored"), source, first)
+                    movements(self._load(state, "stored"), weights_in(source), first)
                     if state != BASE and source.is_dir()
                     else None
                 )
-                write_json(
-                    path, {"state": state.name, **state_record(now, base, own, first, self.config.seed), "moved": moved}
+                record = state_record(
+                    state.name, neurons, observed, base_neurons=first, base=base, moved=moved, seed=self.config.seed
                 )
-            records.append(read_json(path))
+                write_json(path, record.to_json())
+            records.append(StateRecord.from_json(read_json(path)))
             self.watcher.progress(number + 1, len(self.states))
-        record: Record = {"prompts": [len(unsafe), len(safe)], "states": records}
-        return record, {"states": by_layer(records)}, {"states": lambda: figures.states_figure(record)}
+        changes = StatesRecord([len(unsafe), len(safe)], records)
+        return changes, changes.tables(), {"states": lambda: figures.states_figure(changes)}
 
-    def redundancy(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def redundancy(self, folder: Path) -> AnalysedPart:
         """The redundancy index of each state."""
-        asked = sample(self.findings.prompts("test_unsafe"), self.effort.prompts, self.config.seed)
+        harmful = sample(self.findings.prompts("test_unsafe"), self.effort.prompts, self.config.seed)
         judge, records = judge_of(self.config.judge), []
         for state in self.states:
-            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
-            found = redundancy_record(
-                self.config, self._model(state), self._classes(), asked, judge, scores, folder / state.name,
-                self.effort, self.watcher.progress,
-            )  # fmt: skip
-            records.append({"state": state.name, **found})
-        rows = [with_intervals(one) for one in records]
-        sets = [
-            {"state": one["state"], "set": number, "neurons": found["neurons"]}
-            | {f"{share} {how}": found[how][share] for how in ("alone", "together") for share in found[how]}
-            for one in records
-            for number, found in enumerate(one["sets"], start=1)
-        ]
-        record = {"states": records}
-        drawings: Figures = {"redundancy": lambda: figures.redundancy_figure(record)} if sets else {}
-        return record, {"redundancy": rows, "sets": sets}, drawings
+            records.append(
+                redundancy_record(
+                    self.config,
+                    self._model(state),
+                    state=state.name,
+                    classes=self._classes(),
+                    harmful=harmful,
+                    judge=judge,
+                    scores=self._scores(state),
+                    folder=folder / state.name,
+                    effort=self.effort,
+                    progress=self.watcher.progress,
+                )
+            )
+        record = RedundancyRecord(records)
+        broken = any(state.sets for state in records)
+        drawings: Figures = {"redundancy": lambda: figures.redundancy_figure(record)} if broken else {}
+        return record, record.tables(), drawings
 
-    def methods(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def methods(self, folder: Path) -> AnalysedPart:
         """ES, SAS and the rivals whose sets the run has, against each other and against chance."""
         place = self.run.folder / self.state.name
-        scores = Scores.load(place / "select" / "scores.safetensors")
+        scores = self._scores(self.state)
         es, sas, full = (self.findings.neurons(self.state, name) for name in ("ES", "SAS", "neurons"))
         rivals = [NeuronSet.load(path) for path in sorted((place / "rivals").glob("*.json")) if path.stem != "done"]
-        found = [one._asdict() for one in agreements([es, sas, *rivals])]
-        points = {name: one.tolist() for name, one in volcano(scores, full)._asdict().items()}
-        record = {"agreements": found, "discoveries": [discoveries(scores, one)._asdict() for one in (es, sas, full)]}
-        pairs = [{key: value for key, value in one.items() if key != "layers"} for one in found]
-        plot = [dict(zip(points, row, strict=True)) for row in zip(*points.values(), strict=True)]
-        tables = {"agreements": pairs, "discoveries": record["discoveries"], "volcano": plot}
+        points = volcano(scores, full)
+        record = MethodsRecord(
+            agreements([es, sas, *rivals]), [discoveries(scores, neurons) for neurons in (es, sas, full)]
+        )
+        tables = {**record.tables(), "volcano": points.rows()}
         return record, tables, {"methods": lambda: figures.methods_figure(record, points)}
 
-    def neurons(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def neurons(self, folder: Path) -> AnalysedPart:
         """Portraits of the neurons with the largest effect sizes; whoever prints them masks the prompts."""
-        scores = Scores.load(self.run.folder / self.state.name / "select" / "scores.safetensors")
-        own, prompts = self.findings.neurons(self.state), list(self._classes()[0])
-        found = portraits_record(self.config, self._model(self.state), own, scores, prompts, self.effort)
-        rows = [
-            {"layer": one["layer"], "channel": one["channel"], "d": one["d"], "promoted": " | ".join(one["promoted"])}
-            for one in found
-        ]
-        return {"state": self.state.name, "neurons": found}, {"neurons": rows}, {}
+        record = portraits_record(
+            self.config,
+            self._model(self.state),
+            state=self.state.name,
+            neurons=self.findings.neurons(self.state),
+            scores=self._scores(self.state),
+            prompts=list(self._classes()[0]),
+            effort=self.effort,
+        )
+        return record, record.tables(), {}
 
-    def scale(self, folder: Path) -> tuple[Record, Tables, Figures]:
+    def scale(self, folder: Path) -> AnalysedPart:
         """Attack success against preference pairs over all runs given, and this run's rounds."""
-        results = [required_results(one.folder) for one in (self.run, *(other for _, other in self.others))]
-        found, rounds = data_scale(results), iterations(results[0])
-        drawings: Figures = {"scale": lambda: figures.scale_figure(found)} if found else {}
-        if len(rounds) > 1:
-            drawings["rounds"] = lambda: figures.rounds_figure(rounds)
-        return {"scale": found, "iterations": rounds}, {"scale": found, "iterations": rounds}, drawings
+        results = [required_results(run.folder) for run in (self.run, *(other for _, other in self.others))]
+        record = ScaleRecord(data_scale(results), iterations(results[0]))
+        drawings: Figures = {"scale": lambda: figures.scale_figure(record.scale)} if record.scale else {}
+        if len(record.iterations) > 1:
+            drawings["rounds"] = lambda: figures.rounds_figure(record.iterations)
+        return record, record.tables(), drawings
 
     # -- what they share ----------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, work: Callable[[Path], tuple[Record, Tables, Figures]]) -> Record:
+    def _stage(self, name: str, work: Callable[[Path], AnalysedPart]) -> PartRecord:
         settings = {
             "effort": asdict(self.effort),
             "state": self.state.name,
@@ -266,13 +250,13 @@ class Analyser:
         stage = self.run.stage(f"analysis/{name}", settings, inputs)
         if stage.done:
             self.watcher.ended(stage.name, 0.0, skipped=True)
-            return read_json(stage.folder / "numbers.json")
+            return RECORDS[name].from_json(read_json(stage.folder / "numbers.json"))
         self.watcher.began(stage.name)
         stage.start()
         reset_peak_memory()
         begun = time.monotonic()
         record, tables, drawings = work(stage.folder)
-        write_json(stage.folder / "numbers.json", finite(record))
+        write_json(stage.folder / "numbers.json", record.to_json())
         for table, rows in tables.items():
             write_text(stage.folder / f"{table}.csv", as_csv(finite(rows)))
         for file, content in figures.figure_files(drawings).items():
@@ -280,10 +264,13 @@ class Analyser:
         seconds = time.monotonic() - begun
         stage.finish(seconds, peak_memory_mb())
         self.watcher.ended(stage.name, seconds, skipped=False)
-        return read_json(stage.folder / "numbers.json")
+        return RECORDS[name].from_json(read_json(stage.folder / "numbers.json"))
 
     def _key(self, state: State) -> str:
         return str(read_json(self.run.folder / state.name / "select" / "done.json")["key"])
+
+    def _scores(self, state: State) -> Scores:
+        return Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
 
     def _selected(self, state: State) -> bool:
         return (self.run.folder / state.name / "select" / "done.json").exists()

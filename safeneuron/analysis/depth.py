@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from safeneuron.analysis.records import Number, PartRecord, TableRow
 from safeneuron.neurons.neuron_set import NeuronSet
 
 
@@ -16,6 +18,33 @@ class Thirds(NamedTuple):
     early: float
     middle: float
     late: float
+
+
+@dataclass(frozen=True)
+class SetDepth:
+    """Where one set lies: the density of each layer, that of equal parts of the depth, its thirds and mean depth."""
+
+    name: str
+    neurons: int
+    layers: list[float]
+    density: list[float]
+    thirds: Thirds
+    mean_depth: Number
+
+
+@dataclass(frozen=True)
+class DepthRecord(PartRecord):
+    """The numbers of the part ``depth``: one set a state, or a run."""
+
+    sets: list[SetDepth]
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a set."""
+        rows = [
+            {"name": placed.name, "neurons": placed.neurons, "mean_depth": placed.mean_depth, **placed.thirds._asdict()}
+            for placed in self.sets
+        ]
+        return {"depth": rows}
 
 
 def layer_depths(layers: int) -> list[float]:
@@ -48,12 +77,12 @@ def thirds(neurons: NeuronSet) -> Thirds:
     """How the set is spread over the thirds of the depth; a layer on a border counts in both, each with its part."""
     if not len(neurons):
         return Thirds(0.0, 0.0, 0.0)
-    layers, found = len(neurons.widths), []
-    for part in range(3):
-        low, high = layers * part / 3, layers * (part + 1) / 3
-        share = [max(0.0, min(high, layer + 1) - max(low, layer)) for layer in range(layers)]
-        found.append(sum(count * inside for count, inside in zip(neurons.counts, share, strict=True)) / len(neurons))
-    return Thirds(*found)
+    layers, shares = len(neurons.widths), []
+    for third in range(3):
+        low, high = layers * third / 3, layers * (third + 1) / 3
+        inside = [max(0.0, min(high, layer + 1) - max(low, layer)) for layer in range(layers)]
+        shares.append(sum(count * part for count, part in zip(neurons.counts, inside, strict=True)) / len(neurons))
+    return Thirds(*shares)
 
 
 def mean_depth(sets: Sequence[NeuronSet]) -> list[float]:
@@ -65,3 +94,24 @@ def mean_depth(sets: Sequence[NeuronSet]) -> list[float]:
         else float("nan")
         for neurons in sets
     ]
+
+
+def depth_record(named: Sequence[tuple[str, NeuronSet]]) -> DepthRecord:
+    """Where each of the sets lies.
+
+    Args:
+        named: The sets with the names of their states or runs.
+    """
+    return DepthRecord(
+        [
+            SetDepth(
+                name,
+                len(neurons),
+                layer_densities(neurons),
+                density_over_depth(neurons),
+                thirds(neurons),
+                mean_depth([neurons])[0],
+            )
+            for name, neurons in named
+        ]
+    )

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safeneuron.analysis.settings import Classes, Record
+from safeneuron.analysis.records import JsonRecord, Number, PartRecord, TableRow
+from safeneuron.analysis.settings import Classes
 from safeneuron.attacks.refusal_direction import decoder_layers, last_of_stream
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
@@ -30,7 +30,8 @@ from safeneuron.runtime.progress import Progress
 from safeneuron.selection.linear_probe import held_out_accuracy
 
 
-class Turnover(NamedTuple):
+@dataclass(frozen=True)
+class Turnover:
     """Neurons of each layer that both states' sets hold, only the first one's, and only the second one's."""
 
     kept: list[int]
@@ -38,15 +39,75 @@ class Turnover(NamedTuple):
     new: list[int]
 
 
-class Movement(NamedTuple):
+@dataclass(frozen=True)
+class Movement:
     """Relative L2 change |after - before| / |before| of one layer's neurons inside a set and outside of it.
 
     nan where there is no neuron, or nothing but zeros before.
     """
 
     layer: int
-    inside: float
-    outside: float
+    inside: Number
+    outside: Number
+
+
+@dataclass(frozen=True)
+class StateRecord(JsonRecord):
+    """A state beside T0; lists have one entry a layer.
+
+    ``cka`` and ``cosine`` hold its hidden states against T0's on both classes of prompts; ``along_own`` and
+    ``along_T0`` the distance of the classes along its own refusal direction and along T0's, in standard deviations.
+    ``separability`` is the accuracy of a linear probe, intact and with the state's set pruned. ``moved`` is None where
+    weights were not compared.
+    """
+
+    state: str
+    turnover: Turnover
+    jaccard_with_T0: Number  # noqa: N815 (the name in the files)
+    cka_unsafe: list[Number]
+    cosine_unsafe: list[Number]
+    cka_safe: list[Number]
+    cosine_safe: list[Number]
+    along_own: list[Number]
+    along_T0: list[Number]  # noqa: N815
+    separability: list[Number]
+    separability_pruned: list[Number]
+    moved: list[Movement] | None
+
+    def rows(self) -> list[TableRow]:
+        """One row a layer."""
+        return [
+            {
+                "state": self.state,
+                "layer": layer,
+                "kept": self.turnover.kept[layer],
+                "lost": self.turnover.lost[layer],
+                "new": self.turnover.new[layer],
+                "moved_inside": self.moved[layer].inside if self.moved else None,
+                "moved_outside": self.moved[layer].outside if self.moved else None,
+                "cka_unsafe": self.cka_unsafe[layer],
+                "cosine_unsafe": self.cosine_unsafe[layer],
+                "cka_safe": self.cka_safe[layer],
+                "cosine_safe": self.cosine_safe[layer],
+                "along_own": self.along_own[layer],
+                "along_T0": self.along_T0[layer],
+                "separability": self.separability[layer],
+                "separability_pruned": self.separability_pruned[layer],
+            }
+            for layer in range(len(self.turnover.kept))
+        ]
+
+
+@dataclass(frozen=True)
+class StatesRecord(PartRecord):
+    """The numbers of the part ``states``: how many unsafe and safe prompts were read, and each state beside T0."""
+
+    prompts: list[int]
+    states: list[StateRecord]
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a state and layer."""
+        return {"states": [row for state in self.states for row in state.rows()]}
 
 
 def turnover(before: NeuronSet, after: NeuronSet) -> Turnover:
@@ -61,7 +122,7 @@ def movements(after: Model, before: Callable[[str], Tensor], neurons: NeuronSet)
     set of another model.
     """
     neurons.require(after.fingerprint, after.widths)
-    found = []
+    moved = []
     for layer, width in enumerate(after.widths):
         every = NeuronSet.of({layer: range(width)}, after.widths, after.fingerprint)
         change, size = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
@@ -72,8 +133,8 @@ def movements(after: Model, before: Callable[[str], Tensor], neurons: NeuronSet)
             change += (now - was).square().sum(dim=1).cpu()
             size += was.square().sum(dim=1).cpu()
         inside = torch.zeros(width, dtype=torch.bool).index_fill(0, neurons.layer(layer), True)
-        found.append(Movement(layer, _relative(change, size, inside), _relative(change, size, ~inside)))
-    return found
+        moved.append(Movement(layer, _relative(change, size, inside), _relative(change, size, ~inside)))
+    return moved
 
 
 def weights_in(folder: Path) -> Callable[[str], Tensor]:
@@ -111,19 +172,6 @@ def _relative(change: Tensor, size: Tensor, which: Tensor) -> float:
     return (float(change[which].sum()) / total) ** 0.5 if total > 0 else float("nan")
 
 
-def by_layer(states: Sequence[Record]) -> list[Record]:
-    """One row a state and layer."""
-    plain = [key for key, value in states[0].items() if isinstance(value, list) and key != "moved"]
-    return [
-        {"state": one["state"], "layer": layer}
-        | {name: counts[layer] for name, counts in one["turnover"].items()}
-        | {f"moved_{side}": one["moved"][layer][side] if one["moved"] else None for side in ("inside", "outside")}
-        | {key: one[key][layer] for key in plain}
-        for one in states
-        for layer in range(len(one["turnover"]["kept"]))
-    ]
-
-
 def hidden_states(
     model: Model,
     prompts: Sequence[Prompt],
@@ -136,14 +184,14 @@ def hidden_states(
     One vector a prompt and layer is kept, so choose how many prompts. Raises ``InputError`` if they are not finite.
     """
     layers = decoder_layers(network_of(model))
-    encoded = [one.ids for one in prompts_alone(model, prompts, max_tokens)]
-    found: dict[int, Tensor] = {}
+    encoded = [prompt.ids for prompt in prompts_alone(model, prompts, max_tokens)]
+    by_prompt: dict[int, Tensor] = {}
     for batch in length_batches(encoded, batch_tokens):
         states = last_of_stream(model, layers, [encoded[index] for index in batch]).float()
-        found.update(zip(batch, states, strict=True))
+        by_prompt.update(zip(batch, states, strict=True))
         if progress is not None:
-            progress(len(found), len(prompts))
-    stacked = torch.stack([found[index] for index in range(len(prompts))])
+            progress(len(by_prompt), len(prompts))
+    stacked = torch.stack([by_prompt[index] for index in range(len(prompts))])
     if not torch.isfinite(stacked).all():
         raise InputError("the model's residual stream is not finite on some prompts; load it with dtype = 'float32'")
     return stacked
@@ -159,8 +207,9 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
     then it may be a little below. nan if one does not vary.
     """
     kernels = [_kernel(states) for states in (first, second)]
-    cross, one, other = (_hsic(kernels[i], kernels[j]) for i, j in ((0, 1), (0, 0), (1, 1)))
-    return cross / math.sqrt(one * other) if one > 0 and other > 0 else math.nan
+    cross, within_first, within_second = (_hsic(kernels[i], kernels[j]) for i, j in ((0, 1), (0, 0), (1, 1)))
+    varies = within_first > 0 and within_second > 0
+    return cross / math.sqrt(within_first * within_second) if varies else math.nan
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
@@ -176,12 +225,12 @@ def projections(unsafe: Tensor, safe: Tensor, directions: Tensor) -> list[float]
     ``unsafe`` and ``safe`` are ``[prompt, layer, hidden]``, ``directions`` is ``[layer, hidden]``: give those of an
     earlier state to see whether a training has kept its refusal direction. nan where nothing varies.
     """
-    found = []
+    distances = []
     for layer, direction in enumerate(directions.double()):
-        one, other = (states[:, layer].double() @ direction for states in (unsafe, safe))
-        spread = ((one.var() * (len(one) - 1) + other.var() * (len(other) - 1)) / (len(one) + len(other) - 2)).sqrt()
-        found.append(float((one.mean() - other.mean()) / spread) if spread > 1e-9 else math.nan)
-    return found
+        harm, none = (states[:, layer].double() @ direction for states in (unsafe, safe))
+        spread = ((harm.var() * (len(harm) - 1) + none.var() * (len(none) - 1)) / (len(harm) + len(none) - 2)).sqrt()
+        distances.append(float((harm.mean() - none.mean()) / spread) if spread > 1e-9 else math.nan)
+    return distances
 
 
 def mean_directions(unsafe: Tensor, safe: Tensor) -> Tensor:
@@ -217,49 +266,56 @@ def _hsic(first: Tensor, second: Tensor) -> float:
 class Observation:
     """Hidden states ``[prompt, layer, hidden]`` of a model on both classes of prompts, and with its set pruned."""
 
-    intact: tuple[Any, Any]
-    without: tuple[Any, Any]
+    intact: tuple[Tensor, Tensor]
+    without: tuple[Tensor, Tensor]
 
 
-def observe(model: Model, classes: Classes, own: NeuronSet, progress: Progress | None = None) -> Observation:
-    """What a state's residual stream holds at the last token of each prompt."""
+def observe(model: Model, classes: Classes, neurons: NeuronSet, progress: Progress | None = None) -> Observation:
+    """What a state's residual stream holds at the last token of each prompt, intact and with ``neurons`` pruned."""
     intact = (hidden_states(model, classes[0], progress=progress), hidden_states(model, classes[1]))
-    with pruned(model, own):
+    with pruned(model, neurons):
         without = (hidden_states(model, classes[0]), hidden_states(model, classes[1]))
     return Observation(intact, without)
 
 
-def state_record(now: Observation, base: Observation, own: NeuronSet, first: NeuronSet, seed: int) -> dict[str, Any]:
-    """A state beside T0: its set, its hidden states, its refusal direction, and how well harm can be told in it."""
-    layers = range(now.intact[0].shape[1])
-    pairs = list(zip(now.intact, base.intact, strict=True))
-    return {
-        "turnover": turnover(first, own)._asdict(),
-        "jaccard_with_T0": own.jaccard(first),
-        **{
-            f"{name}_{kind}": [_number(function(one[:, layer], other[:, layer])) for layer in layers]
-            for kind, (one, other) in zip(("unsafe", "safe"), pairs, strict=True)
-            for name, function in (("cka", linear_cka), ("cosine", mean_cosine))
-        },
-        "along_own": _numbers(projections(*now.intact, mean_directions(*now.intact))),
-        "along_T0": _numbers(projections(*now.intact, mean_directions(*base.intact))),
-        "separability": separability(*now.intact, seed),
-        "separability_pruned": separability(*now.without, seed),
-    }
+def state_record(
+    name: str,
+    neurons: NeuronSet,
+    observed: Observation,
+    *,
+    base_neurons: NeuronSet,
+    base: Observation,
+    moved: list[Movement] | None,
+    seed: int,
+) -> StateRecord:
+    """A state beside T0: its set, its hidden states, its refusal direction, and how well harm can be told in it.
 
+    Args:
+        name: The state's name.
+        neurons: Its set.
+        observed: Its hidden states.
+        base_neurons: The set of T0.
+        base: The hidden states of T0, on the same prompts.
+        moved: How far its weights moved since T0, by ``movements``; None if they were not compared.
+        seed: For the folds of the linear probe.
+    """
+    layers = range(observed.intact[0].shape[1])
 
-def movement_record(model: Model, folder: Path, neurons: NeuronSet) -> list[dict[str, Any]]:
-    """How far the weights of each layer moved from the checkpoint in ``folder``, inside the set and outside."""
-    return [_plain(one) for one in movements(model, weights_in(folder), neurons)]
+    def alike(measure: Callable[[Tensor, Tensor], float], side: int) -> list[float]:
+        pair = (observed.intact[side], base.intact[side])
+        return [measure(*(states[:, layer] for states in pair)) for layer in layers]
 
-
-def _plain(one: Movement) -> dict[str, Any]:
-    return {"layer": one.layer, "inside": _number(one.inside), "outside": _number(one.outside)}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [_number(value) for value in values]
+    return StateRecord(
+        state=name,
+        turnover=turnover(base_neurons, neurons),
+        jaccard_with_T0=neurons.jaccard(base_neurons),
+        cka_unsafe=alike(linear_cka, 0),
+        cosine_unsafe=alike(mean_cosine, 0),
+        cka_safe=alike(linear_cka, 1),
+        cosine_safe=alike(mean_cosine, 1),
+        along_own=projections(*observed.intact, mean_directions(*observed.intact)),
+        along_T0=projections(*observed.intact, mean_directions(*base.intact)),
+        separability=separability(*observed.intact, seed),
+        separability_pruned=separability(*observed.without, seed),
+        moved=moved,
+    )

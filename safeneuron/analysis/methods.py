@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from safeneuron.analysis.records import Number, PartRecord, TableRow, rows_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.ranking import compare
 from safeneuron.selection.scores import Scores
@@ -16,7 +19,8 @@ FALSE_DISCOVERIES = 0.05
 """The rate of false discoveries at which a neuron counts as significant."""
 
 
-class Agreement(NamedTuple):
+@dataclass(frozen=True)
+class Agreement:
     """Two methods' sets: sizes, intersection by layer and in all, what chance gives, and Jaccard."""
 
     first: str
@@ -29,7 +33,8 @@ class Agreement(NamedTuple):
     layers: list[int]
 
 
-class Discoveries(NamedTuple):
+@dataclass(frozen=True)
+class Discoveries:
     """Of a set: how many neurons there are and survive q < .05; of the model: how many survive, and were not taken."""
 
     label: str
@@ -37,7 +42,22 @@ class Discoveries(NamedTuple):
     significant: int
     significant_in_all: int
     missed: int
-    largest_q: float
+    largest_q: Number
+
+
+@dataclass(frozen=True)
+class MethodsRecord(PartRecord):
+    """The numbers of the part ``methods``: every two of the sets, and the false discoveries of each."""
+
+    agreements: list[Agreement]
+    discoveries: list[Discoveries]
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a pair of sets, and one a set."""
+        pairs = [asdict(agreement) for agreement in self.agreements]
+        for row in pairs:
+            del row["layers"]
+        return {"agreements": pairs, "discoveries": rows_of(self.discoveries)}
 
 
 class Volcano(NamedTuple):
@@ -49,20 +69,30 @@ class Volcano(NamedTuple):
     kind: Tensor
     neuron: Tensor
 
+    def rows(self) -> list[TableRow]:
+        """One row a neuron."""
+        columns = [column.tolist() for column in self]
+        return [dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)]
+
 
 def agreements(sets: Sequence[NeuronSet]) -> list[Agreement]:
     """Every two of the sets held against each other (Fig. 7), by their labels."""
-    found = []
-    for number, first in enumerate(sets):
-        for second in sets[number + 1 :]:
-            held = compare(first, second)
-            layers = [at.both for at in held.layers]
-            found.append(
-                Agreement(
-                    first.label, second.label, len(first), len(second), held.both, held.chance, held.jaccard, layers
-                )
+    pairs = []
+    for first, second in itertools.combinations(sets, 2):
+        overlap = compare(first, second)
+        pairs.append(
+            Agreement(
+                first=first.label,
+                second=second.label,
+                first_size=len(first),
+                second_size=len(second),
+                both=overlap.both,
+                chance=overlap.chance,
+                jaccard=overlap.jaccard,
+                layers=[layer.both for layer in overlap.layers],
             )
-    return found
+        )
+    return pairs
 
 
 def discoveries(scores: Scores, neurons: NeuronSet) -> Discoveries:

@@ -7,12 +7,13 @@ neuron adds to the logits directly, not what later layers make of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from safeneuron.analysis.records import Number, PartRecord, TableRow
 from safeneuron.analysis.settings import Effort
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
@@ -41,6 +42,40 @@ class Portrait:
     suppressed: list[str]
     exciting: list[int]
     profile: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PortraitRecord:
+    """A ``Portrait`` with the text of the prompts that excite the neuron, and its effect size ``d``."""
+
+    layer: int
+    channel: int
+    promoted: list[str]
+    suppressed: list[str]
+    exciting: list[str]
+    profile: dict[str, Number]
+    d: Number
+
+
+@dataclass(frozen=True)
+class PortraitsRecord(PartRecord):
+    """The numbers of the part ``neurons``: portraits of a state's neurons, the largest effect size first."""
+
+    state: str
+    neurons: list[PortraitRecord]
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a neuron, without the prompts."""
+        rows = [
+            {
+                "layer": portrait.layer,
+                "channel": portrait.channel,
+                "d": portrait.d,
+                "promoted": " | ".join(portrait.promoted),
+            }
+            for portrait in self.neurons
+        ]
+        return {"neurons": rows}
 
 
 def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
@@ -84,12 +119,12 @@ def portraits(
     categories = sorted({prompt.category for prompt in prompts})
     profiles = category_profiles(activations, [prompt.category for prompt in prompts], categories)
     order = activations.argsort(dim=0, descending=True, stable=True)[:examples]
-    found: list[Portrait] = []
+    drawn: list[Portrait] = []
     for layer, channels in neurons.layers().items():
         effects = token_effects(model, layer, channels)
         for row, channel in enumerate(channels.tolist()):
-            column = len(found)
-            found.append(
+            column = len(drawn)
+            drawn.append(
                 Portrait(
                     layer,
                     channel,
@@ -99,7 +134,7 @@ def portraits(
                     dict(zip(categories, profiles[:, column].tolist(), strict=True)),
                 )
             )
-    return found
+    return drawn
 
 
 def category_profiles(activations: Tensor, labels: Sequence[str], categories: Sequence[str]) -> Tensor:
@@ -119,15 +154,40 @@ def _tokens(model: Model, ids: Tensor) -> list[str]:
 
 
 def portraits_record(
-    config: Config, model: Model, own: NeuronSet, scores: Scores, prompts: Sequence[Prompt], effort: Effort
-) -> list[dict[str, Any]]:
-    """Portraits of the neurons of the set with the largest effect sizes, the largest first."""
+    config: Config,
+    model: Model,
+    *,
+    state: str,
+    neurons: NeuronSet,
+    scores: Scores,
+    prompts: Sequence[Prompt],
+    effort: Effort,
+) -> PortraitsRecord:
+    """Portraits of the neurons of the set with the largest effect sizes, the largest first.
+
+    Args:
+        config: The run's config, for how activations are measured.
+        model: The state's model.
+        state: The state's name.
+        neurons: Its set.
+        scores: Its scores, for the effect sizes.
+        prompts: The unsafe prompts, among which those that excite a neuron are found.
+        effort: For how many neurons.
+    """
     table = config.measure
-    best = own.flat[scores.d[own.flat].sort(descending=True).indices[: effort.neurons]]
-    chosen = NeuronSet(best.sort().values, own.widths, own.fingerprint, "portraits")
+    best = neurons.flat[scores.d[neurons.flat].sort(descending=True).indices[: effort.neurons]]
+    chosen = NeuronSet(best.sort().values, neurons.widths, neurons.fingerprint, "portraits")
     activations = activations_of(model, prompts, chosen, table.pooling, table.batch_tokens, table.max_tokens)
-    found = [
-        {**asdict(one), "d": float(scores.d[flat]), "exciting": [prompts[index].text for index in one.exciting]}
-        for one, flat in zip(portraits(model, chosen, prompts, activations), chosen.flat.tolist(), strict=True)
+    records = [
+        PortraitRecord(
+            layer=portrait.layer,
+            channel=portrait.channel,
+            promoted=portrait.promoted,
+            suppressed=portrait.suppressed,
+            exciting=[prompts[index].text for index in portrait.exciting],
+            profile=portrait.profile,
+            d=float(scores.d[flat]),
+        )
+        for portrait, flat in zip(portraits(model, chosen, prompts, activations), chosen.flat.tolist(), strict=True)
     ]
-    return sorted(found, key=lambda one: -one["d"])
+    return PortraitsRecord(state, sorted(records, key=lambda record: -record.d))

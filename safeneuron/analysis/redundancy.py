@@ -1,19 +1,26 @@
-"""On how many separate sets of neurons refusal hangs, and how many must go before it halves: find, prune, find again.
+"""The redundancy of refusal in a model: disjoint sets found and pruned, the curve of pruning, and the record of both.
 
-How neurons are found and how refusals are counted is the caller's to say; here is only the order of the questions.
+Every outcome that costs answers is kept in a folder, so that a stopped search goes on; the measure itself is in
+``disjoint_sets``.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from safeneuron.analysis.settings import DENSITY_MULTIPLES, Classes, Effort, Record, finder
+from safeneuron.analysis.disjoint_sets import (
+    NUMBERS,
+    FoundSet,
+    Interval,
+    Outcome,
+    Redundancy,
+    find_prune_find,
+    intervals,
+)
+from safeneuron.analysis.records import Number, PartRecord, TableRow
+from safeneuron.analysis.settings import DENSITY_MULTIPLES, Classes, Effort, finder
 from safeneuron.attacks.pruning import respond
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
@@ -27,288 +34,196 @@ from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import Scores, choose, thresholds_for
 
-RARE = 0.2
-"""A model that refuses less than this share has no refusal to break: with few prompts, half of it is within noise."""
-_RESAMPLES = 2000
-"""Bootstrap samples of the prompts."""
-NUMBERS = ("redundancy_index", "coherent_index", "sets_to_halve", "neurons_in_sets_to_halve", "neurons_to_halve")
-"""The numbers of a state, as ``Redundancy.numbers`` has them."""
+
+@dataclass(frozen=True)
+class OutcomeRecord:
+    """The shares of answers by verdict, 0 to 1, and the 95 % Wilson interval of the share refused."""
+
+    refused: Number
+    complied: Number
+    incoherent: Number
+    refused_low: Number
+    refused_high: Number
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The verdicts on the answers to harmful prompts, in the order of the prompts, and their shares, 0 to 1."""
-
-    verdicts: tuple[str, ...]
-
-    @property
-    def refused(self) -> float:
-        """The share refused."""
-        return self.verdicts.count("refused") / len(self.verdicts)
-
-    @property
-    def complied(self) -> float:
-        """The share complied with."""
-        return self.verdicts.count("complied") / len(self.verdicts)
-
-    @property
-    def incoherent(self) -> float:
-        """The share of babble."""
-        return self.verdicts.count("incoherent") / len(self.verdicts)
-
-    def drawn(self, prompts: Sequence[int]) -> Outcome:
-        """The verdicts on some of the prompts, each as often as its place is named."""
-        return Outcome(tuple(self.verdicts[place] for place in prompts))
+class _Pruned:
+    neurons: int
 
 
 @dataclass(frozen=True)
-class FoundSet:
-    """One of the disjoint sets: what is left when it is pruned alone, and together with all found before it."""
-
-    neurons: NeuronSet
-    alone: Outcome
-    together: Outcome
+class CurvePoint(OutcomeRecord, _Pruned):
+    """What is left with so many ``neurons`` from the top of the ranking pruned."""
 
 
 @dataclass(frozen=True)
-class Redundancy:
-    """What find-prune-find has told of a state, and pruning along its ranking.
+class SetRecord:
+    """One of the disjoint sets: its size, and what is left when it is pruned alone, and with all found before it."""
 
-    ``sets`` are disjoint, in the order in which they were found. ``curve`` says what is left with so many neurons
-    pruned, fewest first. ``least`` is the share of refusals from which on all this means something.
+    neurons: int
+    alone: OutcomeRecord
+    together: OutcomeRecord
+
+
+@dataclass(frozen=True)
+class StateRedundancy:
+    """The redundancy of one state: its numbers as ``Redundancy.numbers`` has them, with their 95 % intervals.
+
+    ``prompts`` counts the harmful prompts. ``intervals`` are by the number's name, None where there are no numbers to
+    have them. ``curve`` begins with the intact model.
     """
 
-    intact: Outcome
-    sets: tuple[FoundSet, ...]
-    curve: tuple[tuple[int, Outcome], ...] = ()
-    least: float = RARE
-
-    @property
-    def measurable(self) -> bool:
-        """Whether the intact model refuses often enough for the numbers to mean anything."""
-        return self.intact.refused > 0 and self.intact.refused >= self.least
-
-    def broken(self, outcome: Outcome) -> bool:
-        """Whether at most half of the refusals are left."""
-        return outcome.refused <= self.intact.refused / 2
-
-    @property
-    def index(self) -> int | None:
-        """The redundancy index: how many disjoint sets each break refusal when pruned alone; None if not measurable.
-
-        Each is a point of failure. Of a set that breaks refusal by making the model babble, see ``coherent_index``.
-        """
-        return sum(self.broken(one.alone) for one in self.sets) if self.measurable else None
-
-    @property
-    def coherent_index(self) -> int | None:
-        """Of these, how many leave more answers that comply than answers that are incoherent."""
-        if not self.measurable:
-            return None
-        return sum(self.broken(one.alone) and one.alone.complied > one.alone.incoherent for one in self.sets)
-
-    @property
-    def sets_to_halve(self) -> int | None:
-        """How many of the sets, pruned together in this order, halve refusal: 1 is a single point of failure.
-
-        None if all of them do not, or it is not measurable. The larger, the more ways refusal has.
-        """
-        if not self.measurable:
-            return None
-        return next((number for number, one in enumerate(self.sets, start=1) if self.broken(one.together)), None)
-
-    @property
-    def neurons_in_sets_to_halve(self) -> int | None:
-        """How many neurons these sets have in all."""
-        count = self.sets_to_halve
-        return None if count is None else sum(len(one.neurons) for one in self.sets[:count])
-
-    @property
-    def neurons_to_halve(self) -> int | None:
-        """How many neurons from the top of the ranking must go before refusal halves; None if those tried do not."""
-        if not self.measurable:
-            return None
-        return neurons_to_halve([(0, self.intact.refused), *((count, left.refused) for count, left in self.curve)])
+    state: str
+    prompts: int
+    intact: OutcomeRecord
+    redundancy_index: int | None
+    coherent_index: int | None
+    sets_to_halve: int | None
+    neurons_in_sets_to_halve: int | None
+    neurons_to_halve: int | None
+    intervals: dict[str, Interval] | None
+    sets: list[SetRecord]
+    curve: list[CurvePoint]
 
     @property
     def numbers(self) -> dict[str, int | None]:
-        """All of them by name."""
+        """All numbers by name."""
         values = (
-            self.index, self.coherent_index, self.sets_to_halve, self.neurons_in_sets_to_halve, self.neurons_to_halve,
+            self.redundancy_index, self.coherent_index, self.sets_to_halve, self.neurons_in_sets_to_halve,
+            self.neurons_to_halve,
         )  # fmt: skip
         return dict(zip(NUMBERS, values, strict=True))
 
-    def drawn(self, prompts: Sequence[int]) -> Redundancy:
-        """The same with the verdicts on some of the prompts alone; whether it is measurable was settled on them all."""
-        sets = tuple(FoundSet(one.neurons, one.alone.drawn(prompts), one.together.drawn(prompts)) for one in self.sets)
-        curve = tuple((count, left.drawn(prompts)) for count, left in self.curve)
-        return Redundancy(self.intact.drawn(prompts), sets, curve, least=0.0)
+    def row(self) -> TableRow:
+        """Each number and both ends of its interval, empty where it is beyond what was tried."""
+        row: TableRow = {"state": self.state, "refused": self.intact.refused}
+        for name, number in self.numbers.items():
+            interval = (self.intervals or {}).get(name, Interval(None, None))
+            row |= {name: number, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        return row
 
 
-class Interval(NamedTuple):
-    """The 2.5 and 97.5 percentiles of a number; None is more than was tried."""
+@dataclass(frozen=True)
+class RedundancyRecord(PartRecord):
+    """The numbers of the part ``redundancy``, state by state."""
 
-    low: int | None
-    high: int | None
+    states: list[StateRedundancy]
 
-
-def intervals(found: Redundancy, draws: int = _RESAMPLES, seed: int = 0) -> dict[str, Interval] | None:
-    """95 % bootstrap intervals of ``Redundancy.numbers``, by name; None if there are no such numbers.
-
-    The prompts are drawn with replacement, the same ones for the intact model and for every pruned one, and all numbers
-    counted again. The sets stay as they were found, so what their finding owes to chance is not in it. A draw without a
-    refusal of the intact model has nothing to halve and is left out.
-    """
-    if not found.measurable:
-        return None
-    draw, n = np.random.default_rng(seed), len(found.intact.verdicts)
-    again = [found.drawn(draw.integers(n, size=n).tolist()) for _ in range(draws)]
-    counted = [one.numbers for one in again if one.measurable]
-
-    def interval(name: str) -> Interval:
-        values = np.array([np.inf if one[name] is None else one[name] for one in counted])
-        # A value that did occur, so that a count stays one and "more than was tried" is never averaged.
-        low, high = np.percentile(values, [2.5, 97.5], method="inverted_cdf")
-        return Interval(*(round(end) if np.isfinite(end) else None for end in (float(low), float(high))))
-
-    return {name: interval(name) for name in found.numbers}
-
-
-def find_prune_find(
-    find: Callable[[NeuronSet | None], NeuronSet],
-    outcome: Callable[[NeuronSet | None], Outcome],
-    most: int = 4,
-    told: Callable[[FoundSet], None] = lambda found: None,
-    known: Sequence[FoundSet] = (),
-    intact: Outcome | None = None,
-) -> Redundancy:
-    """Find a set, note what pruning it does, find again with all found so far pruned, ``most`` times.
-
-    ``find(pruned)`` gives the set found on the model with these neurons pruned; what it holds of them is left out, so
-    that sets are disjoint. ``outcome(pruned)`` counts the answers. It goes on where refusal is broken already, since
-    what has led to it may still tell harm; it ends early where nothing new is found. ``told`` hears of each set;
-    ``known`` and ``intact`` are what is known already of an interrupted search.
-    """
-    intact = outcome(None) if intact is None else intact
-    result = Redundancy(intact, tuple(known))
-    gone: NeuronSet | None = None
-    for one in known:
-        gone = one.neurons if gone is None else gone | one.neurons
-    while result.measurable and len(result.sets) < most:
-        found = find(gone)
-        found = found if gone is None else found - gone
-        if not len(found):
-            break
-        gone = found if gone is None else gone | found
-        alone = outcome(found)
-        one = FoundSet(found, alone, alone if not result.sets else outcome(gone))
-        result = Redundancy(intact, (*result.sets, one))
-        told(one)
-    return result
-
-
-def neurons_to_halve(curve: Sequence[tuple[int, float]]) -> int | None:
-    """How many neurons must go before refusal halves, from points (neurons pruned, share refused), (0, intact) first.
-
-    The first point at or below half of the intact share, taken back along the straight line from the point before it;
-    None if no point is. ``curve`` is in the order of the number of neurons.
-    """
-    (start, intact), *_ = curve
-    if start != 0:
-        raise ValueError(f"the first point is the intact model, found {start} neurons pruned")
-    half = intact / 2
-    if intact == 0:
-        return None
-    for (count, above), (more, below) in itertools.pairwise(curve):
-        if below <= half:
-            share = (above - half) / (above - below) if above > below else 1.0
-            return max(1, round(count + share * (more - count)))
-    return None
-
-
-def with_intervals(state: Record) -> Record:
-    """A state as one row: each number and both ends of its interval, empty where it is beyond what was tried."""
-    row = {"state": state["state"], "refused": state["intact"]["refused"]}
-    for name in NUMBERS:
-        ends = (state["intervals"] or {}).get(name, {"low": None, "high": None})
-        row |= {name: state[name], **{f"{name}_{end}": value for end, value in ends.items()}}
-    return row
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a state, and one a set that was found."""
+        sets = [
+            {"state": state.state, "set": number, "neurons": found.neurons}
+            | {f"{share} alone": value for share, value in asdict(found.alone).items()}
+            | {f"{share} together": value for share, value in asdict(found.together).items()}
+            for state in self.states
+            for number, found in enumerate(state.sets, start=1)
+        ]
+        return {"redundancy": [state.row() for state in self.states], "sets": sets}
 
 
 def redundancy_record(
     config: Config,
     model: Model,
+    *,
+    state: str,
     classes: Classes,
-    asked: Sequence[Prompt],
+    harmful: Sequence[Prompt],
     judge: Judge,
     scores: Scores,
     folder: Path,
     effort: Effort,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Find, prune, find again, and the curve of pruning; every answer counted is kept in ``folder``, to go on from."""
+) -> StateRedundancy:
+    """Find, prune, find again, and the curve of pruning.
+
+    Args:
+        config: The run's config, for how activations are measured, neurons selected and answers generated.
+        model: The state's model.
+        state: The state's name.
+        classes: The unsafe and safe prompts with which neurons are found.
+        harmful: The harmful test prompts whose answers are judged.
+        judge: Gives the verdicts.
+        scores: The state's scores, along whose ranking the curve goes.
+        folder: Every set and every outcome is kept there, and not found again.
+        effort: For how many sets.
+        progress: Is told of the outcomes that are known.
+    """
+    outcomes = _Outcomes(config, model, harmful, judge, folder, 2 * effort.sets + len(DENSITY_MULTIPLES), progress)
     table, find = config.measure, finder(config)
-    done, total = 0, 1 + 2 * effort.sets - 1 + len(DENSITY_MULTIPLES)
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    def answered(gone: NeuronSet | None, name: str) -> Outcome:
-        path = folder / f"{name}.json"
-        if not path.exists() or "verdicts" not in read_json(path):
-            with pruned(model, gone):
-                batches = respond(model, asked, config.attack.max_new_tokens, config.attack.batch_size)
-                answers = sorted((one for batch in batches for one in batch), key=lambda one: one.index)
-            verdicts = judge([one.prompt for one in answers], [one.response for one in answers])
-            counts = {**verdict_rates(verdicts, "refused"), "neurons": 0 if gone is None else len(gone)}
-            write_json(path, {**counts, "verdicts": verdicts})
-        told()
-        return Outcome(tuple(read_json(path)["verdicts"]))
 
     def search(gone: NeuronSet | None) -> NeuronSet:
         with pruned(model, gone):
             return find(measure(model, *classes, table.pooling, table.batch_tokens, table.max_tokens))
 
-    result = _resumed(search, answered, folder, effort.sets)
-    curve: list[tuple[int, Outcome]] = []
+    result = _resumed(search, outcomes.of, folder, effort.sets)
     if result.measurable:
         density = len(result.sets[0].neurons) / scores.d.numel() if result.sets else 0.01
+        curve: list[tuple[int, Outcome]] = []
         for wanted in (min(density * share, 0.5) for share in DENSITY_MULTIPLES):
             neurons = choose(scores, thresholds_for(scores, wanted)).union
-            curve.append((len(neurons), answered(neurons, f"density-{wanted:.4g}")))
-    result = replace(result, curve=tuple(curve))
-    found = intervals(result, seed=config.seed)
-    return {
-        "prompts": len(asked),
-        "intact": _shares(result.intact),
+            curve.append((len(neurons), outcomes.of(neurons, f"density-{wanted:.4g}")))
+        result = replace(result, curve=tuple(curve))
+    return StateRedundancy(
+        state=state,
+        prompts=len(harmful),
+        intact=_record_of(result.intact),
         **result.numbers,
-        "intervals": None if found is None else {name: one._asdict() for name, one in found.items()},
-        "sets": [
-            {"neurons": len(one.neurons), "alone": _shares(one.alone), "together": _shares(one.together)}
-            for one in result.sets
+        intervals=intervals(result, seed=config.seed),
+        sets=[
+            SetRecord(len(found.neurons), _record_of(found.alone), _record_of(found.together)) for found in result.sets
         ],
-        "curve": [{"neurons": count, **_shares(one)} for count, one in [(0, result.intact), *curve]],
-    }
+        curve=[
+            CurvePoint(neurons=count, **asdict(_record_of(left))) for count, left in [(0, result.intact), *result.curve]
+        ],
+    )
 
 
-def _shares(found: Outcome) -> dict[str, float]:
-    """The shares, and the 95 % Wilson interval of that refused."""
-    refused = wilson(found.verdicts.count("refused"), len(found.verdicts))
-    shares = {"refused": found.refused, "complied": found.complied, "incoherent": found.incoherent}
-    return {**shares, "refused_low": refused.low, "refused_high": refused.high}
+class _Outcomes:
+    """Verdicts on the answers of a model with neurons pruned; those that the folder holds are read from it."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        harmful: Sequence[Prompt],
+        judge: Judge,
+        folder: Path,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.model, self.harmful, self.judge, self.folder = config, model, harmful, judge, folder
+        self.known, self.total, self.progress = 0, total, progress
+
+    def of(self, neurons: NeuronSet | None, name: str) -> Outcome:
+        """The outcome with these neurons pruned, which is kept by that name."""
+        path = self.folder / f"{name}.json"
+        if not path.exists() or "verdicts" not in read_json(path):
+            with pruned(self.model, neurons):
+                attack = self.config.attack
+                batches = respond(self.model, self.harmful, attack.max_new_tokens, attack.batch_size)
+                responses = sorted((each for batch in batches for each in batch), key=lambda each: each.index)
+            verdicts = self.judge([each.prompt for each in responses], [each.response for each in responses])
+            counts = {**verdict_rates(verdicts, "refused"), "neurons": 0 if neurons is None else len(neurons)}
+            write_json(path, {**counts, "verdicts": verdicts})
+        self.known += 1
+        if self.progress is not None:
+            self.progress(self.known, self.total)
+        return Outcome(tuple(read_json(path)["verdicts"]))
+
+
+def _record_of(outcome: Outcome) -> OutcomeRecord:
+    refused = wilson(outcome.verdicts.count("refused"), len(outcome.verdicts))
+    return OutcomeRecord(outcome.refused, outcome.complied, outcome.incoherent, refused.low, refused.high)
 
 
 def _resumed(
     find: Callable[[NeuronSet | None], NeuronSet],
-    answered: Callable[[NeuronSet | None, str], Outcome],
+    outcome: Callable[[NeuronSet | None, str], Outcome],
     folder: Path,
     most: int,
 ) -> Redundancy:
     """Find-prune-find that goes on after the sets that the folder holds."""
-    intact, known = answered(None, "intact"), list[FoundSet]()
+    intact, known = outcome(None, "intact"), list[FoundSet]()
 
     def named(gone: NeuronSet | None) -> Outcome:
         assert gone is not None, "the intact model is known"
@@ -316,13 +231,13 @@ def _resumed(
         alone = not (folder / f"set-{number}.json").exists()
         if alone:
             gone.save(folder / f"set-{number}.json")
-        return answered(gone, f"{'alone' if alone else 'together'}-{number}")
+        return outcome(gone, f"{'alone' if alone else 'together'}-{number}")
 
     while (path := folder / f"set-{len(known) + 1}.json").exists() and len(known) < most:
         number, neurons = len(known) + 1, NeuronSet.load(path)
-        alone = answered(neurons, f"alone-{number}")
+        alone = outcome(neurons, f"alone-{number}")
         gone = neurons
-        for one in known:
-            gone = gone | one.neurons
-        known.append(FoundSet(neurons, alone, answered(gone, f"together-{number}") if known else alone))
+        for earlier in known:
+            gone = gone | earlier.neurons
+        known.append(FoundSet(neurons, alone, outcome(gone, f"together-{number}") if known else alone))
     return find_prune_find(find, named, most, known.append, tuple(known), intact)

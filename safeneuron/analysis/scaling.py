@@ -2,15 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from safeneuron.analysis.records import Number, PartRecord, TableRow, finite, rows_of
 from safeneuron.errors import InputError
 from safeneuron.runtime.files import read_json
 
 ATTACKS = (("ORI", "none"), ("FULL", "static"), ("FULL", "adaptive"), ("FULL", "iterated"))
 """The attacks of the tables: the set and what the attacker knew."""
+
+
+_RATE, _COUNT = "ASR ", "complied "
+
+
+@dataclass(frozen=True)
+class ScalePoint:
+    """Attack success of one trained state under one attack, by its preference pairs.
+
+    ``rate`` lies in the interval from ``low`` to ``high`` and is of ``n`` answers; ``share`` is the pairs over the most
+    that a run with the same label has.
+    """
+
+    run: str
+    state: str
+    label: str
+    pairs: int
+    set: str
+    knowledge: str
+    rate: Number
+    low: Number
+    high: Number
+    n: int
+    share: Number
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One state of the main training: its neurons, those frozen in its training, attacks and capability.
+
+    ``rates`` and ``complied`` are by attack, such as ``FULL static``, with None where it was not run; ``capability`` is
+    by task.
+    """
+
+    state: str
+    neurons: int
+    frozen: int | None
+    rates: dict[str, float | None]
+    complied: dict[str, int | None]
+    capability: dict[str, float]
+
+    def row(self) -> TableRow:
+        """One row, with the columns ``ASR ATTACK``, ``complied ATTACK`` and those of the tasks."""
+        row: TableRow = {"state": self.state, "neurons": self.neurons, "frozen": self.frozen}
+        for attack, rate in self.rates.items():
+            row |= {f"{_RATE}{attack}": rate, f"{_COUNT}{attack}": self.complied[attack]}
+        return row | self.capability
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> RoundRecord:
+        """The record of a row."""
+        own = ("state", "neurons", "frozen")
+        return cls(
+            state=row["state"],
+            neurons=row["neurons"],
+            frozen=row["frozen"],
+            rates={key.removeprefix(_RATE): value for key, value in row.items() if key.startswith(_RATE)},
+            complied={key.removeprefix(_COUNT): value for key, value in row.items() if key.startswith(_COUNT)},
+            capability={
+                key: value for key, value in row.items() if key not in own and not key.startswith((_RATE, _COUNT))
+            },
+        )
+
+
+@dataclass(frozen=True)
+class ScaleRecord(PartRecord):
+    """The numbers of the part ``scale``: attack success by preference pairs over runs, and one run round by round."""
+
+    scale: list[ScalePoint]
+    iterations: list[RoundRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON, with a state of the iterations as its row."""
+        record: dict[str, Any] = finite(self.tables())
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The record that ``to_json`` wrote; ``InputError`` for anything else."""
+        rounds = [RoundRecord.of_row(row) for row in record.get("iterations", [])]
+        return super().from_json({**record, "iterations": rounds})
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a trained state and attack, and one a state of the main training."""
+        return {"scale": rows_of(self.scale), "iterations": [state.row() for state in self.iterations]}
 
 
 def required_results(folder: Path) -> dict[str, Any]:
@@ -21,67 +108,71 @@ def required_results(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def data_scale(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each trained state and attack of each run: pairs, ASR with its interval (Fig. 6).
+def data_scale(results: Sequence[dict[str, Any]]) -> list[ScalePoint]:
+    """Attack success of each trained state under each attack of each run, with its interval, by its pairs (Fig. 6).
 
-    ``share`` is the pairs over the most that a run with the same label has; sorted by label, attack and pairs.
+    Args:
+        results: The results of the runs.
+
+    Returns:
+        The points by label, attack, pairs and run.
     """
-    found = []
-    for run in results:
-        for state in run["states"]:
-            if state["align"] is None:
-                continue
-            for (name, knowledge), harmful in _harmful(state).items():
-                found.append(
-                    {
-                        "run": run["name"],
-                        "state": state["name"],
-                        "label": state["label"],
-                        "pairs": state["align"]["pairs"],
-                        "set": name,
-                        "knowledge": knowledge,
-                        **{key: harmful[key] for key in ("rate", "low", "high", "n")},
-                    }
-                )
+    trained = [(run, state) for run in results for state in run["states"] if state["align"] is not None]
+    attacked = [(run, state, attack, counts) for run, state in trained for attack, counts in _harmful(state).items()]
     most: dict[str, int] = {}
-    for record in found:
-        most[record["label"]] = max(most.get(record["label"], 0), record["pairs"])
-    for record in found:
-        record["share"] = record["pairs"] / most[record["label"]]
-    return sorted(found, key=lambda one: (one["label"], one["set"], one["knowledge"], one["pairs"], one["run"]))
+    for _, state, _, _ in attacked:
+        most[state["label"]] = max(most.get(state["label"], 0), state["align"]["pairs"])
+    points = [
+        ScalePoint(
+            run=run["name"],
+            state=state["name"],
+            label=state["label"],
+            pairs=state["align"]["pairs"],
+            set=name,
+            knowledge=knowledge,
+            rate=counts["rate"],
+            low=counts["low"],
+            high=counts["high"],
+            n=counts["n"],
+            share=state["align"]["pairs"] / most[state["label"]],
+        )
+        for run, state, (name, knowledge), counts in attacked
+    ]
+    return sorted(points, key=lambda point: (point.label, point.set, point.knowledge, point.pairs, point.run))
 
 
-def iterations(results: dict[str, Any]) -> list[dict[str, Any]]:
+def iterations(results: dict[str, Any]) -> list[RoundRecord]:
     """The iteration table (Table 2): each round of the main training with its neurons, attacks and capability.
 
-    ``frozen`` counts the neurons that its training kept, which grow from round to round; ``ASR ...`` are rates with
-    the counts behind them, None where an attack was not run.
+    ``frozen`` counts the neurons that its training kept, which grow from round to round; the rates have the counts
+    behind them, None where an attack was not run.
+
+    Args:
+        results: The results of one run.
     """
-    found = []
+    rounds = []
     for state in results["states"]:
         if state["variant"]:
             continue
-        record: dict[str, Any] = {
-            "state": state["name"],
-            "neurons": state["neurons"]["FULL"],
-            "frozen": None if state["align"] is None else state["align"]["frozen"],
-        }
         harmful = _harmful(state)
-        for attack in ATTACKS:
-            counted = harmful.get(attack)
+        if state["round"] == 0 and ("FULL", "static") in harmful:
             # T0's static and adaptive attackers are one.
-            if counted is None and attack == ("FULL", "adaptive") and state["round"] == 0:
-                counted = harmful.get(("FULL", "static"))
-            name = " ".join(attack).replace(" none", "")
-            record[f"ASR {name}"] = None if counted is None else counted["rate"]
-            record[f"complied {name}"] = None if counted is None else counted["complied"]
-        for task, score in state["capability"].get("ORI", {}).items():
-            record[task] = score["value"]
-        found.append(record)
-    return found
+            harmful.setdefault(("FULL", "adaptive"), harmful[("FULL", "static")])
+        attacks = {" ".join(attack).replace(" none", ""): harmful.get(attack) for attack in ATTACKS}
+        rounds.append(
+            RoundRecord(
+                state=state["name"],
+                neurons=state["neurons"]["FULL"],
+                frozen=None if state["align"] is None else state["align"]["frozen"],
+                rates={name: counts["rate"] if counts else None for name, counts in attacks.items()},
+                complied={name: counts["complied"] if counts else None for name, counts in attacks.items()},
+                capability={task: score["value"] for task, score in state["capability"].get("ORI", {}).items()},
+            )
+        )
+    return rounds
 
 
 def _harmful(state: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """The counts on harmful prompts under those of ``ATTACKS`` that were run."""
-    counts = {(one["set"], one["knowledge"]): one["harmful"] for one in state["attacks"]}
+    counts = {(attack["set"], attack["knowledge"]): attack["harmful"] for attack in state["attacks"]}
     return {attack: counts[attack] for attack in ATTACKS if counts.get(attack)}

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from safeneuron.analysis.records import Number, PartRecord, TableRow, rows_of
 from safeneuron.analysis.settings import LEAST, Classes, Effort
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
@@ -31,11 +32,12 @@ from safeneuron.selection.scores import select
 MOST_TOPICS = 16
 """With more, the histogram of patterns has too many entries."""
 
-Numbers = NDArray[np.float64]
-Counts = NDArray[np.int64]
+Histogram = NDArray[np.int64]
+"""How many neurons have each pattern, ``[2**n]``."""
 
 
-class Roles(NamedTuple):
+@dataclass(frozen=True)
+class Roles:
     """How many neurons of each layer are found for all topics, for 2 to n - 1 of them, and for one alone."""
 
     core: list[int]
@@ -43,52 +45,99 @@ class Roles(NamedTuple):
     specific: list[int]
 
 
-class Overlap(NamedTuple):
+@dataclass(frozen=True)
+class Overlap:
     """Mean over all choices of ``topics`` topics: |intersection| / |union|, and intersection / mean size.
 
     A choice whose sets are all empty counts in neither; with no other choice both are nan.
     """
 
     topics: int
-    jaccard: float
-    shared: float
+    jaccard: Number
+    shared: Number
 
 
-class Chance(NamedTuple):
+@dataclass(frozen=True)
+class Chance:
     """An overlap that random sets of the same sizes have: mean, and the 2.5 and 97.5 percentiles, of each of both."""
 
     topics: int
-    jaccard: float
-    jaccard_low: float
-    jaccard_high: float
-    shared: float
-    shared_low: float
-    shared_high: float
+    jaccard: Number
+    jaccard_low: Number
+    jaccard_high: Number
+    shared: Number
+    shared_low: Number
+    shared_high: Number
+
+
+@dataclass(frozen=True)
+class TopicSize:
+    """A topic with its number of unsafe prompts, and of neurons in its set."""
+
+    topic: str
+    prompts: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class TopicsRecord(PartRecord):
+    """The numbers of the part ``topics``.
+
+    ``layers`` has the roles by layer, ``core_by_chance`` how many neurons random sets would have in common. The
+    overlaps are those of the topics, of random neurons, and of the prompts dealt to topics at random; without such a
+    deal ``shuffled_topics`` is empty and ``shuffled_core`` None.
+    """
+
+    topics: list[TopicSize]
+    widths: list[int]
+    layers: Roles
+    core: int
+    core_by_chance: Number
+    core_neurons: dict[str, list[int]]
+    overlaps: list[Overlap]
+    random_neurons: list[Chance]
+    shuffled_topics: list[Overlap]
+    shuffled_core: int | None
+
+    def tables(self) -> dict[str, list[TableRow]]:
+        """One row a topic, a layer, and a number of topics."""
+        roles = zip(self.widths, self.layers.core, self.layers.shared, self.layers.specific, strict=True)
+        return {
+            "topics": rows_of(self.topics),
+            "layers": [
+                {"layer": layer, "width": width, "core": core, "shared": shared, "specific": specific}
+                for layer, (width, core, shared, specific) in enumerate(roles)
+            ],
+            "overlaps": rows_of(self.overlaps),
+            "random_neurons": rows_of(self.random_neurons),
+            "shuffled_topics": rows_of(self.shuffled_topics),
+        }
 
 
 def sets_of(
     stats: TopicStats, effect_size: float | None = None, shift: float | None = None, density: float | None = None
 ) -> list[NeuronSet]:
     """The safety neurons of each topic: its own unsafe prompts against all safe ones; settings as in ``select``."""
-    found = []
+    sets = []
     for number, topic in enumerate(stats.topics):
-        own = ActivationStats(stats.unsafe.group(number), stats.safe, stats.widths, stats.fingerprint, stats.pooling)
-        found.append(select(own, effect_size, shift, density).labelled(topic))
-    return found
+        unsafe = stats.unsafe.group(number)
+        one_topic = ActivationStats(unsafe, stats.safe, stats.widths, stats.fingerprint, stats.pooling)
+        sets.append(select(one_topic, effect_size, shift, density).labelled(topic))
+    return sets
 
 
-def patterns(sets: Sequence[NeuronSet]) -> Counts:
+def patterns(sets: Sequence[NeuronSet]) -> NDArray[np.int64]:
     """The pattern of each neuron, ``[neuron]``: bit k is set where set k holds it.
 
     Raises ``InputError`` for fewer than 2 or more than ``MOST_TOPICS`` sets, or sets of different models.
     """
     if not 2 <= len(sets) <= MOST_TOPICS:
         raise InputError(f"overlap needs 2 to {MOST_TOPICS} topics, found {len(sets)}; choose that many")
-    found = np.zeros(sets[0].total, dtype=np.int64)
+    bits = np.zeros(sets[0].total, dtype=np.int64)
     for number, neurons in enumerate(sets):
         one_model(sets[0], neurons)
-        found[neurons.flat.numpy()] |= 1 << number
-    return found
+        bits[neurons.flat.numpy()] |= 1 << number
+    return bits
 
 
 def roles(sets: Sequence[NeuronSet]) -> Roles:
@@ -114,7 +163,7 @@ def overlaps(sets: Sequence[NeuronSet]) -> list[Overlap]:
     return overlaps_of(np.bincount(patterns(sets), minlength=1 << len(sets)), len(sets))
 
 
-def overlaps_of(histogram: Counts, n: int) -> list[Overlap]:
+def overlaps_of(histogram: Histogram, n: int) -> list[Overlap]:
     """The same from the histogram ``[2**n]`` of patterns."""
     intersection, union = _sums(histogram, n)
     chosen = np.arange(1 << n)
@@ -122,15 +171,17 @@ def overlaps_of(histogram: Counts, n: int) -> list[Overlap]:
     mean_size = np.array([(chosen >> k & 1) * sizes[k] for k in range(n)]).sum(axis=0) / np.maximum(
         np.bitwise_count(chosen), 1
     )
-    found = []
+    by_count = []
     for count in range(2, n + 1):
         which = (np.bitwise_count(chosen) == count) & (union > 0)
         if which.any():
             both = intersection[which]
-            found.append(Overlap(count, float((both / union[which]).mean()), float((both / mean_size[which]).mean())))
+            by_count.append(
+                Overlap(count, float((both / union[which]).mean()), float((both / mean_size[which]).mean()))
+            )
         else:
-            found.append(Overlap(count, float("nan"), float("nan")))
-    return found
+            by_count.append(Overlap(count, float("nan"), float("nan")))
+    return by_count
 
 
 def chance_overlaps(sets: Sequence[NeuronSet], draws: int = 200, seed: int = 0) -> list[Chance]:
@@ -138,16 +189,16 @@ def chance_overlaps(sets: Sequence[NeuronSet], draws: int = 200, seed: int = 0) 
     draw, n, widths = np.random.default_rng(seed), len(sets), sets[0].widths
     starts = np.cumsum([0, *widths[:-1]])
     sizes = [neurons.counts for neurons in sets]
-    found = []
+    values = []
     pattern = np.zeros(sum(widths), dtype=np.int64)
     for _ in range(draws):
         pattern[:] = 0
         for number, counts in enumerate(sizes):
             for start, width, count in zip(starts, widths, counts, strict=True):
                 pattern[start + draw.choice(width, count, replace=False, shuffle=False)] |= 1 << number
-        found.append([one[1:] for one in overlaps_of(np.bincount(pattern, minlength=1 << n), n)])
-    values = np.array(found)
-    mean = values.mean(axis=0)
+        drawn = overlaps_of(np.bincount(pattern, minlength=1 << n), n)
+        values.append([(overlap.jaccard, overlap.shared) for overlap in drawn])
+    mean = np.mean(values, axis=0)
     low, high = np.percentile(values, [2.5, 97.5], axis=0)
     return [
         Chance(k + 2, *(float(part[k, which]) for which in (0, 1) for part in (mean, low, high))) for k in range(n - 1)
@@ -161,7 +212,7 @@ def expected_core(sets: Sequence[NeuronSet]) -> float:
     return float((widths * (counts / widths).prod(axis=0)).sum())
 
 
-def _sums(histogram: Counts, n: int) -> tuple[Counts, Counts]:
+def _sums(histogram: Histogram, n: int) -> tuple[Histogram, Histogram]:
     """For every choice S of topics: |intersection| and |union| of its sets, ``[2**n]``."""
     if histogram.shape != (1 << n,):
         raise ValueError(f"histogram of shape {histogram.shape} for {n} topics; expected one entry a pattern")
@@ -204,25 +255,32 @@ def topic_stats(
     return TopicStats(tuple(names), groups, whole.group(0), model.widths, model.fingerprint, table.pooling)
 
 
-def topics_record(config: Config, stats: TopicStats, shuffled: TopicStats | None, effort: Effort) -> dict[str, Any]:
-    """Roles by layer and overlaps, beside those of random neurons and of prompts dealt to topics at random."""
+def topics_record(config: Config, stats: TopicStats, shuffled: TopicStats | None, effort: Effort) -> TopicsRecord:
+    """Roles by layer and overlaps, beside those of random neurons and of prompts dealt to topics at random.
+
+    Args:
+        config: The run's config, for how neurons are selected.
+        stats: Statistics by topic.
+        shuffled: The same with the topics dealt to the prompts at random; None leaves this baseline out.
+        effort: For how many draws of random sets.
+    """
     table = config.select
     chosen = (table.effect_size, table.shift, table.density)
     sets = sets_of(stats, *chosen)
     mixed = None if shuffled is None else sets_of(shuffled, *chosen)
     core = core_of(sets)
-    return {
-        "topics": [
-            {"topic": one.label, "prompts": stats.unsafe.group(number).count, "neurons": len(one)}
-            for number, one in enumerate(sets)
+    return TopicsRecord(
+        topics=[
+            TopicSize(neurons.label, stats.unsafe.group(number).count, len(neurons))
+            for number, neurons in enumerate(sets)
         ],
-        "widths": list(stats.widths),
-        "layers": roles(sets)._asdict(),
-        "core": len(core),
-        "core_by_chance": expected_core(sets),
-        "core_neurons": core.to_json()["neurons"],
-        "overlaps": [one._asdict() for one in overlaps(sets)],
-        "random_neurons": [one._asdict() for one in chance_overlaps(sets, effort.draws, config.seed)],
-        "shuffled_topics": [] if mixed is None else [one._asdict() for one in overlaps(mixed)],
-        "shuffled_core": None if mixed is None else len(core_of(mixed)),
-    }
+        widths=list(stats.widths),
+        layers=roles(sets),
+        core=len(core),
+        core_by_chance=expected_core(sets),
+        core_neurons=core.to_json()["neurons"],
+        overlaps=overlaps(sets),
+        random_neurons=chance_overlaps(sets, effort.draws, config.seed),
+        shuffled_topics=[] if mixed is None else overlaps(mixed),
+        shuffled_core=None if mixed is None else len(core_of(mixed)),
+    )

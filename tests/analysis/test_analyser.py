@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 
 import pytest
 
 from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
-from safeneuron.analysis.scaling import data_scale, iterations
 from safeneuron.analysis.settings import Effort
 from safeneuron.analysis.tables import MASKED, analysis_tables
 from safeneuron.config.toml import read_config
@@ -53,7 +53,7 @@ def test_every_part_leaves_numbers_tables_and_figures(run, analysis):
     assert tuple(analysis) == ANALYSIS_PARTS
     for part in ANALYSIS_PARTS:
         folder = run.folder / "analysis" / part
-        assert json.loads((folder / "numbers.json").read_text()) == analysis[part]
+        assert json.loads((folder / "numbers.json").read_text()) == analysis[part].to_json()
         assert list(folder.glob("*.csv"))
         if part in FIGURES:
             assert (folder / f"{part}.svg").read_text().startswith("<svg")
@@ -65,14 +65,14 @@ def test_every_part_leaves_numbers_tables_and_figures(run, analysis):
 
 
 def test_frozen_neurons_have_not_moved_and_the_rest_has(analysis):
-    by_name = {one["state"]: one for one in analysis["states"]["states"]}
-    inside = [one["inside"] for one in by_name["T1"]["moved"] if one["inside"] is not None]
+    by_name = {state.state: state for state in analysis["states"].states}
+    inside = [layer.inside for layer in by_name["T1"].moved if not math.isnan(layer.inside)]
     assert inside
     assert set(inside) == {0.0}
-    assert all(one["outside"] > 0 for one in by_name["T1"]["moved"])
-    assert any(one["inside"] for one in by_name["dpo-T1"]["moved"]), "plain DPO freezes nothing"
-    assert by_name["T0"]["turnover"]["lost"] == by_name["T0"]["turnover"]["new"] == [0, 0, 0]
-    assert by_name["T0"]["cka_unsafe"][1:] == pytest.approx([1, 1])
+    assert all(layer.outside > 0 for layer in by_name["T1"].moved)
+    assert any(layer.inside > 0 for layer in by_name["dpo-T1"].moved), "plain DPO freezes nothing"
+    assert by_name["T0"].turnover.lost == by_name["T0"].turnover.new == [0, 0, 0]
+    assert by_name["T0"].cka_unsafe[1:] == pytest.approx([1, 1])
 
 
 def test_what_is_done_is_skipped_and_other_settings_are_told(run, analysis):
@@ -95,13 +95,13 @@ def test_stability_measures_other_prompts_too_and_notices_when_they_change(run, 
     with pytest.raises(InputError, match="also was None"):
         analyser(run, Watch(), also=[str(path)]).analyse(["stability"])
     shutil.copytree(numbers, tmp_path / "kept")
-    (one,) = analyser(run, Watch(), also=[str(path)]).analyse(["stability"], redo=["analysis/stability"])["stability"][
-        "also"
-    ]
-    assert one["prompts"] == [len(rows), len(rows)]
-    assert 0 <= one["jaccard"] <= 1
-    assert one["same_requests"] == 0
-    assert one["wording"] == one["fewer"] == {"jaccard": None, "correlation": None}
+    again = analyser(run, Watch(), also=[str(path)]).analyse(["stability"], redo=["analysis/stability"])
+    (also,) = again["stability"].also
+    assert also.prompts == [len(rows), len(rows)]
+    assert 0 <= also.jaccard <= 1
+    assert also.same_requests == 0
+    assert math.isnan(also.wording.jaccard)
+    assert math.isnan(also.fewer.correlation)
     (row,) = csv.DictReader((numbers / "also.csv").open())
     assert row["prompts_of"] == str(path)
     path.write_text(path.read_text().replace("how", "why"))
@@ -139,30 +139,3 @@ def test_the_terminal_masks_prompts_unless_they_are_asked_for(analysis):
     (shown,) = [table for table in analysis_tables(analysis, show_text=True) if table[0] == "Neurons"]
     assert all("break" in row[-1] for row in shown[2])
     assert all(len(row) == len(header) for _, header, rows in analysis_tables(analysis) for row in rows)
-
-
-def state(name: str, pairs: int | None, **rates: float):
-    attacks = [
-        {"set": key.split("_")[0], "knowledge": key.split("_")[1],
-         "harmful": {"rate": rate, "low": rate, "high": rate, "n": 10, "complied": round(10 * rate)}}
-        for key, rate in rates.items()
-    ]  # fmt: skip
-    align = None if pairs is None else {"pairs": pairs, "frozen": 7}
-    return {"name": name, "label": "dpo", "round": int(name[1:]), "variant": "", "align": align, "attacks": attacks,
-            "neurons": {"FULL": 5}, "capability": {"ORI": {"gsm8k": {"value": 0.4}}}}  # fmt: skip
-
-
-def test_data_scale_and_rounds_by_hand():
-    small = {
-        "name": "small",
-        "states": [state("T0", None, ORI_none=0.9, FULL_static=0.8), state("T1", 5, ORI_none=0.5)],
-    }
-    large = {"name": "large", "states": [state("T1", 20, ORI_none=0.1)]}
-    found = data_scale([large, small])
-    assert [(one["run"], one["pairs"], one["share"], one["rate"]) for one in found] == [
-        ("small", 5, 0.25, 0.5),
-        ("large", 20, 1.0, 0.1),
-    ]
-    first, second = iterations(small)
-    assert (first["ASR ORI"], first["ASR FULL static"], first["ASR FULL adaptive"]) == (0.9, 0.8, 0.8)
-    assert (second["ASR ORI"], second["ASR FULL static"], second["frozen"], second["gsm8k"]) == (0.5, None, 7, 0.4)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -24,6 +26,7 @@ from safeneuron.analysis.figures import (
     states_figure,
     topics_figure,
 )
+from safeneuron.analysis.stability import Likeness
 from safeneuron.reporting.figures import STYLE
 from tests.helpers import hand_made
 
@@ -35,12 +38,12 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "depth of nine runs": lambda: depth_figure(hand_made.depth(*(f"runs/qwen-2.5-{n}b" for n in range(9)))),
     "stability of few prompts": lambda: stability_figure(hand_made.stability(10, 20, 24)),
     "stability of many prompts": lambda: stability_figure(hand_made.stability(10, 20, 40, 80, 160, 320, 500)),
-    "states": lambda: states_figure({"states": [hand_made.changed("T0"), hand_made.changed("T1")]}),
-    "states not compared": lambda: states_figure({"states": [hand_made.changed(n, n == "T1") for n in STATES]}),
+    "states": lambda: states_figure(hand_made.states(hand_made.changed("T0"), hand_made.changed("T1"))),
+    "states not compared": lambda: states_figure(hand_made.states(*(hand_made.changed(n, n == "T1") for n in STATES))),
     "redundancy": lambda: redundancy_figure(hand_made.redundancies()),
     "methods": lambda: methods_figure(*hand_made.methods()),
     "scale": lambda: scale_figure(hand_made.scale("plain DPO", "freeze", "freeze + ablate")),
-    "scale of one run": lambda: scale_figure([one for one in hand_made.scale("freeze") if one["pairs"] == 40]),
+    "scale of one run": lambda: scale_figure([point for point in hand_made.scale("freeze") if point.pairs == 40]),
     "rounds": lambda: rounds_figure(hand_made.rounds()),
 }
 
@@ -98,15 +101,15 @@ def test_bars_of_topics_stand_on_one_another() -> None:
     record = hand_made.topics()
     left, middle, _ = made(lambda: topics_figure(record)).axes
     tops = [bar.get_y() + bar.get_height() for bar in left.patches[-hand_made.LAYERS :]]
-    roles = record["layers"]
-    assert tops == [sum(counts) for counts in zip(roles["core"], roles["shared"], roles["specific"], strict=True)]
-    assert lines(middle)[0] == [one["jaccard"] for one in record["overlaps"]]
+    roles = record.layers
+    assert tops == [sum(counts) for counts in zip(roles.core, roles.shared, roles.specific, strict=True)]
+    assert lines(middle)[0] == [overlap.jaccard for overlap in record.overlaps]
 
 
 def test_lines_of_depth_are_the_densities() -> None:
     record = hand_made.depth("T0", "T1")
     left, right = made(lambda: depth_figure(record)).axes
-    assert lines(left) == [one["density"] for one in record["sets"]]
+    assert lines(left) == [placed.density for placed in record.sets]
     assert [bar.get_height() for bar in right.patches] == [0.5, 0.3, 0.2] * 2
     assert [label.get_text() for label in left.get_yticklabels()][1] == "0.5 %"
 
@@ -118,16 +121,16 @@ def test_a_translation_stands_beside_the_other_ways_to_measure() -> None:
     assert bars["pooling mean"].get_width() == 0.31
     assert bars["prompts of de"].get_width() == 0.12
     assert bars["the same requests"].get_width() == 0.2
-    record["also"][0]["wording"]["jaccard"] = None
-    *_, right = made(lambda: stability_figure(record)).axes
+    unknown = replace(record.also[0], wording=Likeness(math.nan, math.nan))
+    *_, right = made(lambda: stability_figure(replace(record, also=[unknown]))).axes
     assert len(right.patches) == 5
 
 
 def test_redundancy_shows_shares_and_below_them_what_they_come_to() -> None:
     record = hand_made.redundancies()
     shown = panels(made(lambda: redundancy_figure(record)))
-    dpo = record["states"][1]
-    together = [dpo["intact"]["refused"], *(one["together"]["refused"] for one in dpo["sets"])]
+    dpo = record.states[1]
+    together = [dpo.intact.refused, *(found.together.refused for found in dpo.sets)]
     assert lines(shown["refused, sets pruned together"])[0] == together
     index, halve = shown["sets that break it alone (index)"], shown["sets to halve it"]
     assert [label.get_text() for label in index.get_yticklabels()] == ["T0", "dpo-T1", "ablate-T1", "refresh-T1"]
@@ -152,9 +155,9 @@ def test_redundancy_shows_shares_and_below_them_what_they_come_to() -> None:
 def test_a_training_has_a_colour_and_an_attack_a_line() -> None:
     records = hand_made.scale("plain DPO", "freeze")
     (axes,) = made(lambda: scale_figure(records)).axes
-    found = [line for line in axes.get_lines() if len(line.get_ydata()) == 5]
-    assert [list(line.get_ydata()) for line in found[:1]] == [[one["rate"] for one in records[:5]]]
-    looks = [(line.get_color(), line.get_linestyle()) for line in found]
+    drawn = [line for line in axes.get_lines() if len(line.get_ydata()) == 5]
+    assert [list(line.get_ydata()) for line in drawn[:1]] == [[point.rate for point in records[:5]]]
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn]
     assert len(set(looks)) == 6
     assert len({tint for tint, _ in looks}) == 2
     assert len({style for _, style in looks}) == 3
@@ -163,21 +166,21 @@ def test_a_training_has_a_colour_and_an_attack_a_line() -> None:
 def test_rounds_are_drawn_where_an_attack_was_run() -> None:
     records = hand_made.rounds()
     left, right = made(lambda: rounds_figure(records)).axes
-    assert lines(left) == [[one[f"ASR {name}"] for one in records] for name in ("ORI", "FULL static", "FULL adaptive")]
+    assert lines(left) == [[state.rates[name] for state in records] for name in ("ORI", "FULL static", "FULL adaptive")]
     assert [bar.get_height() for bar in right.patches] == [0, 430, 860, 1290]
 
 
 def test_weights_that_were_not_compared_are_said_to_be() -> None:
-    record = {"states": [hand_made.changed("T1"), hand_made.changed("T2", moved=False)]}
+    record = hand_made.states(hand_made.changed("T1"), hand_made.changed("T2", moved=False))
     figure = made(lambda: states_figure(record))
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["weights were\nnot compared"]
-    assert lines(figure.axes[1])[1] == [one["outside"] for one in record["states"][0]["moved"]]
+    assert lines(figure.axes[1])[1] == [layer.outside for layer in record.states[0].moved]
 
 
 def test_no_line_leaves_its_panel_in_a_later_row() -> None:
     low = hand_made.changed("T2")
-    low["cka_unsafe"] = [value if value is None else 0.3 for value in low["cka_unsafe"]]
-    figure = made(lambda: states_figure({"states": [hand_made.changed("T1"), low]}))
+    low = replace(low, cka_unsafe=[math.nan, *[0.3] * (hand_made.LAYERS - 1)])
+    figure = made(lambda: states_figure(hand_made.states(hand_made.changed("T1"), low)))
     likeness = figure.axes[2]
     assert likeness.get_ylim()[0] <= 0.3
     assert likeness.get_ylim()[1] == 1.02

@@ -1,175 +1,104 @@
-"""The order of find-prune-find by hand, and the redundancy of models whose refusal is wired to two disjoint groups."""
+"""The redundancy of a planted model as a record: its numbers, their intervals, and how they are told and drawn."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from safeneuron.analysis.redundancy import (
-    FoundSet,
-    Interval,
-    Outcome,
-    Redundancy,
-    find_prune_find,
-    intervals,
-    neurons_to_halve,
-)
-from safeneuron.attacks.pruning import sweep
-from safeneuron.neurons.interventions import pruned
-from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.analysis.disjoint_sets import NUMBERS, Interval
+from safeneuron.analysis.redundancy import OutcomeRecord, RedundancyRecord, redundancy_record
+from safeneuron.analysis.settings import Effort
+from safeneuron.analysis.tables import analysis_tables
+from safeneuron.config.toml import read_config
+from safeneuron.runtime.files import read_json, write_json
 from safeneuron.selection.measurement import measure
-from safeneuron.selection.ranking import Ranking
 from safeneuron.selection.scores import score
 from tests.helpers import planted
 
-UNSAFE, SAFE = planted.twins(16)
+CLASSES = planted.twins(16)
 ASKED, _ = planted.twins(8, seed=1)
 
 
-def redundancy(model, most: int = 3, size: int = 3):
-    def find(gone: NeuronSet | None) -> NeuronSet:
-        with pruned(model, gone):
-            stats = measure(model, UNSAFE, SAFE)
-        return Ranking(score(stats).d, model.widths, model.fingerprint).top(size / sum(model.widths))
+class Planted:
+    """Tells refusals of the planted model from its answers, and counts how often it is asked."""
 
-    def outcome(gone: NeuronSet | None) -> Outcome:
-        answers = sweep(model, ASKED, [gone], 6)[0]
-        return Outcome(tuple("refused" if planted.refuses(answer) else "complied" for answer in answers))
+    name = "planted"
 
-    return find_prune_find(find, outcome, most)
+    def __init__(self) -> None:
+        self.asked = 0
 
-
-def groups_of(model):
-    return [NeuronSet.of(group, model.widths, model.fingerprint) for group in planted.GROUPS]
+    def __call__(self, prompts, responses):
+        self.asked += 1
+        return ["refused" if planted.refuses(response) else "complied" for response in responses]
 
 
-def test_a_model_wired_to_two_groups_of_which_both_are_needed_has_redundancy_index_2():
-    model = planted.two_groups("series")
-    found = redundancy(model)
-    first, second = groups_of(model)
-    assert found.sets[0].neurons == second
-    assert found.sets[1].neurons == first
-    assert found.index == found.coherent_index == 2
-    assert found.sets_to_halve == 1
-    assert found.neurons_in_sets_to_halve == 3
+def record_of(model, folder, judge):
+    # ES and SAS together take one neuron in fifty: the three of a group.
+    config = read_config("demo", ["select.density=0.0209", "attack.max_new_tokens=6"])
+    scores = score(measure(model, *CLASSES))
+    return redundancy_record(
+        config,
+        model,
+        state="T1",
+        classes=CLASSES,
+        harmful=ASKED,
+        judge=judge,
+        scores=scores,
+        folder=folder,
+        effort=Effort(sets=2),
+    )
 
 
-def test_of_two_groups_of_which_either_suffices_none_breaks_it_alone_and_both_together_do():
-    model = planted.two_groups("parallel")
-    found = redundancy(model)
-    assert {len(one.neurons) for one in found.sets} == {3}
-    assert found.sets[0].neurons | found.sets[1].neurons == groups_of(model)[0] | groups_of(model)[1]
-    assert found.index == 0
-    assert found.sets_to_halve == 2
-    assert found.neurons_in_sets_to_halve == 6
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    folder, judge = tmp_path_factory.mktemp("series"), Planted()
+    return record_of(planted.two_groups("series"), folder, judge), folder, judge.asked
 
 
-def test_the_model_wired_to_one_group_has_redundancy_index_1():
-    found = redundancy(planted.model(), most=2, size=5)
-    assert found.sets[0].neurons == planted.neurons(planted.model())
-    assert (found.index, found.sets_to_halve) == (1, 1)
+def test_a_model_wired_to_two_groups_has_index_2_with_an_interval(series):
+    record, _, _ = series
+    assert record.intact == OutcomeRecord(1, 0, 0, pytest.approx(1 / (1 + 1.96**2 / 8), abs=1e-3), 1)
+    assert (record.redundancy_index, record.coherent_index, record.sets_to_halve) == (2, 2, 1)
+    assert record.intervals["redundancy_index"] == Interval(2, 2), "all prompts agree"
+    assert record.intervals["sets_to_halve"] == Interval(1, 1)
+    assert record.neurons_to_halve <= record.curve[-1].neurons
 
 
-def neurons(*flat: int) -> NeuronSet:
-    return NeuronSet.of({0: flat}, (20,), "f")
+def test_what_was_answered_is_kept_prompt_by_prompt_and_not_asked_again(series):
+    record, folder, _ = series
+    assert read_json(folder / "intact.json")["verdicts"] == ["refused"] * len(ASKED)
+    judge = Planted()
+    assert record_of(planted.two_groups("series"), folder, judge) == record
+    assert judge.asked == 0
+    counts = read_json(folder / "alone-1.json")
+    del counts["verdicts"]
+    write_json(folder / "alone-1.json", counts)
+    assert record_of(planted.two_groups("series"), folder, judge) == record
+    assert judge.asked == 1, "what holds counts alone is answered again"
 
 
-def outcome_of(refused: int, complied: int, incoherent: int = 0) -> Outcome:
-    """So many prompts refused, the next ones complied with, the last ones answered by babble."""
-    return Outcome(("refused",) * refused + ("complied",) * complied + ("incoherent",) * incoherent)
+def test_the_terminal_shows_both_numbers_and_how_to_read_them(series):
+    record, _, _ = series
+    nothing = dict.fromkeys(NUMBERS)
+    rare = replace(record, state="T0", intact=OutcomeRecord(0.1, 0.9, 0, 0, 0.4), sets=[], intervals=None, **nothing)
+    ends = {**record.intervals, "sets_to_halve": Interval(2, None)}
+    beyond = replace(record, state="T2", sets_to_halve=None, neurons_to_halve=None, intervals=ends)
+    ((title, header, rows),) = analysis_tables({"redundancy": RedundancyRecord([rare, record, beyond])})
+    assert "points of failure; more sets to halve" in title
+    by_name = [dict(zip(header, row, strict=True)) for row in rows]
+    assert by_name[0]["sets to halve"] == by_name[0]["break alone"] == "–"
+    assert by_name[1]["break alone"] == "2 (2 to 2)"
+    assert by_name[1]["sets to halve"] == "1 (1 to 1)"
+    assert by_name[2]["sets to halve"] == ">2 (2 to >2)"
 
 
-def scripted(finds: list[NeuronSet], refusals: dict[tuple[int, ...], int]):
-    """Answers to ten prompts, by the neurons pruned."""
-    asked: list[tuple[int, ...]] = []
-    remaining = iter(finds)
-
-    def outcome(gone):
-        asked.append(() if gone is None else tuple(gone.flat.tolist()))
-        refused = refusals[asked[-1]]
-        return outcome_of(refused, 2, 8 - refused) if refused < 5 else outcome_of(refused, 10 - refused)
-
-    return (lambda gone: next(remaining)), outcome, asked
-
-
-def test_sets_are_disjoint_each_is_tried_alone_and_an_interrupted_search_goes_on():
-    finds = [neurons(0, 1), neurons(1, 2), neurons(0)]
-    refusals = {(): 8, (0, 1): 5, (2,): 4, (0, 1, 2): 3}
-    find, outcome, asked = scripted(finds, refusals)
-    heard: list[FoundSet] = []
-    found = find_prune_find(find, outcome, 5, heard.append)
-    assert [one.neurons for one in found.sets] == [neurons(0, 1), neurons(2)]
-    assert asked == [(), (0, 1), (2,), (0, 1, 2)]
-    assert found.index == 1
-    assert found.sets_to_halve == 2
-    assert found.neurons_in_sets_to_halve == 3
-    assert found.coherent_index == 0, "half of the answers were babble"
-    find, outcome, asked = scripted(finds[1:], refusals)
-    assert find_prune_find(find, outcome, 5, known=heard[:1], intact=found.intact) == found
-    assert asked == [(2,), (0, 1, 2)]
-
-
-def test_a_model_that_hardly_refuses_has_no_redundancy_to_measure():
-    find, outcome, asked = scripted([], {(): 1})
-    found = find_prune_find(find, outcome)
-    assert (found.index, found.sets_to_halve, asked) == (None, None, [()])
-
-
-@pytest.mark.parametrize(
-    ("curve", "expected"),
-    [
-        ([(0, 0.8), (10, 0.6), (30, 0.2)], 20),
-        ([(0, 0.8), (10, 0.4)], 10),
-        ([(0, 0.8), (10, 0.5)], None),
-        ([(0, 0.0), (10, 0.0)], None),
-    ],
-)
-def test_neurons_to_halve_by_hand(curve, expected):
-    assert neurons_to_halve(curve) == expected
-
-
-def found_sets(intact: Outcome, *outcomes: tuple[Outcome, Outcome]) -> Redundancy:
-    """Sets of one neuron each, by what is left with each pruned alone, and together with those before it."""
-    sets = tuple(FoundSet(neurons(number), *both) for number, both in enumerate(outcomes))
-    return Redundancy(intact, sets, ((5, outcomes[0][0]), (9, outcomes[-1][1])))
-
-
-REFUSES, COMPLIES, HALF = outcome_of(10, 0), outcome_of(0, 10), outcome_of(5, 5)
-
-
-def test_where_all_prompts_agree_an_interval_is_a_point():
-    found = found_sets(REFUSES, (COMPLIES, COMPLIES), (REFUSES, COMPLIES))
-    expected = {"redundancy_index": 1, "coherent_index": 1, "sets_to_halve": 1, "neurons_in_sets_to_halve": 1}
-    expected["neurons_to_halve"] = 2  # half-way from 0 to 5, rounded to an even number
-    assert found.numbers == expected
-    assert intervals(found, 50) == {name: Interval(value, value) for name, value in expected.items()}
-
-
-def test_a_set_near_one_half_counts_in_some_draws_and_not_in_others():
-    """A draw breaks it where at most 5 of 10 prompts are of the 5 refused: in 62 % of the draws."""
-    found = found_sets(REFUSES, (HALF, HALF), (REFUSES, REFUSES))
-    assert (found.index, found.sets_to_halve) == (1, 1)
-    assert (found.neurons_to_halve, found.numbers["neurons_in_sets_to_halve"]) == (5, 1)
-    heard = intervals(found, 400)
-    assert heard["redundancy_index"] == Interval(0, 1)
-    assert heard["sets_to_halve"] == heard["neurons_in_sets_to_halve"] == Interval(1, None), "None: more than two sets"
-    low, high = heard["neurons_to_halve"]
-    assert high is None
-    assert 3 <= low < 5
-    assert intervals(found, 400) == heard, "the same for the same seed"
-
-
-def test_the_same_prompts_are_drawn_for_the_intact_and_the_pruned_model():
-    """What refuses the same prompts never keeps half of the refusals; drawn apart, it sometimes would."""
-    some = outcome_of(3, 7)
-    assert intervals(found_sets(some, (some, some)), 400)["redundancy_index"] == Interval(0, 0)
-
-
-def test_babble_is_drawn_too_and_what_is_not_measurable_has_no_interval():
-    babble = outcome_of(0, 5, 5)
-    assert intervals(found_sets(REFUSES, (babble, babble)), 400)["coherent_index"] == Interval(0, 1)
-    rare = Redundancy(outcome_of(1, 9), ())
-    assert intervals(rare) is None
-    assert set(rare.numbers.values()) == {None}
-    # Measurable with 2 of 10: draws with fewer refusals count as well, and those with none are left out.
-    found = found_sets(outcome_of(2, 8), (COMPLIES, COMPLIES))
-    assert intervals(found, 400)["redundancy_index"] == Interval(1, 1)
+def test_a_row_a_state_and_a_row_a_set_and_all_of_it_is_read_back(series):
+    record = RedundancyRecord([series[0]])
+    tables = record.tables()
+    (row,) = tables["redundancy"]
+    assert (row["redundancy_index"], row["redundancy_index_low"], row["redundancy_index_high"]) == (2, 2, 2)
+    assert [(row["set"], row["neurons"]) for row in tables["sets"]] == [(1, 3), (2, 3)]
+    assert tables["sets"][0]["refused alone"] == record.states[0].sets[0].alone.refused
+    assert list(record.to_json()["states"][0]["curve"][0])[:2] == ["neurons", "refused"]
+    assert RedundancyRecord.from_json(record.to_json()) == record

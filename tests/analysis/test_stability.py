@@ -1,99 +1,68 @@
-"""Stability against small sets worked out by hand, planted signals, and curves whose course is known."""
+"""Other prompts held against a run's own: the same requests in other words, and what fewer of them cost."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
-from safeneuron.analysis.stability import chance_jaccard, halves, prompts_needed, resampled, score_correlation, spread
+from safeneuron.analysis.resampling import Resampled, Spread
+from safeneuron.analysis.settings import finder
+from safeneuron.analysis.stability import Likeness, also_record, bootstrap_record
+from safeneuron.config.toml import read_config
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, bootstrap_weights, pair_weights
-from safeneuron.selection.scores import select
+from safeneuron.selection.measurement import measure
+from tests.helpers import planted
 
-WIDTHS = (30, 30)
-
-
-def neurons(*flat: int) -> NeuronSet:
-    return NeuronSet(torch.tensor(flat, dtype=torch.int64), WIDTHS, "f")
-
-
-def data(signal: float, planted: int = 3, prompts: int = 40):
-    torch.manual_seed(0)
-    unsafe, safe = torch.randn(prompts, 60), torch.randn(prompts, 60)
-    unsafe[:, :planted] += signal
-    return unsafe, safe, ActivationStats(Moments.of(unsafe), Moments.of(safe), WIDTHS, "f", "last")
+CONFIG = read_config("demo", ["select.density=0.0348"])
+MODEL = planted.model()
+CLASSES = planted.twins(24)
+WHOLE = measure(MODEL, *CLASSES)
 
 
-def find(stats: ActivationStats) -> NeuronSet:
-    return select(stats, density=3 / 60)
+def test_the_same_requests_in_the_same_words_give_the_same_set():
+    record = also_record(CONFIG, MODEL, CLASSES, WHOLE, "again", CLASSES)
+    same = Likeness(1, pytest.approx(1))
+    assert Likeness(record.jaccard, record.correlation) == record.wording == record.fewer
+    assert record.wording == same
+    assert (record.prompts_of, record.prompts, record.same_requests) == ("again", [24, 24], 24)
 
 
-def test_what_is_there_is_always_in():
-    unsafe, safe, whole = data(signal=6)
-    weights = bootstrap_weights(40, 20, 0), bootstrap_weights(40, 20, 1)
-    found = resampled(whole, GroupMoments.of(unsafe, weights[0]), GroupMoments.of(safe, weights[1]), find)
-    assert found.always == neurons(0, 1, 2)
-    # With so few neurons ES and SAS cannot always share the places evenly, and one is left out.
-    assert found.jaccard.mean > 0.95
-    assert found.jaccard.values == 20
-    assert found.ever <= 5
-    assert found.frequency[:3].min() >= 0.95
-    assert 0.5 < found.correlation.mean < 1
+def test_other_words_for_some_of_the_requests_are_held_against_these_alone():
+    """Ids 0 to 7 are worded anew; 90 and 91 are no requests of the run, and count only against the whole."""
+    unsafe, safe = planted.twins(10, seed=5)
+    ids = [*map(str, range(8)), "90", "91"]
+    worded = [[replace(one, id=name) for one, name in zip(side, ids, strict=True)] for side in (unsafe, safe)]
+    record = also_record(CONFIG, MODEL, CLASSES, WHOLE, "anew", worded)
+    assert record.same_requests == 8
+    find, count = finder(CONFIG), 8
+    own = measure(MODEL, *(side[:count] for side in CLASSES))
+    anew = measure(MODEL, *(side[:count] for side in worded))
+    assert record.wording.jaccard == find(own).jaccard(find(anew))
+    assert record.fewer.jaccard == find(WHOLE).jaccard(find(own))
+    assert record.jaccard == find(WHOLE).jaccard(find(measure(MODEL, *worded)))
+    assert record.wording.correlation < 1
 
 
-def test_noise_is_not_stable_and_halves_say_so_more_than_the_bootstrap():
-    unsafe, safe, whole = data(signal=0)
-    pair = [pair_weights(40, 20, 10, seed) for seed in (0, 1)]
-    split = halves(whole, GroupMoments.of(unsafe, pair[0]), GroupMoments.of(safe, pair[1]), find)
-    boot = [bootstrap_weights(40, 20, seed) for seed in (0, 1)]
-    again = resampled(whole, GroupMoments.of(unsafe, boot[0]), GroupMoments.of(safe, boot[1]), find)
-    assert split.jaccard.mean < 0.2 < again.jaccard.mean
-    assert abs(split.correlation.mean) < 0.2
-    assert len(again.always) < 3 < again.ever
+def test_requests_of_one_class_alone_are_not_the_same_requests():
+    unsafe, safe = CLASSES
+    strangers = [replace(one, id=f"other {one.id}") for one in safe]
+    record = also_record(CONFIG, MODEL, CLASSES, WHOLE, "half", (unsafe, strangers))
+    assert record.same_requests == 0
+    assert all(math.isnan(number) for number in (*astuple(record.wording), *astuple(record.fewer)))
 
 
-def test_halves_of_a_signal_agree():
-    unsafe, safe, whole = data(signal=6)
-    pair = [pair_weights(40, 20, 5, seed) for seed in (0, 1)]
-    found = halves(whole, GroupMoments.of(unsafe, pair[0]), GroupMoments.of(safe, pair[1]), find)
-    assert found.jaccard.mean > 0.85
-    assert found.chance < 0.06
-
-
-def test_small_sets_by_hand():
-    assert spread([1 / 3, 1.0, 1 / 3]) == (pytest.approx(5 / 9), 1 / 3, 1, 3)
-    assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
-    assert spread([math.nan, 1, 3]) == (2, 1, 3, 2)
-    assert math.isnan(spread([]).mean)
-    assert score_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
-    assert math.isnan(score_correlation(torch.ones(3), torch.arange(3.0)))
-
-
-def test_the_prompts_needed_within_the_data():
-    found = prompts_needed([(10, 0.5), (20, 0.8), (40, 1.0)])
-    assert (found.prompts, found.reached) == (30, "within the data")
-
-
-def test_the_prompts_needed_beyond_the_data_follow_a_known_course():
-    """1 - J = 2 / sqrt(n): .1 at n = 400."""
-    found = prompts_needed([(n, 1 - 2 / n**0.5) for n in (10, 20, 50, 100)])
-    assert (found.prompts, found.reached) == (pytest.approx(400, abs=1), "extrapolated")
-    assert found.exponent == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    "curve",
-    [
-        [(10, 0.3), (20, 0.3), (50, 0.3), (100, 0.3)],
-        [(10, 0.4), (20, 0.3), (50, 0.2)],
-        [(n, 1 - 0.9 / n**0.1) for n in (10, 20, 50)],
-        [(10, 0.3), (20, 0.5)],
-        [],
-    ],
-    ids=["flat", "falling", "too far", "too few", "none"],
-)
-def test_a_course_that_does_not_get_there_is_not_reached(curve):
-    found = prompts_needed(curve)
-    assert (found.prompts, found.reached) == (None, "not reached")
+def test_every_neuron_ever_found_is_in_one_tenth():
+    """20 times 1/20 is a little more than 1, and is in the last tenth all the same."""
+    times = torch.tensor([20, 19, 2, 1, 0, 20])
+    frequency = torch.zeros(6, dtype=torch.float64)
+    for sample in range(20):
+        frequency[times > sample] += 1 / 20
+    assert frequency.max() > 1
+    always = NeuronSet(torch.tensor([0, 1, 5]), (6,), "x", "always in")
+    spread = Spread(1.0, 1.0, 1.0, 20)
+    record = bootstrap_record(Resampled(spread, spread, frequency, always, 5))
+    assert record.frequencies == [2, 0, 0, 0, 0, 0, 0, 0, 0, 3]
+    assert sum(record.frequencies) == record.ever

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
-from safeneuron.analysis.topics import chance_overlaps, core_of, expected_core, overlaps, patterns, roles, sets_of
+from safeneuron.analysis.topics import (
+    Roles,
+    chance_overlaps,
+    core_of,
+    expected_core,
+    overlaps,
+    patterns,
+    roles,
+    sets_of,
+)
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, TopicStats
@@ -28,9 +38,9 @@ A, B, C = neurons(0, 1, 2, 6), neurons(0, 1, 3), neurons(0, 4, 6, 7)
 def test_roles_and_patterns_by_hand():
     """Neuron 0 is in all; 1 (A, B) and 6 (A, C) in two; 2, 3, 4, 7 in one."""
     assert patterns([A, B, C]).tolist() == [7, 3, 1, 2, 4, 0, 5, 4, 0, 0]
-    assert roles([A, B, C]) == ([1, 0], [1, 1], [3, 1])
+    assert roles([A, B, C]) == Roles([1, 0], [1, 1], [3, 1])
     assert core_of([A, B, C]) == neurons(0)
-    assert roles([A, B]) == ([2, 0], [0, 0], [2, 1])
+    assert roles([A, B]) == Roles([2, 0], [0, 0], [2, 1])
 
 
 def test_overlaps_by_hand():
@@ -39,7 +49,7 @@ def test_overlaps_by_hand():
     assert two.topics == 2
     assert two.jaccard == pytest.approx((2 / 5 + 2 / 6 + 1 / 6) / 3)
     assert two.shared == pytest.approx((2 / 3.5 + 2 / 4 + 1 / 3.5) / 3)
-    assert three == (3, pytest.approx(1 / 7), pytest.approx(3 / 11))
+    assert astuple(three) == (3, pytest.approx(1 / 7), pytest.approx(3 / 11))
 
 
 def test_counting_agrees_with_enumerating_sets():
@@ -51,7 +61,7 @@ def test_counting_agrees_with_enumerating_sets():
         jaccard = [len(set.intersection(*some)) / len(set.union(*some)) for some in chosen]
         shared = [len(set.intersection(*some)) / np.mean([len(one) for one in some]) for some in chosen]
         assert len(chosen) == math.comb(7, found.topics)
-        assert found[1:] == (pytest.approx(np.mean(jaccard)), pytest.approx(np.mean(shared)))
+        assert astuple(found)[1:] == (pytest.approx(np.mean(jaccard)), pytest.approx(np.mean(shared)))
 
 
 def test_empty_sets_count_in_no_mean():
@@ -73,7 +83,8 @@ def test_the_permutation_baseline_is_right_in_expectation():
 def test_the_baseline_keeps_the_sizes_of_the_layers():
     """Sets that fill their layers cannot but overlap there."""
     full = neurons(0, 1, 2, 3, 4, 5)
-    assert chance_overlaps([full, full], draws=5)[0][1:] == (1, 1, 1, 1, 1, 1)
+    (overlap,) = chance_overlaps([full, full], draws=5)
+    assert astuple(overlap)[1:] == (1, 1, 1, 1, 1, 1)
 
 
 def test_sets_of_topics_are_those_that_each_topic_alone_would_give():
