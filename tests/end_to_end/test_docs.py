@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import io
@@ -203,6 +204,19 @@ def test_where_things_were_names_what_is_there_now():
     assert len(rows) > 150
     for dotted in {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}:
         named(f"safeneuron.{dotted}")
+
+
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "docs", "examples", "tools") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_scripts_import_what_exists(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("safeneuron", "tests"):
+            for alias in node.names:
+                named(f"{node.module}.{alias.name}")
 
 
 # -- equations ------------------------------------------------------------------------------------------------------
