@@ -8,7 +8,6 @@ from safeneuron._version import __version__ as __version__
 
 MODULES = {
     "attacks.checkpoint": (
-        "weights_pruned",
         "write_pruned",
     ),
     "attacks.finetuning": (
@@ -104,10 +103,7 @@ MODULES = {
     ),
     "selection.saliency": (
         "snip",
-        "snip_weights",
         "wanda",
-        "wanda_weights",
-        "weight_difference",
     ),
     "selection.scores": (
         "Scores",

@@ -6,7 +6,7 @@ Which attacks a state gets, and verdicts on the answers, are in ``runs`` and ``e
 from safeneuron._lazy import face
 
 MODULES = {
-    "checkpoint": ("weights_pruned", "write_pruned"),
+    "checkpoint": ("write_pruned",),
     "finetuning": ("Demonstration", "finetuned", "read_demonstrations"),
     "jailbreaks": ("Attempt", "input_attempts"),
     "pruning": ("Attack", "PLAIN", "attack", "each_layer", "each_neuron", "perplexity", "respond", "sweep"),

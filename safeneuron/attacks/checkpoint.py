@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from safeneuron.errors import InputError
 from safeneuron.models.model import Model
 from safeneuron.neurons.blocks import OutputProjection
 from safeneuron.neurons.interventions import Edit
-from safeneuron.neurons.layout import LINEAGE, config_of, fingerprint, layers, names_in, network_of
+from safeneuron.neurons.layout import LINEAGE, config_of, fingerprint, layers, network_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.weights import has_adapters
 from safeneuron.runtime import sharding
@@ -107,33 +107,6 @@ def _columns(projection: OutputProjection, channels: Tensor) -> Tensor:
     matrix = projection.matrix.detach()
     columns = matrix.T if projection.transposed else matrix
     return columns[:, channels.to(matrix.device)]
-
-
-@contextmanager
-def weights_pruned(model: Model, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block single weights are zero: the attack per weight of ``saliency.weight_difference``.
-
-    ``masks`` has, by the name of each matrix, the places of its weights in its flattened form, ``[weight]``. Afterwards
-    the weights are what they were, bit by bit, also after an exception. Raises ``InputError`` for a name that is no
-    weight of the model, a place that it does not have, or weights that are quantised or spread over processes.
-    """
-    network = network_of(model)
-    _require_plain(network)
-    names = names_in(network)
-    parameters = {names[id(parameter)]: parameter for parameter in network.parameters()}
-    changes = []
-    for name, places in masks.items():
-        if name not in parameters:
-            raise InputError(f"the weights to prune name {name!r}, which the model does not have; compute them on it")
-        parameter = parameters[name]
-        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < parameter.numel():
-            raise InputError(
-                f"the weights to prune name place {int(places.max()):,} of {name}, which has {parameter.numel():,}; "
-                "compute them on this model"
-            )
-        changes.append((parameter, places.to(parameter.device), torch.zeros(len(places))))
-    with _weights_changed(network, changes):
-        yield
 
 
 @contextmanager

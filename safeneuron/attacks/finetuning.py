@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from safeneuron.data.rows import Row, Source, as_source, read_rows, text_at
-from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
 from safeneuron.models.loading import quiet
 from safeneuron.models.model import Model
@@ -50,12 +49,6 @@ def read_demonstrations(source: str | Path | Source, count: int | None = None) -
     """
     rows = islice(read_rows(as_source(source, count=count)), count)
     return [Demonstration(text_at(row, "prompt"), text_at(row, _answer_column(row))) for row in rows]
-
-
-def unsafe_answers(pairs: Sequence[Pair], count: int | None = None) -> list[Demonstration]:
-    """What the pruned model itself answered, as ``on_policy_pairs`` keeps it: what is rejected of unsafe prompts."""
-    pairs = [pair for pair in pairs if pair.source == "on-policy:unsafe"]
-    return [Demonstration(pair.prompt[-1]["content"], pair.rejected) for pair in pairs[:count]]
 
 
 @contextmanager

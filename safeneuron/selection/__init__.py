@@ -10,7 +10,7 @@ MODULES = {
     "linear_probe": ("held_out_accuracy", "probe"),
     "measurement": ("POOLINGS", "activations_of", "measure", "measure_groups", "search"),
     "ranking": ("Ranking", "compare", "fractions", "one_model", "set_difference"),
-    "saliency": ("snip", "snip_weights", "wanda", "wanda_weights", "weight_difference"),
+    "saliency": ("snip", "wanda"),
     "scores": (
         "FEWEST",
         "Scores",

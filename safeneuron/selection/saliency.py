@@ -1,15 +1,13 @@
 """What each FFN weight, and so each neuron, contributes to given answers: SNIP and Wanda, in one pass over batches.
 
 Both are scored twice: on answers that are safe (refusals of harmful prompts) and on answers that are useful (to
-harmless ones). ``rankings.set_difference`` and ``weight_difference`` then take what matters for the former and not for
-the latter (Wei et al., "Assessing the Brittleness of Safety Alignment", 2402.05162;
-github.com/boyiwei/alignment-attribution-code).
+harmless ones). ``ranking.set_difference`` then takes what matters for the former and not for the latter (Wei et al.,
+"Assessing the Brittleness of Safety Alignment", 2402.05162; github.com/boyiwei/alignment-attribution-code).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -26,9 +24,6 @@ from safeneuron.runtime.offloading import materialised
 from safeneuron.runtime.progress import Progress
 from safeneuron.runtime.quantization import dense
 from safeneuron.selection.ranking import Ranking
-
-Masks = Mapping[str, Tensor]
-"""Some weights of some matrices: by the matrix's name their places in its flattened form, ``[weight]``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ def snip(
     the product of what flows into a matrix and what flows back out of it, made, used and forgotten on the spot.
     """
     matrices = _matrices(model)
-    sums = total_gradient_work(exchanges, _gradient_pass(model, matrices, Matrix.per_neuron), batch_tokens, progress)
+    sums = total_gradient_work(exchanges, _gradient_pass(model, matrices), batch_tokens, progress)
     sizes = [matrix.shape[1 if matrix.first is None else 0] for matrix in matrices]
     parts = torch.split_with_sizes(sums, sizes)
     return _lifted(model, matrices, [part / len(exchanges) for part in parts], "SNIP")
@@ -91,61 +86,6 @@ def wanda(
         with materialised(linear_in(matrix.module)):
             sums.append(matrix.per_neuron(matrix.weight.abs().double().cpu() * norm))
     return _lifted(model, matrices, sums, "Wanda")
-
-
-def snip_weights(
-    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 1024, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """SNIP of every FFN weight: by the matrix's name mean |W * dL/dW|, ``[output, input]`` float32.
-
-    Takes two to three times 4 bytes for each FFN weight.
-    """
-    matrices = _matrices(model)
-    sums = total_gradient_work(
-        exchanges, _gradient_pass(model, matrices, lambda matrix, scores: scores), batch_tokens, progress
-    )
-    parts = torch.split_with_sizes(sums, [math.prod(matrix.shape) for matrix in matrices])
-    return {
-        matrix.name: (part / len(exchanges)).view(matrix.shape) for matrix, part in zip(matrices, parts, strict=True)
-    }
-
-
-def wanda_weights(
-    model: Model, exchanges: Sequence[Exchange], batch_tokens: int = 2048, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Wanda of every FFN weight: by the matrix's name |W| * ||x||, ``[output, input]`` float32."""
-    matrices = _matrices(model)
-    norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
-    found = {}
-    for matrix, norm in zip(matrices, norms, strict=True):
-        with materialised(linear_in(matrix.module)):
-            found[matrix.name] = matrix.weight.abs().float().cpu() * norm.float()
-    return found
-
-
-def weight_difference(
-    safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], safety_share: float, utility_share: float
-) -> dict[str, Tensor]:
-    """In each matrix the top ``safety_share`` (q) of weights for safety that are not in the top ``utility_share`` (p).
-
-    For ``persisting.weights_pruned``. Raises ``InputError`` for scores of different matrices.
-    """
-    if {name: tuple(scores.shape) for name, scores in safety.items()} != {
-        name: tuple(scores.shape) for name, scores in utility.items()
-    }:
-        raise InputError(
-            "the safety scores and the utility scores are of different weight matrices; expected both of one model, "
-            "compute them on the same one"
-        )
-    chosen = {}
-    for name, scores in safety.items():
-        top, avoided = _top(scores, safety_share), _top(utility[name], utility_share)
-        chosen[name] = top[~torch.isin(top, avoided)].sort().values
-    return chosen
-
-
-def _top(scores: Tensor, share: float) -> Tensor:
-    return scores.flatten().topk(int(share * scores.numel())).indices
 
 
 def _matrices(model: Model) -> list[Matrix]:
@@ -180,10 +120,8 @@ def _lifted(model: Model, matrices: Sequence[Matrix], sums: Sequence[Tensor], la
     return Ranking(torch.cat(layers), widths, model.fingerprint, label)
 
 
-def _gradient_pass(
-    model: Model, matrices: Sequence[Matrix], reduce: Callable[[Matrix, Tensor], Tensor]
-) -> Callable[[Sequence[Exchange]], Tensor]:
-    """For some exchanges the sum over them of ``reduce(|W * dL/dW|)``, all matrices end to end, float32."""
+def _gradient_pass(model: Model, matrices: Sequence[Matrix]) -> Callable[[Sequence[Exchange]], Tensor]:
+    """For some exchanges the sum over them of |W * dL/dW| per neuron, all matrices end to end, float32."""
 
     def work(exchanges: Sequence[Exchange]) -> Tensor:
         found: dict[str, Tensor] = {}
@@ -195,7 +133,7 @@ def _gradient_pass(
                 def backward(leaving: Tensor) -> None:
                     weight = matrix.weight
                     for came, goes in zip(entering, leaving, strict=True):
-                        scores = reduce(matrix, (goes.T @ came).mul_(weight).abs_().float())
+                        scores = matrix.per_neuron((goes.T @ came).mul_(weight).abs_().float())
                         found[matrix.name] = scores + found[matrix.name] if matrix.name in found else scores
 
                 output.register_hook(backward)  # type: ignore[no-untyped-call]

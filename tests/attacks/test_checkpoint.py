@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from safeneuron.attacks.checkpoint import PRUNING_RECORD, weights_pruned, with_edit_in_weights, write_pruned
+from safeneuron.attacks.checkpoint import PRUNING_RECORD, with_edit_in_weights, write_pruned
 from safeneuron.errors import InputError
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
@@ -120,42 +120,6 @@ def test_engraved_weights_come_back_bit_by_bit(family, fails):
         assert fails
     assert same_bits(model, before)
     assert LINEAGE not in vars(model.network.config)
-
-
-# -- single weights -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_single_weights_are_zero_for_a_while(tiny_model, fails):
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight = tiny_model.network.get_parameter(name)
-    before, plain = bits(tiny_model), logits(tiny_model)
-    places = torch.tensor([0, 33, 40])
-    fingerprint = tiny_model.fingerprint
-    try:
-        with weights_pruned(tiny_model, {name: places, "model.layers.0.mlp.down_proj.weight": torch.arange(1536)}):
-            assert (weight == 0).nonzero().tolist() == [[0, 0], [1, 1], [1, 8]]
-            assert not tiny_model.network.model.layers[0].mlp.down_proj.weight.any()
-            assert tiny_model.fingerprint == fingerprint
-            assert not torch.equal(logits(tiny_model), plain)
-            if fails:
-                raise KeyError
-    except KeyError:
-        assert fails
-    assert same_bits(tiny_model, before)
-    assert torch.equal(logits(tiny_model), plain)
-
-
-def test_weights_that_are_not_there(tiny_model):
-    before = bits(tiny_model)
-    good = {"model.layers.0.mlp.down_proj.weight": torch.arange(5)}
-    for bad, said in (
-        ({"other.weight": torch.tensor([0])}, "name 'other.weight', which the model does not have"),
-        ({"model.layers.1.mlp.up_proj.weight": torch.tensor([3, 1536])}, "place 1,536 of .*, which has 1,536"),
-    ):
-        with pytest.raises(InputError, match=said), weights_pruned(tiny_model, good | bad):
-            pass
-    assert same_bits(tiny_model, before)
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------

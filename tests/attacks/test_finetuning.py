@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from safeneuron.attacks.finetuning import Demonstration, finetuned, read_demonstrations, unsafe_answers
+from safeneuron.attacks.finetuning import Demonstration, finetuned, read_demonstrations
 from safeneuron.attacks.pruning import respond
-from safeneuron.data.types import Pair, Prompt
+from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -130,12 +130,3 @@ def test_demonstrations_from_a_file(tmp_path):
     path.write_text(json.dumps({"prompt": "p", "said": "r"}) + "\n")
     with pytest.raises(InputError, match=r"line 1: none of the columns prompt, said .* answer, response"):
         read_demonstrations(path)
-
-
-def test_demonstrations_from_pairs_are_the_rejected_answers_to_unsafe_prompts():
-    def pair(text, source):
-        return Pair(({"role": "user", "content": text},), f"no to {text}", f"yes to {text}", source)
-
-    pairs = [pair("a", "on-policy:unsafe"), pair("b", "on-policy:safe"), pair("c", "on-policy:unsafe"), pair("d", "x")]
-    assert unsafe_answers(pairs) == [Demonstration("a", "yes to a"), Demonstration("c", "yes to c")]
-    assert unsafe_answers(pairs, 1) == [Demonstration("a", "yes to a")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safeneuron.attacks.checkpoint import weights_pruned, write_pruned
+from safeneuron.attacks.checkpoint import write_pruned
 from safeneuron.attacks.pruning import attack, each_neuron, sweep
 from safeneuron.models.forward import exchanges_of
 from safeneuron.neurons.interventions import Edit
@@ -14,7 +14,7 @@ from safeneuron.selection.contrast import activation_contrast, gradient_gap, twi
 from safeneuron.selection.linear_probe import THRESHOLD, probe
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.ranking import Ranking, set_difference
-from safeneuron.selection.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
+from safeneuron.selection.saliency import snip, wanda
 from safeneuron.selection.scores import score
 from tests.helpers import planted
 
@@ -108,22 +108,6 @@ def test_one_neuron_at_its_opposite_does_what_one_at_zero_does_not():
     zero, opposite = sweep(MODEL, HELD_OUT[0], [single, Edit.opposite(single, STATS, 5.0)], 6)
     assert refusals(zero) == len(zero)
     assert refusals(opposite) == 0
-
-
-@pytest.mark.parametrize("scores", [snip_weights, wanda_weights])
-def test_the_attack_per_weight_breaks_it_too(scores):
-    masks = weight_difference(scores(MODEL, REFUSED), scores(MODEL, ANSWERED), 0.02, 0.02)
-    with weights_pruned(MODEL, masks):
-        (broken,) = sweep(MODEL, HELD_OUT[0], [None], 6)
-    assert refusals(broken) == 0
-    draw = torch.Generator().manual_seed(0)
-    random = {
-        name: torch.randperm(MODEL.network.get_parameter(name).numel(), generator=draw)[: len(places)]
-        for name, places in masks.items()
-    }
-    with weights_pruned(MODEL, random):
-        (kept,) = sweep(MODEL, HELD_OUT[0], [None], 6)
-    assert refusals(kept) == len(kept)
 
 
 def test_transfer_to_a_sibling_breaks_it():

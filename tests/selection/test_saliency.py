@@ -1,16 +1,14 @@
-"""SNIP and Wanda against one answer at a time with plain gradients and activations, for every family; weight masks."""
+"""SNIP and Wanda against one answer at a time with plain gradients and activations, for every family."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.forward import Exchange, exchanges_of
-from safeneuron.selection.saliency import snip, snip_weights, wanda, wanda_weights, weight_difference
+from safeneuron.selection.saliency import snip, wanda
 from tests.helpers import tiny
 
 PROMPTS = [Prompt(text) for text in ("how do I?", "a", "tell me all of it, and then some", "why?")]
@@ -87,20 +85,6 @@ def test_wanda_is_that_of_one_answer_at_a_time(family, batch_tokens):
     torch.testing.assert_close(found.values, lifted(model, slow_wanda(model, exchanges)), rtol=1e-3, atol=1e-6)
 
 
-def test_scores_per_weight(family):
-    model = tiny.model(family)
-    exchanges = exchanges_of(model, PROMPTS, ANSWERS)
-    for found, expected in (
-        (snip_weights(model, exchanges), slow_snip(model, exchanges)),
-        (wanda_weights(model, exchanges), slow_wanda(model, exchanges)),
-    ):
-        assert list(found) == [
-            name for name, value in model.network.named_parameters() if ".mlp." in name and value.dim() == 2
-        ]
-        for scores, slow in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(scores.double(), slow, rtol=1e-3, atol=1e-6)
-
-
 def test_the_model_is_left_as_it_was(tiny_model):
     weights = {name: value.clone() for name, value in tiny_model.network.state_dict().items()}
     flags = [parameter.requires_grad for parameter in tiny_model.network.parameters()]
@@ -137,23 +121,3 @@ def test_gradients_that_are_not_finite_are_refused(tiny_model):
 def test_answers_that_do_not_fit(tiny_model, answers, said):
     with pytest.raises(InputError, match=said):
         exchanges_of(tiny_model, PROMPTS, answers)
-
-
-# -- masks of weights ---------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.permutations(range(12)), st.permutations(range(12)), st.sampled_from([0.25, 0.5]), st.sampled_from([0.0, 0.5])
-)
-def test_weight_difference_is_top_q_without_top_p(safety, utility, q, p):
-    scores = [{"w": torch.tensor(values).float().view(3, 4)} for values in (safety, utility)]
-    found = weight_difference(*scores, q, p)["w"].tolist()
-    best = [{place for place in range(12) if values[place] >= 12 - int(share * 12)}
-            for values, share in ((safety, q), (utility, p))]  # fmt: skip
-    assert found == sorted(best[0] - best[1])
-
-
-def test_weights_of_different_matrices():
-    with pytest.raises(InputError, match="different weight matrices"):
-        weight_difference({"a": torch.zeros(2, 2)}, {"a": torch.zeros(2, 3)}, 0.5, 0.5)
