@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,26 @@ from safeneuron.analysis.topics import TopicsRecord, topic_stats, topics_record
 from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
 from safeneuron.data.prompts import read_twins
-from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.embedded import NAME, embedded_folder
-from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.reporting.tables import as_csv
 from safeneuron.runs.attackers import sample
+from safeneuron.runs.context import StateModels
 from safeneuron.runs.findings import Findings
-from safeneuron.runs.inputs import judge_of, model_of
+from safeneuron.runs.inputs import judge_of
 from safeneuron.runs.run import Run
-from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory
+from safeneuron.runs.runner import Runner, StageSpec
 from safeneuron.runtime.files import key_of, read_json, write_bytes, write_json, write_text
 from safeneuron.runtime.progress import Watcher
 from safeneuron.selection.scores import Scores
-
-ANALYSIS_PARTS = ("topics", "depth", "stability", "states", "redundancy", "methods", "neurons", "scale")
 
 RECORDS: dict[str, type[PartRecord]] = {
     "topics": TopicsRecord, "depth": DepthRecord, "stability": StabilityRecord, "states": StatesRecord,
     "redundancy": RedundancyRecord, "methods": MethodsRecord, "neurons": PortraitsRecord, "scale": ScaleRecord,
 }  # fmt: skip
-"""What the ``numbers.json`` of each part holds."""
+"""The parts in order, and what the ``numbers.json`` of each holds."""
+ANALYSIS_PARTS = tuple(RECORDS)
 
 Tables = dict[str, list[TableRow]]
 Figures = dict[str, Callable[[], Any]]
@@ -85,7 +83,7 @@ class Analyser:
         self.findings = Findings(config, run)
         self.effort = Effort() if effort is None else effort
         self.also = [(name, read_twins(name)) for name in also]
-        known = {one.name: one for one in self.findings.states() if self._selected(one)}
+        known = {present.name: present for present in self.findings.states() if self._selected(present)}
         for name in (state, *only):
             if name not in known:
                 raise InputError(
@@ -93,11 +91,22 @@ class Analyser:
                     f"make it first with: safeneuron run {run.folder}/config.toml --out {run.folder}"
                 )
         self.state = known[state]
-        self.states = [one for name, one in known.items() if not only or name in only]
-        self._loaded: tuple[str, str, Model] | None = None
+        self.states = [selected for name, selected in known.items() if not only or name in only]
+        self.models = StateModels(config, run)
 
     def analyse(self, parts: Sequence[str] = ANALYSIS_PARTS, redo: Sequence[str] = ()) -> dict[str, PartRecord]:
-        """Do the parts that are not done yet, and those to ``redo``; the records of all of them by name."""
+        """Do the parts that are not done yet, and those to ``redo``; the records of all of them by name.
+
+        Args:
+            parts: Some of ``ANALYSIS_PARTS``.
+            redo: Parts whose folders are deleted first, by name or as ``analysis/NAME``.
+
+        Returns:
+            The record of each part, in the order of ``ANALYSIS_PARTS``.
+
+        Raises:
+            InputError: For a part that there is not, or whose work was made with other settings.
+        """
         redo = [name.removeprefix("analysis/") for name in redo]
         unknown = [name for name in (*parts, *redo) if name not in ANALYSIS_PARTS]
         if unknown:
@@ -108,13 +117,22 @@ class Analyser:
             "topics": self.topics, "depth": self.depth, "stability": self.stability, "states": self.changes,
             "redundancy": self.redundancy, "methods": self.methods, "neurons": self.neurons, "scale": self.scale,
         }  # fmt: skip
-        return {name: self._stage(name, works[name]) for name in ANALYSIS_PARTS if name in parts}
+        # The neurons of all states are there: the stages that found them are done.
+        selected = {f"{state.name}/select": self.run.folder / state.name / "select" for state in self.states}
+        keys = {name: str(read_json(folder / "done.json")["key"]) for name, folder in selected.items()}
+        runner, records = Runner(self.run, self.watcher, keys=keys), {}
+        for name in ANALYSIS_PARTS:
+            if name in parts:
+                runner.do(self._part(name, works[name]))
+                numbers = read_json(self.run.folder / "analysis" / name / "numbers.json")
+                records[name] = RECORDS[name].from_json(numbers)
+        return records
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
     def topics(self, folder: Path) -> AnalysedPart:
         """Topics of the unsafe prompts, beside the same prompts dealt to topics at random."""
-        classes, model = self._classes(), self._model(self.state)
+        classes, model = self.findings.classes(), self.models.of(self.state)
         labels = [prompt.category for prompt in classes[0]]
         stats = topic_stats(self.config, model, classes, labels, self.watcher.progress)
         stats.save(folder / "topics.safetensors")
@@ -137,32 +155,32 @@ class Analyser:
 
     def stability(self, folder: Path) -> AnalysedPart:
         """What the set owes to the prompts and to the way of measuring."""
-        model = self._model(self.state)
+        model = self.models.of(self.state)
         bare = copy.copy(model.tokenizer)
         bare.chat_template = None
         other = "bfloat16" if str(model.network.dtype) == "torch.float32" else "float32"
-        variants = [("no chat template", replace(model, tokenizer=bare)), (other, self._load(self.state, other))]
+        variants = [("no chat template", replace(model, tokenizer=bare)), (other, self.models.load(self.state, other))]
         record = stability_record(
-            self.config, model, state=self.state.name, classes=self._classes(), variants=variants,
+            self.config, model, state=self.state.name, classes=self.findings.classes(), variants=variants,
             effort=self.effort, also=self.also, progress=self.watcher.progress,
         )  # fmt: skip
         return record, record.tables(), {"stability": lambda: figures.stability_figure(record)}
 
     def changes(self, folder: Path) -> AnalysedPart:
         """What training changed, state by state."""
-        unsafe, safe = (sample(prompts, self.effort.prompts, self.config.seed) for prompts in self._classes())
+        unsafe, safe = (sample(prompts, self.effort.prompts, self.config.seed) for prompts in self.findings.classes())
         first = self.findings.neurons(BASE)
-        base = observe(self._model(BASE), (unsafe, safe), first)
+        base = observe(self.models.of(BASE), (unsafe, safe), first)
         source = embedded_folder() if self.config.model.name == NAME else Path(self.config.model.name)
         records = []
         for number, state in enumerate(self.states):
             path = folder / f"{state.name}.json"
             if not path.exists():
-                neurons, model = self.findings.neurons(state), self._model(state)
+                neurons, model = self.findings.neurons(state), self.models.of(state)
                 observed = base if state == BASE else observe(model, (unsafe, safe), neurons)
                 # A name on the Hub is no folder to read weights from.
                 moved = (
-                    movements(self._load(state, "stored"), weights_in(source), first)
+                    movements(self.models.load(state, "stored"), weights_in(source), first)
                     if state != BASE and source.is_dir()
                     else None
                 )
@@ -183,9 +201,9 @@ class Analyser:
             records.append(
                 redundancy_record(
                     self.config,
-                    self._model(state),
+                    self.models.of(state),
                     state=state.name,
-                    classes=self._classes(),
+                    classes=self.findings.classes(),
                     harmful=harmful,
                     judge=judge,
                     scores=self._scores(state),
@@ -216,11 +234,11 @@ class Analyser:
         """Portraits of the neurons with the largest effect sizes; whoever prints them masks the prompts."""
         record = portraits_record(
             self.config,
-            self._model(self.state),
+            self.models.of(self.state),
             state=self.state.name,
             neurons=self.findings.neurons(self.state),
             scores=self._scores(self.state),
-            prompts=list(self._classes()[0]),
+            prompts=list(self.findings.classes()[0]),
             effort=self.effort,
         )
         return record, record.tables(), {}
@@ -236,38 +254,19 @@ class Analyser:
 
     # -- what they share ----------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, work: Callable[[Path], AnalysedPart]) -> PartRecord:
-        settings = {
+    def _part(self, name: str, work: Callable[[Path], AnalysedPart]) -> StageSpec:
+        """A part of the analysis as a stage of the run."""
+        settings: dict[str, Any] = {
             "effort": asdict(self.effort),
             "state": self.state.name,
-            "states": [one.name for one in self.states],
+            "states": [state.name for state in self.states],
             "others": [str(other.folder.resolve()) for _, other in self.others],
         }
-        inputs = {f"{one.name}/select": self._key(one) for one in self.states}
         if name == "stability" and self.also:
-            asked = {also: [[one.text for one in prompts] for prompts in both] for also, both in self.also}
-            settings["also"] = {also: key_of(texts) for also, texts in asked.items()}
-        stage = self.run.stage(f"analysis/{name}", settings, inputs)
-        if stage.done:
-            self.watcher.ended(stage.name, 0.0, skipped=True)
-            return RECORDS[name].from_json(read_json(stage.folder / "numbers.json"))
-        self.watcher.began(stage.name)
-        stage.start()
-        reset_peak_memory()
-        begun = time.monotonic()
-        record, tables, drawings = work(stage.folder)
-        write_json(stage.folder / "numbers.json", record.to_json())
-        for table, rows in tables.items():
-            write_text(stage.folder / f"{table}.csv", as_csv(finite(rows)))
-        for file, content in figures.figure_files(drawings).items():
-            write_bytes(stage.folder / file, content.encode() if isinstance(content, str) else content)
-        seconds = time.monotonic() - begun
-        stage.finish(seconds, peak_memory_mb())
-        self.watcher.ended(stage.name, seconds, skipped=False)
-        return RECORDS[name].from_json(read_json(stage.folder / "numbers.json"))
-
-    def _key(self, state: State) -> str:
-        return str(read_json(self.run.folder / state.name / "select" / "done.json")["key"])
+            texts = {also: [[prompt.text for prompt in prompts] for prompts in both] for also, both in self.also}
+            settings["also"] = {also: key_of(both) for also, both in texts.items()}
+        inputs = [f"{state.name}/select" for state in self.states]
+        return StageSpec(f"analysis/{name}", settings, inputs, partial(_write, work), together=True)
 
     def _scores(self, state: State) -> Scores:
         return Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
@@ -275,16 +274,12 @@ class Analyser:
     def _selected(self, state: State) -> bool:
         return (self.run.folder / state.name / "select" / "done.json").exists()
 
-    def _classes(self) -> tuple[list[Prompt], list[Prompt]]:
-        return self.findings.prompts("unsafe"), self.findings.prompts("safe")
 
-    def _load(self, state: State, dtype: str) -> Model:
-        trained = None if state == BASE else self.run.folder / state.name / "align" / "model"
-        return model_of(self.config.model, dtype, trained=trained)
-
-    def _model(self, state: State) -> Model:
-        """The state's model; the last one loaded is kept."""
-        if self._loaded is None or self._loaded[0] != state.name:
-            self._loaded = None
-            self._loaded = (state.name, "", self._load(state, self.config.model.dtype))
-        return self._loaded[2]
+def _write(work: Callable[[Path], AnalysedPart], folder: Path) -> None:
+    """Do a part, and write its numbers, tables and figures."""
+    record, tables, drawings = work(folder)
+    write_json(folder / "numbers.json", record.to_json())
+    for table, rows in tables.items():
+        write_text(folder / f"{table}.csv", as_csv(finite(rows)))
+    for file, content in figures.figure_files(drawings).items():
+        write_bytes(folder / file, content.encode() if isinstance(content, str) else content)

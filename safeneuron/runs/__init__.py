@@ -8,6 +8,7 @@ from safeneuron._lazy import face
 MODULES = {
     "attackers": ("sample",),
     "collect": ("write_comparison",),
+    "context": ("StateModels",),
     "findings": ("Findings",),
     "hub": ("check_repository", "push"),
     "inputs": ("judge_of", "judges_of", "model_of"),
@@ -15,6 +16,7 @@ MODULES = {
     "publication": ("Publication", "publish"),
     "redteam": ("RedTeam", "prepare_redteam", "red_team", "table"),
     "run": ("Run",),
+    "runner": ("Runner", "StageSpec"),
     "show": ("explain", "grid"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -57,6 +57,10 @@ class Findings:
         folder = self.run.folder / "data"
         return [Prompt.from_record(record, folder) for record in read_lines(folder / f"{role}.jsonl")]
 
+    def classes(self) -> tuple[list[Prompt], list[Prompt]]:
+        """The unsafe and the safe prompts on which neurons are found."""
+        return self.prompts("unsafe"), self.prompts("safe")
+
     def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
         """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
         return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,8 @@ from safeneuron.models.model import Model, Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs.run import Run
+from safeneuron.runs.runner import Runner, StageSpec
 from safeneuron.runtime import distributed
-from safeneuron.runtime.devices import peak_memory_mb
 from safeneuron.runtime.files import append_lines, kept_lines, key_of, read_json, read_lines, write_json, write_lines
 from safeneuron.runtime.progress import Progress, section_of
 
@@ -220,17 +219,17 @@ def red_team(
         **asdict(settings),
     }
     wanted = {"prompts": _prompts_wanted(settings), "answers": _answers_wanted(requests, settings)}
-    total, done, keys = sum(map(len, wanted.values())), 0, {}
+    runner = Runner(run)
+    total, done = sum(map(len, wanted.values())), 0
     for kind, samples in wanted.items():
         progress_of_kind = section_of(progress, done, total)
         asked = key_of([sample.asked for sample in samples])
         write = partial(_generate, model, neurons, samples, settings, progress_of_kind)
-        keys[kind] = _stage(run, kind, {**made_by, "asked": asked}, {}, write)
+        runner.do(StageSpec(kind, {**made_by, "asked": asked}, [], write, together=True))
         done += len(samples)
     like = likeness()
     sift = partial(_sift, run.folder, wanted, requests, judge, like)
-    by = {"judge": judge.name, "likeness": like.name}
-    _stage(run, "yield", by, keys, lambda here: distributed.from_main(partial(sift, here)))
+    runner.do(StageSpec("yield", {"judge": judge.name, "likeness": like.name}, list(wanted), sift))
     return distributed.from_main(lambda: read_json(run.folder / "yield" / "results.json"))
 
 
@@ -358,16 +357,3 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
 def _texts(path: Path) -> list[str]:
     return [record["text"] for record in sorted(read_lines(path), key=lambda record: int(record["index"]))]
-
-
-def _stage(
-    run: Run, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[Path], None]
-) -> str:
-    """Do a stage unless it is done; its key."""
-    stage = run.stage(name, settings, inputs)
-    if not distributed.from_main(lambda: stage.done):
-        distributed.from_main(stage.start)
-        began = time.monotonic()
-        work(stage.folder)
-        distributed.from_main(lambda: stage.finish(time.monotonic() - began, peak_memory_mb()))
-    return stage.key
