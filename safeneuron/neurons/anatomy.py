@@ -35,8 +35,8 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     if len(shapes) not in (2, 3):
         return None
     *inputs, output = shapes
-    transposed = vars(module).get(
-        "is_transposed", _is_transposed([shapes[key] for key in inputs], shapes[output], hidden)
+    transposed = getattr(
+        module, "is_transposed", _is_transposed([shapes[key] for key in inputs], shapes[output], hidden)
     )
     count, *sizes = shapes[output]
     width, out = sizes if transposed else sizes[::-1]
@@ -48,7 +48,7 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     if not all(fitting) or (lengths != [2 * width] and any(length != width for length in lengths)):
         return None
     fused = lengths == [2 * width] and len(inputs) == 1
-    alternating = not vars(module).get("is_concatenated", True)
+    alternating = not getattr(module, "is_concatenated", True)
     parts = [(0, 2), (1, 2)] if alternating else [(0, 1), (width, 1)]
     places = parts if fused else [(0, 1)]
     found = []
@@ -127,9 +127,9 @@ def _has_layers(module: nn.Module) -> bool:
 def _lists(module: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists of modules that hold a matrix each; those of a tower with a config of its own are its own."""
     found: list[nn.ModuleList] = []
-    config = vars(module).get("config")
+    config = getattr(module, "config", None)
     for child in module.children():
-        own = vars(child).get("config")
+        own = getattr(child, "config", None)
         if config is not None and own is not None and own is not config and type(own) is not type(config):
             continue
         if isinstance(child, nn.ModuleList):
@@ -158,7 +158,7 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList:
 
 def hidden_size(decoder: nn.Module) -> int:
     """The width of the residual stream."""
-    config: Any = vars(decoder)["config"]
+    config: Any = decoder.config
     text = config.get_text_config(decoder=True)
     size = getattr(text, "hidden_size", None)
     if not isinstance(size, int):
@@ -173,7 +173,7 @@ def anatomy(network: nn.Module) -> list[Layer]:
     """
     decoder = decoder_of(network)
     layers, hidden = layers_of(decoder), hidden_size(decoder)
-    interleaved = bool(vars(vars(decoder)["config"]).get(INTERLEAVED))
+    interleaved = bool(getattr(decoder.config, INTERLEAVED, False))
     found = [Layer(index, layer, _blocks(index, layer, hidden, interleaved)) for index, layer in enumerate(layers)]
     if not any(layer.blocks for layer in found):
         kinds = "; ".join(dict.fromkeys(f"{type(unwrapped(one)).__name__} with {_shapes(one)}" for one in layers))

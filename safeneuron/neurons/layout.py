@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,8 +23,8 @@ from safeneuron.runtime.offloading import is_offloaded, materialised
 
 # The name under which a model's config remembers whose neurons it has, through any number of training runs.
 LINEAGE = "safeneuron_lineage"
-# The fingerprints of models with offloaded weights.
-_KNOWN: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# The name under which a network with offloaded weights remembers its own fingerprint, for as long as it is in memory.
+_DIGEST = "_safeneuron_digest"
 # What activation checkpointing and torch.compile put into the names of parameters.
 _IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -130,7 +129,7 @@ def _spans(layer: Layer) -> Iterator[Span]:
 
 def config_of(network: nn.Module) -> Any:
     """The transformers config of the network, or of its decoder where it is a module of the user's own around one."""
-    return vars(network).get("config") or vars(decoder_of(network))["config"]
+    return getattr(network, "config", None) or decoder_of(network).config
 
 
 def fingerprint(model: nn.Module | HasNetwork) -> str:
@@ -142,15 +141,17 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     """
     network = network_of(model)
     config = config_of(network)
-    lineage = vars(config).get(LINEAGE)
+    lineage = getattr(config, LINEAGE, None)
     if lineage:
         return str(lineage)
     if not is_offloaded(network):
         return _digest_of(network, config)
     # To read the weights of every layer again and again would take minutes, and nobody can change them meanwhile.
-    if network not in _KNOWN:
-        _KNOWN[network] = _digest_of(network, config)
-    return _KNOWN[network]
+    known = getattr(network, _DIGEST, None)
+    if known is None:
+        known = _digest_of(network, config)
+        setattr(network, _DIGEST, known)
+    return str(known)
 
 
 def _digest_of(network: nn.Module, config: Any) -> str:

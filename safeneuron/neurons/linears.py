@@ -57,8 +57,7 @@ def size_of(module: nn.Module) -> tuple[int, int] | None:
     linear = linear_in(module)
     if isinstance(linear, Conv1D):
         return int(linear.nx), int(linear.nf)
-    facts = vars(linear)
-    sizes = facts.get("in_features"), facts.get("out_features")
+    sizes = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
     if len(linear._modules) == 0 and isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]
     return None

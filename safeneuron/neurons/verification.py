@@ -77,20 +77,22 @@ def settle_layout(model: nn.Module | HasNetwork) -> Proof:
     That is whether the rows of fused matrices alternate, and whether the FFNs compute on (token, row, channel).
     """
     network = network_of(model)
-    configs = [vars(config_of(network)), vars(vars(decoder_of(network))["config"])]
+    configs: list[Any] = [config_of(network), decoder_of(network).config]
     try:
         return prove(network)
     except InputError as error:
         for mark in [INTERLEAVED, TIME_FIRST] if _has_open_order(network) else [TIME_FIRST]:
-            if any(mark in config for config in configs):
+            if any(hasattr(config, mark) for config in configs):
                 continue
             for config in configs:
-                config[mark] = True
+                setattr(config, mark, True)
             try:
                 return prove(network)
             except InputError:
+                # The two may be one config.
                 for config in configs:
-                    config.pop(mark, None)
+                    if hasattr(config, mark):
+                        delattr(config, mark)
         raise error
 
 

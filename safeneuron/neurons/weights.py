@@ -48,7 +48,7 @@ def owned_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Slic
 
 def has_adapters(network: nn.Module) -> bool:
     """Whether PEFT has put adapters into the network, of whatever kind and in whatever place."""
-    return bool(vars(network).get("peft_config"))
+    return bool(getattr(network, "peft_config", None))
 
 
 def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]:

@@ -45,9 +45,56 @@ PIECE = 2**22
 """The store takes values of at most 8 MB."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
-_numbers = count()
-_said: list[str] = []
-_lost: list[str] = []
+
+
+class _Exchange:
+    """What this rank and the others tell one another through the launcher's store: rounds of values, and goodbyes.
+
+    Attributes:
+        store: Of keys and values; the same for all ranks.
+        rounds: Numbers the exchanges, which come in the same order on every rank.
+        sent: The keys that this rank has written and not yet deleted.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.rounds = count()
+        self.sent: list[str] = []
+
+    def send(self, key: str, value: Any) -> None:
+        """Write a value, in pieces that the store takes; its own key comes last, once all of it is there."""
+        text = json.dumps(value)
+        pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+        for number, piece in enumerate(pieces):
+            self.store.set(f"{key}/{number}", piece)
+        self.store.set(key, str(len(pieces)))
+        self.sent.append(key)
+
+    def receive(self, key: str) -> Any:
+        """What a rank has written under this key; ends the program if a rank has failed meanwhile."""
+        # The store could be waited on too, but writes a warning for every time that this is in vain.
+        pause, longest = LOOKS
+        while not self.store.check([key]):
+            if self.store.check(["failed"]):
+                raise SystemExit(first_to_fail(1))
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return json.loads(b"".join(self.store.get(f"{key}/{number}") for number in range(int(self.store.get(key)))))
+
+    def forget_all_but_last(self) -> None:
+        """Delete what this rank has written in earlier rounds, which all ranks have read."""
+        while len(self.sent) > 1:
+            key = self.sent.pop(0)
+            for number in range(int(self.store.get(key))):
+                self.store.delete_key(f"{key}/{number}")
+            self.store.delete_key(key)
+
+    def say_goodbye(self, wait: bool) -> None:
+        """Let the others know that this rank is ending; with ``wait``, until all have said the same or time is up."""
+        self.store.set(f"goodbye/{os.environ['RANK']}", "")
+        deadline, everyone = time.monotonic() + GOODBYE, [f"goodbye/{other}" for other in range(_launched())]
+        while wait and time.monotonic() < deadline and not self.store.check(everyone):
+            time.sleep(LOOKS[0])
 
 
 def world() -> int:
@@ -89,12 +136,12 @@ def gather(value: Any) -> list[Any]:
     """What each rank gives (anything that JSON can write), in the order of the ranks, on every rank."""
     if world() == 1:
         return [value]
-    number = next(_numbers)
-    _say(f"{number}/{rank()}", value)
-    values = [_hear(f"{number}/{other}") for other in range(world())]
-    # Each rank has spoken in this round, so each has heard the rounds before it, which can now be forgotten.
-    while len(_said) > 1:
-        _forget(_said.pop(0))
+    exchange = _exchange()
+    number = next(exchange.rounds)
+    exchange.send(f"{number}/{rank()}", value)
+    values = [exchange.receive(f"{number}/{other}") for other in range(world())]
+    # Each rank has written in this round, so each has read the rounds before it, which can now be forgotten.
+    exchange.forget_all_but_last()
     return values
 
 
@@ -105,9 +152,9 @@ def barrier() -> None:
 
 def agree(problem: str) -> None:
     """Raise ``InputError`` on every rank if any of them has a problem: that of the first one."""
-    found = [said for said in gather(problem) if said]
-    if found:
-        raise InputError(found[0])
+    problems = [text for text in gather(problem) if text]
+    if problems:
+        raise InputError(problems[0])
 
 
 def from_main(work: Callable[[], _Result]) -> _Result:
@@ -117,22 +164,22 @@ def from_main(work: Callable[[], _Result]) -> _Result:
     """
     if world() == 1:
         return work()
-    number = next(_numbers)
-    _store()
+    exchange = _exchange()
+    key = f"{next(exchange.rounds)}/0"
     if is_main():
         try:
             with alone():
                 result = work()
         except InputError as error:
-            _say(f"{number}/0", [None, str(error)])
+            exchange.send(key, [None, str(error)])
             raise
-        _say(f"{number}/0", [result, ""])
+        exchange.send(key, [result, ""])
         return result
-    heard, problem = _hear(f"{number}/0")
+    received: tuple[_Result, str] = exchange.receive(key)
+    result, problem = received
     if problem:
         raise InputError(problem)
-    told: _Result = heard
-    return told
+    return result
 
 
 def deal(items: Sequence[_Item], work: Callable[[_Item], _Result]) -> Iterator[_Result]:
@@ -173,16 +220,17 @@ def first_to_fail(code: int) -> int | None:
 
     Ranks that wait for others are ended by this, in silence and with that exit code.
     """
-    if _launched() == 1 or _lost:
+    if _launched() == 1:
         return None
     for number in (signal.SIGINT, signal.SIGTERM):  # The launcher may send them again, and this rank is ending.
         signal.signal(number, signal.SIG_IGN)
     own = json.dumps([os.environ["RANK"], code])
     try:
-        first = _store().compare_set("failed", "", own).decode()
-        _say_goodbye(wait=first == own)
+        exchange = _exchange()
+        first = exchange.store.compare_set("failed", "", own).decode()
+        exchange.say_goodbye(wait=first == own)
     except (RuntimeError, InputError):
-        return None  # The store has gone, so nobody can be told.
+        return None  # There is no store, or none any more, so nobody can be told.
     return None if first == own else int(json.loads(first)[1])
 
 
@@ -193,7 +241,7 @@ def leave() -> None:
     import torch.distributed as dist
 
     barrier()
-    _say_goodbye(wait=is_main())
+    _exchange().say_goodbye(wait=is_main())
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -206,37 +254,45 @@ def whole_weights() -> Iterator[None]:
     overwritten when the model is sharded; here every rank also computes with models that are not.
     """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    asked = os.environ.get(name)
+    setting = os.environ.get(name)
     try:
-        if asked is not None:
+        if setting is not None:
             os.environ[name] = "false"
         yield
     finally:
-        if asked is not None:
-            os.environ[name] = asked
+        if setting is not None:
+            os.environ[name] = setting
 
 
 def _launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
 
 
+def _exchange() -> _Exchange:
+    """That of this process, which waits for all ranks to come to it first; ``InputError`` if they did not."""
+    meeting = _meeting()
+    if isinstance(meeting, str):
+        raise InputError(
+            f"this is one of {_launched()} processes (WORLD_SIZE), but in {MEETING.seconds // 60} minutes they have "
+            f"not met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({meeting}); start all of them with "
+            "torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    return meeting
+
+
+# A process is one rank for as long as it lives, and ranks meet once: so this and the group are made once a process.
 @cache
-def _store() -> Store:
-    """The launcher's store, or one that rank 0 keeps where there is none; waits for all ranks to come to it."""
+def _meeting() -> _Exchange | str:
+    """The exchange through the launcher's store, or one that rank 0 keeps where there is none; else what went wrong."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=MEETING))
     except RuntimeError as error:
-        _lost.append(str(error))
-        raise InputError(
-            f"this is one of {_launched()} processes (WORLD_SIZE), but in {MEETING.seconds // 60} minutes they have "
-            f"not met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; start all of them with torchrun or "
-            "accelerate launch, or unset WORLD_SIZE"
-        ) from error
+        return " ".join(str(error).split())[:200]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"safeneuron/{attempt}", store)
+    return _Exchange(PrefixStore(f"safeneuron/{attempt}", store))
 
 
 @cache
@@ -247,39 +303,3 @@ def _gloo() -> ProcessGroup:
     start_group()
     group: ProcessGroup = dist.new_group(backend="gloo", timeout=COLLECTIVE)
     return group
-
-
-def _say(key: str, value: Any) -> None:
-    text = json.dumps(value)
-    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    for number, piece in enumerate(pieces):
-        _store().set(f"{key}/{number}", piece)
-    _store().set(key, str(len(pieces)))
-    _said.append(key)
-
-
-def _hear(key: str) -> Any:
-    """What a rank has said under this key; ends the program if a rank has failed meanwhile."""
-    store = _store()
-    # The store could be waited on too, but writes a warning for every time that this is in vain.
-    pause, longest = LOOKS
-    while not store.check([key]):
-        if store.check(["failed"]):
-            raise SystemExit(first_to_fail(1))
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
-    return json.loads(b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key)))))
-
-
-def _forget(key: str) -> None:
-    for number in range(int(_store().get(key))):
-        _store().delete_key(f"{key}/{number}")
-    _store().delete_key(key)
-
-
-def _say_goodbye(wait: bool) -> None:
-    """Let the others know that this rank is ending; with ``wait``, until all have said the same or time is up."""
-    _store().set(f"goodbye/{os.environ['RANK']}", "")
-    deadline, everyone = time.monotonic() + GOODBYE, [f"goodbye/{other}" for other in range(_launched())]
-    while wait and time.monotonic() < deadline and not _store().check(everyone):
-        time.sleep(LOOKS[0])

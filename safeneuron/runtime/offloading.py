@@ -141,6 +141,7 @@ def _offload_of(module: nn.Module) -> AlignDevicesHook | None:
 
 def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
     """Accelerate's hooks on a module that move weights and inputs."""
+    # The module's own: what PEFT puts around a module hands out the attributes of the inner one as if they were its.
     hook = vars(module).get("_hf_hook")
-    found = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return [one for one in found if isinstance(one, AlignDevicesHook)]
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]

@@ -54,7 +54,8 @@ def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device)
             small.support_avx512bf16_for_cpu = False
             decoder.set_submodule(name, small.train(module.training))
     # What transformers sets on a model that it quantises itself: PEFT, TRL and accelerate ask for it.
-    vars(network)["is_loaded_in_4bit"] = True
+    marked: Any = network
+    marked.is_loaded_in_4bit = True
 
 
 def dequantised(network: PreTrainedModel) -> PreTrainedModel:
@@ -78,9 +79,11 @@ def dequantised(network: PreTrainedModel) -> PreTrainedModel:
 
 def forget(network: PreTrainedModel) -> None:
     """Take off a plain network what transformers noted when its weights were quantised, as those of GGUF files are."""
+    # Only what was noted on this network: its class may have defaults of the same names.
     for mark in vars(network).keys() & QUANTIZATION_ATTRIBUTES:
         delattr(network, mark)
-    vars(network.config).pop("quantization_config", None)
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
 
 
 def compressed_by(config: PreTrainedConfig) -> str:
@@ -89,19 +92,19 @@ def compressed_by(config: PreTrainedConfig) -> str:
     The config is made to say that the cache of keys and values is not to be rounded, which is a matter of serving.
     Raises ``InputError`` for weights that are stored rotated, as transformers would take them for unrotated ones.
     """
-    found: dict[str, Any] | None = vars(config).get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != COMPRESSED:
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != COMPRESSED:
         return ""
-    if found.get("transform_config"):
+    if settings.get("transform_config"):
         raise InputError(
             "the model is stored by compressed-tensors with transforms of its weights (transform_config), which "
             "transformers does not undo; use the checkpoint that it was made from"
         )
-    found["kv_cache_scheme"] = None
-    if not found.get("config_groups"):
-        del vars(config)["quantization_config"]
+    settings["kv_cache_scheme"] = None
+    if not settings.get("config_groups"):
+        del config.quantization_config
         return ""
-    return str(found.get("format", COMPRESSED))
+    return str(settings.get("format", COMPRESSED))
 
 
 def decompress(network: PreTrainedModel, precision: torch.dtype) -> bool:
@@ -115,15 +118,16 @@ def decompress(network: PreTrainedModel, precision: torch.dtype) -> bool:
 
     rounded = False
     for module in network.modules():
-        scheme = vars(module).get("quantization_scheme")
+        scheme: Any = getattr(module, "quantization_scheme", None)
         if scheme is None:
             continue
         rounded |= scheme.input_activations is not None or scheme.output_activations is not None
-        if vars(module)["quantization_status"] < QuantizationStatus.COMPRESSED:
+        status: Any = module.quantization_status
+        if status < QuantizationStatus.COMPRESSED:
             # Stored as they were before they were rounded, and rounded in every pass.
             compress_module(module)
         decompress_module(module, leave_decompressed=False)
-        # The forward that rounded, put over the layer's own.
+        # The forward that rounded is an attribute of the layer, put over its class's own.
         vars(module).pop("forward", None)
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
@@ -131,9 +135,10 @@ def decompress(network: PreTrainedModel, precision: torch.dtype) -> bool:
         # transformers unpacks experts into bfloat16, whatever it was asked for.
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.to(precision)
-    hook = vars(network).pop("ct_decompress_hook", None)
+    hook: Any = getattr(network, "ct_decompress_hook", None)
     if hook is not None:
         hook.remove()
+        del network.ct_decompress_hook
     forget(network)
     return rounded
 
@@ -144,8 +149,8 @@ def packed_by(network: nn.Module) -> str:
     Such a layer can be measured, pruned and given adapters like any other, but its weights cannot be read or written.
     """
     for module in network.modules():
-        facts = vars(module)
-        if isinstance(facts.get("in_features"), int) and isinstance(facts.get("out_features"), int):
+        sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if all(isinstance(size, int) for size in sizes):
             weight = module._parameters.get("weight")
             holds = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
             if weight is None and holds and not module._modules:
@@ -175,7 +180,8 @@ def dense(weight: Tensor) -> Tensor:
     """
     if not in_four_bits(weight):
         return weight.detach()
-    state = vars(weight)["quant_state"]
+    packed: Any = weight
+    state = packed.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise InputError(
             "the 4-bit weights were repacked by bitsandbytes for this processor, and rounded by it; expected them as "

@@ -139,7 +139,7 @@ def gather_whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, ex
     elif (run := _partition(name, parameter)) is not None:
         numbers = _numbers(shape_of(parameter), dim, index, experts)
         rows, places = run.positions(numbers.to(run.flat.device))
-        values, group = run.flat.detach()[places], vars(parameter)["ds_process_group"]
+        values, group = run.flat.detach()[places], _zero(parameter).ds_process_group
     else:
         return _selected(parameter.detach(), dim, index, experts)
     shape = list(shape_of(parameter))
@@ -166,7 +166,7 @@ def is_spread(parameter: nn.Parameter) -> bool:
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter, however it is spread."""
-    return torch.Size(vars(parameter)["ds_shape"]) if _is_partitioned(parameter) else parameter.shape
+    return torch.Size(_zero(parameter).ds_shape) if _is_partitioned(parameter) else parameter.shape
 
 
 def together(flags: Sequence[bool]) -> list[bool]:
@@ -214,13 +214,13 @@ def stepper(optimizer: Any) -> torch.optim.Optimizer:
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(inner, torch.optim.Optimizer):
         return inner
-    if type(inner).__name__ not in ZERO or "backup_optimizer" in vars(inner):
+    if type(inner).__name__ not in ZERO or hasattr(inner, "backup_optimizer"):
         raise InputError(
             f"{type(inner).__name__} steps on weights that cannot be reached; expected a torch.optim.Optimizer, or one "
             "that accelerate or DeepSpeed's ZeRO stage 1, 2 or 3 has wrapped (not ZeRO stage 0 in 16 bits, ZenFlow, "
             "SuperOffload, or an offload ratio below 1)"
         )
-    followed = vars(inner)["optimizer"]
+    followed = inner.optimizer
     assert isinstance(followed, torch.optim.Optimizer), "ZeRO steps with an optimizer of torch"
     return followed
 
@@ -229,7 +229,7 @@ def keep_gradient_zero(
     name: str, parameter: nn.Parameter, dim: int, index: Tensor, experts: Tensor | None = None
 ) -> RemovableHandle:
     """From now on the entries' gradients are zero as soon as they exist, before anything is made of them."""
-    if _is_partitioned(parameter) or "_hp_mapping" in vars(parameter):
+    if _is_partitioned(parameter) or hasattr(parameter, "_hp_mapping"):
         # ZeRO takes the gradient away right after it was accumulated, so it is masked on its way there.
         handle = parameter.register_hook(lambda gradient: _clear(gradient.clone(), dim, index, experts))  # type: ignore[no-untyped-call]
         assert isinstance(handle, RemovableHandle), "torch makes no other"
@@ -283,33 +283,37 @@ def _rows_here(name: str, parameter: DTensor) -> tuple[range, dist.ProcessGroup 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO-3 has shared out the weights themselves."""
-    return "ds_tensor" in vars(parameter)
+    return hasattr(parameter, "ds_tensor")
+
+
+def _zero(parameter: nn.Parameter) -> Any:
+    """The parameter with the attributes that DeepSpeed's ZeRO has given it."""
+    return parameter
 
 
 def _partition(name: str, parameter: nn.Parameter) -> _Run | None:
     """The weights of a parameter that ZeRO-3 has shared out, as far as they are here."""
     if not _is_partitioned(parameter):
         return None
-    facts = vars(parameter)
-    flat = facts["ds_tensor"]
+    zero = _zero(parameter)
+    flat = zero.ds_tensor
     if flat.numel() < flat.ds_numel:
         raise InputError(
             f"the weights of {name} are swapped to NVMe, where they cannot be frozen; use offload_param.device = cpu "
             "or none in the DeepSpeed config"
         )
-    first = flat.ds_numel * dist.get_rank(facts["ds_process_group"])
-    return _Run(flat, 0, first, max(0, min(flat.ds_numel, facts["ds_numel"] - first)))
+    first = flat.ds_numel * dist.get_rank(zero.ds_process_group)
+    return _Run(flat, 0, first, max(0, min(flat.ds_numel, zero.ds_numel - first)))
 
 
 def _master(name: str, parameter: nn.Parameter) -> _Run | None:
     """ZeRO's master copy of the parameter, as far as it is here, by the names of DeepSpeed 0.19."""
-    facts = vars(parameter)
-    if (mapping := facts.get("_hp_mapping")) is not None:  # ZeRO-1 and -2
+    if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:  # ZeRO-1 and -2
         flat, there, inside = mapping.hp_fragment._base, mapping.hp_fragment_address, mapping.lp_fragment_address
         if flat.dim() != 1:
             raise RuntimeError(f"the tensor that ZeRO steps on has {flat.dim()} dimensions, expected 1")
         return _Run(flat, there.start, inside.start, inside.numel)
-    if (zero := facts.get("_z3_optimizer")) is not None and parameter.requires_grad:
+    if (zero := getattr(parameter, "_z3_optimizer", None)) is not None and parameter.requires_grad:
         if zero.swap_optimizer:
             raise InputError(
                 f"the master weights of {name} are swapped to NVMe, where they cannot be frozen; use "

@@ -142,7 +142,10 @@ def test_each_rank_has_a_gpu_of_its_own(launched):
 
 
 def test_it_needs_no_torch():
-    code = "from safeneuron import ranks\nranks.barrier()\nranks.leave()\nimport sys\nassert 'torch' not in sys.modules"
+    code = (
+        "from safeneuron.runtime import distributed\ndistributed.barrier()\ndistributed.leave()\n"
+        "import sys\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
 
 

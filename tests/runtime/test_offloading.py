@@ -23,6 +23,7 @@ from safeneuron.models.forward import exchanges_of
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import measure_towers
+from safeneuron.neurons.blocks import Block
 from safeneuron.neurons.interventions import Edit, pruned
 from safeneuron.neurons.layout import fingerprint
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -140,13 +141,9 @@ def test_the_anatomy_is_proved_on_weights_brought_to_hand(pair):
 
 def test_an_anatomy_that_is_wrong_is_seen_on_offloaded_weights_too(tmp_path, monkeypatch):
     """As if a neuron's column were another one's."""
-    from safeneuron.neurons import weights
-
     network = disk_offload(tiny.network(), str(tmp_path), execution_device=torch.device("cpu"))
-    right = weights.column
-    monkeypatch.setattr(
-        weights, "column", lambda block, expert, channel: right(block, expert, (channel + 1) % block.width)
-    )
+    right = Block.column
+    monkeypatch.setattr(Block, "column", lambda block, neuron: right(block, (neuron + 1) % block.width))
     with pytest.raises(InputError, match="by hook moves the layer's output"):
         prove(network)
 
