@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -14,8 +15,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from safeneuron.cli import console, inspect, model, run, text
-from safeneuron.errors import InputError
+from safeneuron.errors import InputError, RenamedSetting
 from safeneuron.runtime import distributed
+from safeneuron.runtime.patches import warnings_told
 
 
 @contextmanager
@@ -59,7 +61,9 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb that was asked for."""
-        with _explained():
+        # Python hides warnings about what is out of date from all but programmers; a config's author is to read them.
+        with _explained(), warnings.catch_warnings(), warnings_told(RenamedSetting, console.warn):
+            warnings.simplefilter("default", RenamedSetting)
             return super().invoke(ctx)
 
 

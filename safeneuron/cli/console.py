@@ -79,8 +79,13 @@ class Bars:
 
     def warned(self, text: str) -> None:
         """Print a warning."""
-        if distributed.is_main():
-            err.print(Text.assemble(("warning: ", "yellow"), text))
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """A warning in one line; of many processes the first one says it."""
+    if distributed.is_main():
+        err.print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def print_grid(path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from safeneuron.cli import console
 from safeneuron.cli.console import Bars, print_grid, print_lines, print_table
 from safeneuron.errors import InputError
+from safeneuron.runtime.patches import without_progress_bars
 
 if TYPE_CHECKING:
     from safeneuron.runs.publication import Publication
@@ -50,7 +51,7 @@ def analyse_command(
     redo: Annotated[list[str] | None, typer.Option("--redo", metavar="PART", help="Make a part again.")] = None,
 ) -> None:
     """Look inside: topics, depth, stability, what training changed, redundancy; numbers, tables, figures."""
-    os.environ["TQDM_DISABLE"] = "1"
+    without_progress_bars()
     from safeneuron.analysis.analyser import ANALYSIS_PARTS, Analyser
     from safeneuron.analysis.settings import Effort
     from safeneuron.analysis.tables import analysis_tables

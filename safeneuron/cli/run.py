@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from safeneuron.cli import console
 from safeneuron.cli.console import Bars, Changes, Out, Redo, RunFolder, print_grid, print_lines, toml_string
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
+from safeneuron.runtime.patches import without_progress_bars
 
 if TYPE_CHECKING:
     from safeneuron.config.schema import Config
@@ -107,8 +107,8 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
 
     opened = Run.create(folder or Path("runs") / settings.name)
     with opened.locked():
-        # The libraries' own progress bars would fight with ours; they read this when they are imported.
-        os.environ["TQDM_DISABLE"] = "1"
+        # The libraries' own progress bars would fight with ours.
+        without_progress_bars()
         from safeneuron.runs.pipeline import Pipeline, prepare
 
         bars = Bars()

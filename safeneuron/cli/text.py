@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from safeneuron.cli import console
 from safeneuron.cli.console import Bars, Changes, print_lines, toml_string
 from safeneuron.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from safeneuron.runtime.patches import without_progress_bars
 
 
 def draw_command(
@@ -70,7 +67,7 @@ def redteam_command(
     ] = "",
 ) -> None:
     """Use a model, pruned or not, as a red-team generator, and count how much of what it writes is of use."""
-    os.environ["TQDM_DISABLE"] = "1"
+    without_progress_bars()
     from safeneuron.data.prompts import read_prompts
     from safeneuron.evaluation.judging import make_judge
     from safeneuron.models.loading import load

@@ -49,6 +49,7 @@ MODULES = {
         "placed",
         "require_whole",
     ),
+    "patches": ("answers_scored_alone", "warnings_told", "without_progress_bars"),
     "progress": ("Progress", "Watcher", "part_of", "section_of"),
     "quantization": ("dense", "dequantised", "has_four_bits", "in_four_bits", "is_quantised", "packed_by"),
     "sharding": (),

@@ -8,7 +8,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 
 from safeneuron.errors import InputError
 from safeneuron.runtime import distributed
+from safeneuron.runtime.patches import warnings_told
 
 
 def reuse_memory() -> None:
@@ -139,22 +140,9 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def reporting_shortage(tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_shortage(tell: Callable[[str], None]) -> AbstractContextManager[None]:
     """Within the block a ``MemoryShortage`` is told to ``tell`` instead of being shown as Python shows warnings."""
-    shown = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *where: object) -> None:
-        if issubclass(category, MemoryShortage):
-            tell(str(message))
-        else:
-            shown(message, category, *where)  # type: ignore[arg-type]
-
-    warnings.showwarning = show  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
+    return warnings_told(MemoryShortage, tell)
 
 
 class Halving(Generic[_Item]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
@@ -28,6 +28,7 @@ from safeneuron.neurons.weights import parameters_of_no_neuron, routers
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import hand_back_memory
 from safeneuron.runtime.offloading import require_whole
+from safeneuron.runtime.patches import answers_scored_alone
 from safeneuron.runtime.progress import Progress
 from safeneuron.runtime.quantization import dequantised, has_four_bits
 from safeneuron.training.ablation import AblateSteps, Ablation, Refresh
@@ -198,8 +199,6 @@ def align(
     ``lora_rank``, a model of which weights are offloaded, a loss or weights that are not finite, or training that
     changed nothing.
     """
-    from safeneuron.training.dpo import answers_scored_alone
-
     quiet()
     require_trainable_settings(training, refresh is not None)
     distributed.start_group()
@@ -294,25 +293,21 @@ def _trainer(
     dataset, collator = data_of(model, pairs, training.max_length)
     judged_by = policy if reference is None else reference
     with pruned(judged_by, ablation.neurons if ablation is not None and ablation.reference else None):
-        trainer = (PreferenceTrainer if refresh is None else RefreshTrainer)(
-            model=policy,
-            ref_model=reference,
-            args=arguments,
-            train_dataset=dataset,
-            data_collator=collator,
-            processing_class=model.tokenizer,
-            callbacks=callbacks,
-            peft_config=lora_config(policy, training) if training.lora_rank else None,
-        )
-    if reference is None and trainer.ref_model is not None:
-        raise RuntimeError("TRL has loaded another reference than the given model")
-    trainer.ref_model = None
-    # The reference may have shown already that fewer fit into memory.
-    trainer.at_once = min(filter(None, (training.at_once, trainer.at_once)), default=0)
-    if isinstance(trainer, RefreshTrainer):
-        assert refresh is not None, "the class was chosen by it"
-        trainer.refresh, trainer.given = refresh, model
-    trainer.remove_callback(PrinterCallback)
+        settings = {
+            "model": policy,
+            "ref_model": reference,
+            "args": arguments,
+            "train_dataset": dataset,
+            "data_collator": collator,
+            "processing_class": model.tokenizer,
+            "callbacks": callbacks,
+            "peft_config": lora_config(policy, training) if training.lora_rank else None,
+            "at_once": training.at_once,
+        }
+        if refresh is None:
+            trainer = PreferenceTrainer(**settings)
+        else:
+            trainer = RefreshTrainer(refresh=refresh, given=model, **settings)
     # On weights in 4 bits TRL puts the adapters into bfloat16, where small steps are lost.
     store_in(torch.float32, (one for one in policy.parameters() if one.requires_grad))
     return trainer

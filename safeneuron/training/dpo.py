@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from math import ceil
 from typing import Any, cast
@@ -14,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler
-from trl.trainer import utils as trl_utils
+from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from safeneuron.data.types import Pair
@@ -97,6 +96,15 @@ class PreferenceTrainer(PartsTrainer):
 
     _places = 0
     _filled: Tensor | int = 0
+
+    def __init__(self, *, ref_model: nn.Module | None = None, **settings: Any) -> None:
+        super().__init__(ref_model=ref_model, **settings)
+        if ref_model is None and self.ref_model is not None:
+            raise RuntimeError("TRL has loaded another reference than the given model")
+        # Its log-probabilities are in the data set by now.
+        self.ref_model = None
+        # TRL prints its log where it shows no bars.
+        self.remove_callback(PrinterCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also keep FSDP2 from rounding log-probabilities, and the sum of the ranks' gradients, to bfloat16.
@@ -243,19 +251,3 @@ def dataset_of(pairs: Sequence[Pair]) -> Any:
             for pair in pairs
         ]
     )
-
-
-@contextmanager
-def answers_scored_alone() -> Iterator[None]:
-    """Within the block TRL runs the LM head at the answers' tokens only, also on the CPU; the losses are the same.
-
-    TRL does so where it has Triton. Elsewhere it scores the prompts' tokens too and throws them away, which on the CPU
-    is a third of the time of a step.
-    """
-    names: dict[str, Any] = vars(trl_utils)
-    as_it_was = names["_use_triton"]
-    names["_use_triton"] = lambda device: device.type == "cpu" or as_it_was(device)
-    try:
-        yield
-    finally:
-        names["_use_triton"] = as_it_was

@@ -41,9 +41,13 @@ class PartsTrainer(DPOTrainer):
     again. ``whole`` is the micro-batch that the part is from.
     """
 
-    at_once: int = 0
     whole: Inputs
     _begun: list[Inputs]
+
+    def __init__(self, *, at_once: int = 0, **settings: Any) -> None:
+        # The log-probabilities of the reference are computed in here, in parts too.
+        self.at_once = at_once
+        super().__init__(**settings)
 
     def get_batch_samples(self, *arguments: Any) -> Any:
         """The micro-batches of the next optimizer step."""

@@ -38,15 +38,24 @@ ROWS, SET = "ablated_rows", "ablated_set"
 
 
 class RefreshTrainer(PreferenceTrainer):
-    """TRL's DPO with a share of each batch ablated; ``refresh`` and the ``given`` model are set before training."""
+    """TRL's DPO with a share of each batch ablated.
 
-    refresh: Refresh
-    given: Model
-    sets: Sequence[NeuronSet] = ()
-    found_at: int = -1
-    turn: tuple[int, int] = (-1, 0)
+    Args:
+        refresh: How the neurons are found again, and what is done with them.
+        given: The model whose network is trained; the running policy is handed to ``refresh.find`` in its form.
+        settings: What ``PreferenceTrainer`` takes.
+    """
+
     ablated_rows: Tensor
-    teacher: Tensor | None = None
+
+    def __init__(self, *, refresh: Refresh, given: Model, **settings: Any) -> None:
+        self.refresh = refresh
+        self.given = given
+        self.sets: Sequence[NeuronSet] = ()
+        self.found_at = -1
+        self.turn = (-1, 0)
+        self.teacher: Tensor | None = None
+        super().__init__(**settings)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, with what is ablated in it drawn for the whole of it."""
