@@ -92,26 +92,23 @@ def plan_command(
         bool,
         typer.Option("--sharded/--replicated", help="Do they share what is trained (FSDP2), or each hold it (DDP)?"),
     ] = True,
-    device_flops: Annotated[
-        float,
-        typer.Option("--device-flops", min=0, help="Operations a second of each GPU, such as 400e12; else measured."),
-    ] = 0.0,
-    device_bandwidth: Annotated[
-        str,
-        typer.Option("--device-bandwidth", help="Bytes a second that each GPU's memory gives, such as 3.3TB."),
-    ] = "",
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like", metavar="RUN", help="A run whose seconds say how long it takes; runs/NAME if not given."
+        ),
+    ] = None,
 ) -> None:
     """What each stage will need in memory and time, and whether it fits; reads the model's config, not its weights."""
     from safeneuron.config.toml import read_config
-    from safeneuron.planning.duration import clock_for, table_of_times
-    from safeneuron.planning.plan import ModelSpec, device_asked, table_of_needs
+    from safeneuron.planning.duration import TimeRecord, table_of_times
+    from safeneuron.planning.plan import device_asked, table_of_needs
 
     settings = read_config(config, changes or [])
     device = device_asked(settings, device_memory, devices, sharded)
-    paper = ModelSpec.of(settings, words=True)
-    print_lines([*table_of_needs(settings, device, paper), ""])
-    clock = clock_for(settings, paper, device, device_flops, device_bandwidth, here=not device_memory)
-    if clock is None:
-        print_lines(["time: give --device-flops and --device-bandwidth of a device that is not here"])
+    print_lines([*table_of_needs(settings, device), ""])
+    run = like or Path("runs") / settings.name
+    if like is None and not (run / "config.toml").is_file():
+        print_lines(["time: unknown; --like RUN takes it from the seconds that the finished stages of a run recorded"])
     else:
-        print_lines(table_of_times(settings, clock))
+        print_lines(table_of_times(settings, TimeRecord.read(run)))

@@ -10,7 +10,7 @@ MODULES = {
     "attack": ("JUDGES", "RULES", "AttackTable", "JudgeTable", "Rule"),
     "schema": ("Config", "sentence_of"),
     "states": ("BASE", "State", "previous", "selectors_for", "states_of"),
-    "tables": ("CapabilityTable", "DataTable", "ModelTable", "PairSourceTable", "SourceTable"),
+    "tables": ("CapabilityTable", "DataTable", "ModelTable", "PairSourceTable", "PairsTable", "SourceTable"),
     "toml": ("presets", "read_config", "to_toml"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -1,6 +1,6 @@
-"""How many tokens texts and pictures take before any weights are loaded, and what pictures ask of a vision tower.
+"""What texts and images take before any weights are loaded: how many there are, their tokens, and their patches.
 
-By the model's own tokenizer and processor where these lie beside its config, else by guess.
+Images are counted by the model's own processor where it lies beside its config.
 """
 
 from __future__ import annotations
@@ -11,66 +11,54 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
+from safeneuron.config.tables import PairSourceTable, SourceTable
 from safeneuron.data.catalogue import by_name, prompts_by_name
 from safeneuron.data.pairs import read_pairs
 from safeneuron.data.prompts import read_prompts
 from safeneuron.data.rows import Source
 from safeneuron.errors import InputError
-from safeneuron.models import embedded
-from safeneuron.models.model import Message, encode_chat
-from safeneuron.models.vision import ImageTokens, image_features, processor_of, takes_images, vision_parameters
-from safeneuron.models.vision import encode_image_chat as encode_seen
+from safeneuron.models.model import Message
+from safeneuron.models.vision import (
+    ImageTokens,
+    encode_image_chat,
+    image_features,
+    processor_of,
+    takes_images,
+    vision_parameters,
+)
 
 SAMPLE = 16
-"""So many texts or pictures stand for all of a source."""
-TEMPLATE = 24
-"""About what a chat template adds to a request."""
+"""So many texts or images stand for all of a source."""
 _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """The tokenizer and the processor of a model, as far as they are at hand."""
+class ImageLengths:
+    """What images take, by the processor of a model; ``None`` where that is not there."""
 
-    tokenizer: PreTrainedTokenizerBase | None = None
     processor: ProcessorMixin | None = None
 
     @classmethod
-    def read(cls, name: str, revision: str = "", trust_remote_code: bool = False) -> Lengths:
-        """What lies beside the config of a model; nothing of a folder that holds a config alone."""
-        source = str(embedded.embedded_folder()) if name == embedded.NAME else name
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    def read(cls, name: str, revision: str = "", trust_remote_code: bool = False) -> ImageLengths:
+        """By the processor that lies beside the config of a model; without one if only a config is there."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            seeing = takes_images(AutoConfig.from_pretrained(source, **options))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
-            return cls()
-        try:
-            return cls(tokenizer, processor_of(source, options) if seeing else None)
+            return cls(processor_of(name, {"trust_remote_code": trust_remote_code, "revision": revision or "main"}))
         except InputError:
-            return cls(tokenizer)
+            return cls()
 
-    def of(self, messages: Sequence[Message], picture: Any = None) -> int | None:
-        """Tokens of a conversation with its generation prompt; ``None`` for a picture that nobody here can count."""
-        if picture is not None:
-            return len(encode_seen(self.processor, messages, picture)) if self.processor is not None else None
-        if self.tokenizer is not None:
-            return len(encode_chat(self.tokenizer, messages))
-        return sum(estimated_length(message["content"]) for message in messages) + TEMPLATE
+    def tokens(self, messages: Sequence[Message], image: Any) -> int | None:
+        """Tokens of a conversation with an image and its generation prompt; ``None`` without a processor."""
+        return len(encode_image_chat(self.processor, messages, image)) if self.processor is not None else None
 
-    def words(self, text: str) -> int:
-        """Tokens of a text alone."""
-        return estimated_length(text) if self.tokenizer is None else len(self.tokenizer(text)["input_ids"])
-
-    def patches(self, eyes: VisionShape, messages: Sequence[Message], picture: Any) -> int:
-        """Patches of a picture, as the vision tower is given them; 0 without a processor."""
+    def patches(self, vision: VisionShape, messages: Sequence[Message], image: Any) -> int:
+        """Patches of an image, as the vision tower is given them; 0 without a processor."""
         if self.processor is None:
             return 0
-        seen = encode_seen(self.processor, messages, picture)
-        assert isinstance(seen, ImageTokens), "there is a picture"
-        return eyes.patches(image_features(self.processor, seen))
+        row = encode_image_chat(self.processor, messages, image)
+        assert isinstance(row, ImageTokens), "there is an image"
+        return vision.patches(image_features(self.processor, row))
 
 
 @dataclass(frozen=True)
@@ -90,12 +78,12 @@ class VisionShape:
         """Those of a network, whose weights may be on the meta device; ``None`` for a model of text."""
         if not takes_images(network.config):
             return None
-        sight = {id(parameter): parameter for parameter in vision_parameters(network)}
-        own = [part for part in network.modules() if id(part._parameters.get("weight")) in sight]
-        linear = [part for part in own if isinstance(part, nn.Linear)]
+        weights = {id(parameter): parameter for parameter in vision_parameters(network)}
+        parts = [part for part in network.modules() if id(part._parameters.get("weight")) in weights]
+        linear = [part for part in parts if isinstance(part, nn.Linear)]
         # Patches are embedded by a convolution whose steps do not overlap, or by the first linear layer.
-        convolved = [part for part in own if isinstance(part, nn.Conv2d | nn.Conv3d)]
-        if not linear or any(parameter.dim() == 0 for parameter in sight.values()):
+        convolved = [part for part in parts if isinstance(part, nn.Conv2d | nn.Conv3d)]
+        if not linear or any(parameter.dim() == 0 for parameter in weights.values()):
             return None
         if convolved:
             hidden = convolved[0].out_channels
@@ -103,10 +91,10 @@ class VisionShape:
         else:
             hidden, pixels = linear[0].out_features, linear[0].in_features
         width = max(max(part.in_features, part.out_features) for part in linear)
-        return cls(sum(one.numel() for one in sight.values()), width, hidden, pixels)
+        return cls(sum(parameter.numel() for parameter in weights.values()), width, hidden, pixels)
 
     def patches(self, features: dict[str, Tensor]) -> int:
-        """How many patches a picture has, from what its processor makes of it: padding and tiles included."""
+        """How many patches an image has, from what its processor makes of it: padding and tiles included."""
         values = features.get("pixel_values")
         return 0 if values is None else math.ceil(values.numel() / self.pixels)
 
@@ -119,32 +107,37 @@ class VisionShape:
 
 
 class SourceSample(NamedTuple):
-    """What a source holds: all of it without the pictures that are drawn, and some of those with a picture, drawn."""
+    """What a source holds: all items, without the images that are drawn, and some of those with an image, drawn."""
 
     all: list[Any]
-    pictured: list[Any]
+    with_image: list[Any]
 
 
 def available_prompts(source: Source) -> SourceSample | None:
     """The prompts of a source; ``None`` where they have yet to be fetched. Raises ``InputError`` as reading does."""
-    return None if prompts_by_name(source).path.startswith("hub:") else _glance(source, read_prompts)
+    return None if prompts_by_name(source).path.startswith("hub:") else _sample(source, read_prompts)
 
 
 def available_pairs(source: Source) -> SourceSample | None:
     """The same of preference pairs."""
-    return None if by_name(source).path.startswith("hub:") else _glance(source, read_pairs)
+    return None if by_name(source).path.startswith("hub:") else _sample(source, read_pairs)
 
 
-def _glance(source: Source, read: Callable[[Source], list[Any]]) -> SourceSample:
-    found = read(replace(source, as_image=False, said=source.said if not source.as_image else ""))
+def _sample(source: Source, read: Callable[[Source], list[Any]]) -> SourceSample:
+    items = read(replace(source, as_image=False, said=source.said if not source.as_image else ""))
     if source.as_image:
-        return SourceSample(found, read(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
-    return SourceSample(found, list(some_of([one for one in found if one.image is not None])))
+        return SourceSample(items, read(replace(source, count=min(source.count or SAMPLE, SAMPLE))))
+    return SourceSample(items, list(some_of([item for item in items if item.image is not None])))
 
 
-def estimated_length(text: str) -> int:
-    """About how many tokens a text has: one for four bytes."""
-    return math.ceil(len(text.encode()) / 4)
+def number_of(tables: Sequence[SourceTable | PairSourceTable]) -> float:
+    """How many prompts or pairs all these sources hold; NaN where some have yet to be fetched."""
+    samples = [
+        available_pairs(source) if isinstance(table, PairSourceTable) else available_prompts(source)
+        for table in tables
+        for source in [Source(**table.model_dump())]
+    ]
+    return sum(math.nan if sample is None else len(sample.all) for sample in samples)
 
 
 def some_of(items: Sequence[_Item], most: int = SAMPLE) -> Sequence[_Item]:

@@ -32,8 +32,10 @@ LIBRARIES = {"cpu": 0.55 * GB, "cuda": 0.3 * GB}
 WASTE = 0.05
 """The share of what is asked for that allocators lose between tensors."""
 
-# TRL's fused LM head computes logits in tiles of so many tokens by so many entries of the vocabulary.
+# TRL's fused LM head (1.16) computes logits in tiles of so many tokens by so many entries of the vocabulary. Without
+# Triton it has so many bytes of each of a tile's logits: three copies in float32 forward, seven and a mask backward.
 TILE_TOKENS, TILE_ENTRIES = 4096, 32768
+TILE_FORWARD, TILE_BACKWARD = 3 * 4, 7 * 4 + 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def align_need(
     frozen: int = 0,
     lora_rank: int = 0,
     given_bytes: float = 4.0,
-    sight: float = 0.0,
+    vision_bytes: float = 0.0,
 ) -> Need:
     """At the peak of training with pairs of at most ``length`` tokens, on each device.
 
@@ -97,7 +99,7 @@ def align_need(
         after the last step          24 bytes of each weight of the largest parameter: how far it has moved
         over N sharded devices       the weights whole: before they are spread, and again once they are put together
 
-    ``sight`` is what the vision tower has in memory of the pictures of a pass, before the decoder begins. The
+    ``vision_bytes`` is what the vision tower has in memory of the images of a pass, before the decoder begins. The
     reference's log-probabilities are computed before, with nothing in memory that is not there later. With gradient
     checkpointing the first of these is the input of every layer, 4 H a token, and the most of one layer or the LM head.
     With adapters of ``lora_rank`` only these have gradients and moments; the weights are 2 P where they are stored and
@@ -144,7 +146,7 @@ def align_need(
             {"gradients": before, **everything, "activations": everything["activations"] + working},
             {"gradients": gradients, "LM head": 4 * shape.vocabulary * shape.hidden if shape.tied else 0},
         ]
-    moments.append({"gradients": before, "vision tower": sight})
+    moments.append({"gradients": before, "vision tower": vision_bytes})
     moments.append({"comparison": 24 * shape.largest})
     if lora_rank or shards > 1:
         moments.append({"merged model": 4 * shape.parameters})
@@ -183,18 +185,18 @@ def head_memory(shape: Shape, tokens: int, c: int, kind: str, trained: bool = Tr
     buffer = c * n * (v if kind == "cpu" else TILE_ENTRIES)
     weights = 4 * shape.vocabulary * shape.hidden if trained else 0
     gradients = 4 * tokens * shape.hidden + weights + (c * v * shape.hidden if c == 2 else 0)
-    return {"forward": buffer + 12 * plain, "backward": buffer + 29 * plain + gradients}
+    return {"forward": buffer + TILE_FORWARD * plain, "backward": buffer + TILE_BACKWARD * plain + gradients}
 
 
 def measure_need(
-    shape: Shape, device: Device, batch_tokens: int, max_tokens: int, dtype: str = "auto", sight: float = 0.0
+    shape: Shape, device: Device, batch_tokens: int, max_tokens: int, dtype: str = "auto", vision_bytes: float = 0.0
 ) -> Need:
     """While activations are measured: nothing is kept for a backward pass, and the LM head is not run.
 
     weights      b P, with b = 2 or 4 bytes a number
     activations  of one layer: T (4 b F + 24 H), with T = ``batch_tokens``, or a longer prompt alone
     statistics   of a batch of prompts of about 32 tokens: 20 bytes of each neuron of each prompt
-    vision tower as ``sight`` says
+    vision tower as ``vision_bytes`` says
     """
     b = bytes_per_number(dtype, device)
     tokens = max(batch_tokens, max_tokens)
@@ -203,7 +205,7 @@ def measure_need(
         "weights": b * shape.parameters,
         "activations": tokens * (4 * b * shape.width + 24 * shape.hidden),
         "statistics": 20 * (batch_tokens / 32) * shape.width * shape.layers,
-        **({"vision tower": sight} if sight else {}),
+        **({"vision tower": vision_bytes} if vision_bytes else {}),
     }
 
 
@@ -214,7 +216,7 @@ def attack_need(
     prompt_tokens: int,
     max_new_tokens: int,
     dtype: str = "auto",
-    sight: float = 0.0,
+    vision_bytes: float = 0.0,
 ) -> Need:
     """While answers are generated, B = ``batch_size`` side by side.
 
@@ -222,7 +224,7 @@ def attack_need(
     KV cache     2 b K B (prompt + answer) for each layer, and once more for the layer that grows
     activations  of one layer on the prompts: B prompt (4 b F + 24 H)
     logits       (b + 8) V for each of B answers; perplexity has 512 tokens at once
-    vision tower as ``sight`` says
+    vision tower as ``vision_bytes`` says
     """
     b = bytes_per_number(dtype, device)
     cache = 2 * b * shape.keys * batch_size * (prompt_tokens + max_new_tokens)
@@ -232,7 +234,7 @@ def attack_need(
         "KV cache": cache * (shape.layers + 1),
         "activations": batch_size * prompt_tokens * (4 * b * shape.width + 24 * shape.hidden),
         "logits": (b + 8) * shape.vocabulary * max(batch_size, 512),
-        **({"vision tower": sight} if sight else {}),
+        **({"vision tower": vision_bytes} if vision_bytes else {}),
     }
 
 
@@ -247,7 +249,7 @@ def longest_pair(model: Model, pairs: Sequence[Pair], max_length: int) -> int:
         for answer in (pair.chosen, pair.rejected)
     ]
     texts.sort(key=lambda text: sum(len(message["content"]) for message in text[0]), reverse=True)
-    # A picture's tokens do not show in the characters, so that pairs with one are taken whatever their length.
+    # An image's tokens do not show in the characters, so that pairs with one are taken whatever their length.
     some = [*texts[:64], *[text for text in texts[64:] if text[1] is not None][:64]]
     return min(max_length, max((len(model.encode(messages, image)) for messages, image in some), default=max_length))
 

@@ -19,7 +19,7 @@ from safeneuron.models import embedded
 from safeneuron.models.model import Message, Model
 from safeneuron.models.shape import Shape
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.planning.lengths import SAMPLE, Lengths, VisionShape, available_pairs, available_prompts, some_of
+from safeneuron.planning.lengths import SAMPLE, ImageLengths, VisionShape, available_pairs, available_prompts, some_of
 from safeneuron.planning.memory import (
     GB,
     Device,
@@ -49,30 +49,27 @@ TEMPLATE_TOKENS = 64
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as it is on paper: its sizes, those of its vision tower if it has one, and what counts its tokens."""
+    """A model as its config describes it: its sizes, those of its vision tower if it has one, and what images take."""
 
     shape: Shape
-    eyes: VisionShape | None
-    lengths: Lengths
+    vision: VisionShape | None
+    lengths: ImageLengths
 
     @classmethod
-    def of(cls, config: Config, words: bool = False) -> ModelSpec:
-        """What a config's model is, without its weights; with a tokenizer for pictures alone, or for ``words`` too.
-
-        Raises ``InputError`` where the model's config cannot be read.
-        """
+    def of(cls, config: Config) -> ModelSpec:
+        """What a config's model is, without its weights. Raises ``InputError`` where its config cannot be read."""
         table = config.model
         network = Shape.network(table.name, table.revision, table.trust_remote_code)
         shape = Shape.of(network, embedded.LABEL if table.name == embedded.NAME else table.name)
-        eyes = VisionShape.of(network)
-        known = words or eyes is not None
-        lengths = Lengths.read(table.name, table.revision, table.trust_remote_code) if known else Lengths()
-        return cls(shape, eyes, lengths)
+        vision = VisionShape.of(network)
+        if vision is None:
+            return cls(shape, None, ImageLengths())
+        return cls(shape, vision, ImageLengths.read(table.name, table.revision, table.trust_remote_code))
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What some pictures take: the fewest and the most tokens of a prompt with one, and the most patches."""
+class ImageSizes:
+    """What some images take: the fewest and the most tokens of a prompt with one, and the most patches."""
 
     fewest: int
     most: int
@@ -86,23 +83,22 @@ def plan_for(
 
     Raises ``InputError`` if it may be changed and there is no way.
     """
-    paper = ModelSpec(
-        Shape.of(model.network, model.name), VisionShape.of(model.network), Lengths(model.tokenizer, model.processor)
-    )
+    spec = ModelSpec(Shape.of(model.network, model.name), VisionShape.of(model.network), ImageLengths(model.processor))
     length = longest_pair(model, pairs, training.max_length)
-    seen = _pictures(paper, [(pair.prompt, pair.image) for pair in some_of([p for p in pairs if p.image is not None])])
+    shown = some_of([pair for pair in pairs if pair.image is not None])
+    images = _image_sizes(spec, [(pair.prompt, pair.image) for pair in shown])
     count = len(frozen) if frozen is not None else 0
-    made = _plan(paper, Device.of(model.device), training, length, count, change, seen)
+    plan = _plan(spec, Device.of(model.device), training, length, count, change, images)
     if change:
-        require_fit(made, "the training")
-    return replace(made, training=_of_all_ranks(made.training))
+        require_fit(plan, "the training")
+    return replace(plan, training=_of_all_ranks(plan.training))
 
 
 def _of_all_ranks(training: TrainingSettings) -> TrainingSettings:
     """What suits the rank with the least memory, since all must go through the model in the same way."""
-    asked = distributed.gather([training.at_once, training.gradient_checkpointing])
-    at_once = min((size for size, _ in asked if size), default=0)
-    return replace(training, at_once=at_once, gradient_checkpointing=any(again for _, again in asked))
+    planned = distributed.gather([training.at_once, training.gradient_checkpointing])
+    at_once = min((size for size, _ in planned if size), default=0)
+    return replace(training, at_once=at_once, gradient_checkpointing=any(checkpointing for _, checkpointing in planned))
 
 
 def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
@@ -110,16 +106,16 @@ def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
 
     Raises ``InputError`` if even one pair of a few words at a time would not fit, for training that may be changed.
     """
-    paper = ModelSpec.of(config)
+    spec = ModelSpec.of(config)
     device = Device.of(device_named(config.model.device))
-    found = {}
+    plans = {}
     for state in states:
         table = config.variant(state.variant)
         if table.fit_memory:
             few_words = min(TEMPLATE_TOKENS, table.max_length)
-            require_fit(_planned(config, table, paper, device, (few_words, None)), f"{state.name}/align")
-        found[state.name] = _planned(config, table, paper, device, _pair_length(config, table, paper))
-    return found
+            require_fit(_planned(config, table, spec, device, (few_words, None)), f"{state.name}/align")
+        plans[state.name] = _planned(config, table, spec, device, _pair_length(config, table, spec))
+    return plans
 
 
 def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Device:
@@ -137,111 +133,131 @@ def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Devi
     return replace(device, count=count, sharded=sharded and count > 1)
 
 
-def table_of_needs(config: Config, device: Device, paper: ModelSpec | None = None) -> list[str]:
+def table_of_needs(config: Config, device: Device) -> list[str]:
     """What each stage needs, by what it is for, as lines of text.
 
-    Tokens are guessed from the texts' characters where these are at hand, and pictures counted by the model's own
+    Tokens are guessed from the texts' characters where these are there, and images counted by the model's own
     processor where that is; where they are not, the caps are taken.
     """
-    paper = paper or ModelSpec.of(config)
-    shape = paper.shape
-    plans = dict(_plans(config, paper, device))
-    needs = _needs(config, paper, device) | {name: made.need for name, made in plans.items()}
+    spec = ModelSpec.of(config)
+    shape = spec.shape
+    plans = dict(_plans(config, spec, device))
+    needs = _needs(config, spec, device) | {name: plan.need for name, plan in plans.items()}
     kinds = list(dict.fromkeys(kind for need in needs.values() for kind in need))
     rows = [["", *needs]]
     rows += [[kind, *(f"{need[kind] / GB:.2f}" if kind in need else "-" for need in needs.values())] for kind in kinds]
     rows.append(["in all", *(f"{total_bytes(need) / GB:.2f}" for need in needs.values())])
     spread = {"measure", "attack"} if config.model.device_map else set()
-    says = {name: "yes" if fits(need, device) else "spread" if name in spread else "no" for name, need in needs.items()}
-    rows.append(["fits", *says.values()])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    told = [f"{name}: {_told(made)}" for name, made in plans.items()]
+    verdicts = ["yes" if fits(need, device) else "spread" if name in spread else "no" for name, need in needs.items()]
+    rows.append(["fits", *verdicts])
+    lines = aligned(rows)
+    remarks = [f"{name}: {_remark(plan)}" for name, plan in plans.items()]
     if config.model.device_map:
-        told.insert(0, "spread: what does not fit waits in main memory or on disk (model.device_map)")
-    told += _of_pictures(config, paper)
+        remarks.insert(0, "spread: what does not fit waits in main memory or on disk (model.device_map)")
+    remarks += _image_remarks(config, spec)
     return [
         f"{shape.name}: {shape.parameters:,} parameters in {shape.layers} layers",
         *_about(device),
         "",
         *lines,
         "",
-        *told,
+        *remarks,
     ]
 
 
-def _plans(config: Config, paper: ModelSpec, device: Device) -> Iterator[tuple[str, Plan]]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column on the left and the others on the right of their width."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+
+
+def time_words(seconds: float) -> str:
+    """A time to two figures, in the unit that suits it; NaN is unknown."""
+    if math.isnan(seconds):
+        return "unknown"
+    units = {"days": (86400, 3 * 86400), "h": (3600, 2 * 3600), "min": (60, 120), "s": (1, 0)}
+    unit = next(name for name, (_, least) in units.items() if seconds >= least)
+    number = seconds / units[unit][0]
+    return f"{number:.1f} {unit}" if number < 9.95 else f"{number:,.0f} {unit}"
+
+
+def _plans(config: Config, spec: ModelSpec, device: Device) -> Iterator[tuple[str, Plan]]:
     """The main training, and each variant that needs another amount of memory than those before it."""
-    seen: set[str] = set()
+    totals: set[str] = set()
     for name in ["", *config.variants]:
         table = config.variant(name)
-        made = _planned(config, table, paper, device, _pair_length(config, table, paper))
-        if table.rounds and gigabytes(total_bytes(made.need)) not in seen:
-            seen.add(gigabytes(total_bytes(made.need)))
-            yield name or "align", made
+        plan = _planned(config, table, spec, device, _pair_length(config, table, spec))
+        if table.rounds and gigabytes(total_bytes(plan.need)) not in totals:
+            totals.add(gigabytes(total_bytes(plan.need)))
+            yield name or "align", plan
 
 
-def _needs(config: Config, paper: ModelSpec, device: Device) -> dict[str, Need]:
+def _needs(config: Config, spec: ModelSpec, device: Device) -> dict[str, Need]:
     measure, attack, dtype = config.measure, config.attack, config.model.dtype
     b, most = bytes_per_number(dtype, device), measure.max_tokens
-    _, read = _prompt_tokens([*config.data.unsafe, *config.data.safe], most, paper)
-    asked, seen = _prompt_tokens([*config.data.test_unsafe, *config.data.test_safe], most, paper)
-    together = max(1, measure.batch_tokens // read.fewest) if read else 0
+    _, measured = _prompt_tokens([*config.data.unsafe, *config.data.safe], most, spec)
+    longest, attacked = _prompt_tokens([*config.data.test_unsafe, *config.data.test_safe], most, spec)
+    together = max(1, measure.batch_tokens // measured.fewest) if measured else 0
     return {
         "measure": measure_need(
-            paper.shape, device, measure.batch_tokens, most, dtype, sight=_sight(paper, read, together, b)
+            spec.shape,
+            device,
+            measure.batch_tokens,
+            most,
+            dtype,
+            vision_bytes=_vision_bytes(spec, measured, together, b),
         ),
         "attack": attack_need(
-            paper.shape,
+            spec.shape,
             device,
             attack.batch_size,
-            asked,
+            longest,
             attack.max_new_tokens,
             dtype,
-            sight=_sight(paper, seen, attack.batch_size, b),
+            vision_bytes=_vision_bytes(spec, attacked, attack.batch_size, b),
         ),
     }
 
 
 def _planned(
-    config: Config, table: AlignTable, paper: ModelSpec, device: Device, longest: tuple[int, Pictures | None]
+    config: Config, table: AlignTable, spec: ModelSpec, device: Device, longest: tuple[int, ImageSizes | None]
 ) -> Plan:
-    shape, (length, seen) = paper.shape, longest
+    shape, (length, images) = spec.shape, longest
     frozen = round((config.select.density or 0.01) * shape.width * shape.layers) if table.freeze != "none" else 0
-    return _plan(paper, device, TrainingSettings.of(table, config.seed), length, frozen, table.fit_memory, seen)
+    return _plan(spec, device, TrainingSettings.of(table, config.seed), length, frozen, table.fit_memory, images)
 
 
 def _plan(
-    paper: ModelSpec,
+    spec: ModelSpec,
     device: Device,
     training: TrainingSettings,
     length: int,
     frozen: int,
     change: bool,
-    seen: Pictures | None,
+    images: ImageSizes | None,
 ) -> Plan:
     b = bytes_per_number(training.precision, device)
 
     def need(tried: TrainingSettings) -> Need:
-        # Both sequences of a pair show its picture.
-        sight = _sight(paper, seen, 2 * pairs_at_once(tried, device), b)
-        return align_need(paper.shape, device, tried, length, frozen, tried.lora_rank, sight=sight)
+        # Both sequences of a pair show its image.
+        vision = _vision_bytes(spec, images, 2 * pairs_at_once(tried, device), b)
+        return align_need(spec.shape, device, tried, length, frozen, tried.lora_rank, vision_bytes=vision)
 
     return plan_training(training, device, length, need, change)
 
 
-def _sight(paper: ModelSpec, seen: Pictures | None, count: int, b: int) -> float:
-    """Bytes that the vision tower has at once of so many pictures."""
-    return paper.eyes.need(count * seen.patches, b) if paper.eyes is not None and seen is not None else 0.0
+def _vision_bytes(spec: ModelSpec, images: ImageSizes | None, count: int, b: int) -> float:
+    """Bytes that the vision tower has at once of so many images."""
+    return spec.vision.need(count * images.patches, b) if spec.vision is not None and images is not None else 0.0
 
 
-def _told(made: Plan) -> str:
-    if not made.fits:
-        return f"does not fit, with {ways(made.training)} of {made.length} tokens each"
-    return f"{'is made to fit' if made.changed else 'fits'} with {ways(made.training)}, up to {made.length} tokens each"
+def _remark(plan: Plan) -> str:
+    if not plan.fits:
+        return f"does not fit, with {ways(plan.training)} of {plan.length} tokens each"
+    return f"{'is made to fit' if plan.changed else 'fits'} with {ways(plan.training)}, up to {plan.length} tokens each"
 
 
 def _about(device: Device) -> list[str]:
@@ -252,68 +268,72 @@ def _about(device: Device) -> list[str]:
     return [f"on each of {device.count} devices with {has}, {how}; figures in GB"]
 
 
-def _pair_length(config: Config, table: AlignTable, paper: ModelSpec) -> tuple[int, Pictures | None]:
-    """Tokens of the longest pair, about, and what pictures take; the cap where texts are not at hand yet."""
+def _pair_length(config: Config, table: AlignTable, spec: ModelSpec) -> tuple[int, ImageSizes | None]:
+    """Tokens of the longest pair, about, and what images take; the cap where texts have yet to be fetched."""
     pairs, most = config.pairs, table.max_length
     parts: tuple[Any, ...] = (pairs.safety, pairs.general)
-    found = [available_pairs(Source(**one.model_dump())) for part in parts if part != "on-policy" for one in part]
-    lengths, seen = [], []
-    for one in found:
-        if one is None:
+    samples = [
+        available_pairs(Source(**source.model_dump())) for part in parts if part != "on-policy" for source in part
+    ]
+    lengths, conversations, answers = [], [], []
+    for sample in samples:
+        if sample is None:
             return most, None
-        texts = [pair for pair in one.all if pair.image is None or paper.eyes is None]
+        texts = [pair for pair in sample.all if pair.image is None or spec.vision is None]
         lengths += [_tokens_in(_text(pair.prompt) + max(pair.chosen, pair.rejected, key=len)) for pair in texts]
-        seen += [(pair.prompt, pair.image) for pair in one.pictured]
-    answers = [len(text.encode()) for one in found if one for p in one.pictured for text in (p.chosen, p.rejected)]
-    pictures = _pictures(paper, seen)
-    if seen:
-        lengths.append(pictures.most + math.ceil(max(answers) / 3) if pictures else most)
+        conversations += [(pair.prompt, pair.image) for pair in sample.with_image]
+        answers += [len(text.encode()) for pair in sample.with_image for text in (pair.chosen, pair.rejected)]
+    images = _image_sizes(spec, conversations)
+    if conversations:
+        lengths.append(images.most + math.ceil(max(answers) / 3) if images else most)
     if "on-policy" in parts:
-        asked, more = _prompt_tokens([*pairs.unsafe, *pairs.safe], most, paper)
-        lengths.append(asked + pairs.max_new_tokens)
-        pictures = pictures or more
-    return min(most, max(lengths, default=most)), pictures
+        longest, prompted = _prompt_tokens([*pairs.unsafe, *pairs.safe], most, spec)
+        lengths.append(longest + pairs.max_new_tokens)
+        images = images or prompted
+    return min(most, max(lengths, default=most)), images
 
 
-def _prompt_tokens(sources: Sequence[SourceTable], most: int, paper: ModelSpec) -> tuple[int, Pictures | None]:
-    """Tokens of the longest prompt, about, and what pictures take; ``most`` where texts are not at hand yet."""
-    found = [available_prompts(Source(**source.model_dump())) for source in sources]
-    lengths, seen = [], []
-    for one in found:
-        if one is None:
+def _prompt_tokens(sources: Sequence[SourceTable], most: int, spec: ModelSpec) -> tuple[int, ImageSizes | None]:
+    """Tokens of the longest prompt, about, and what images take; ``most`` where texts have yet to be fetched."""
+    samples = [available_prompts(Source(**source.model_dump())) for source in sources]
+    lengths, conversations = [], []
+    for sample in samples:
+        if sample is None:
             return most, None
-        lengths += [_tokens_in(prompt.text) for prompt in one.all if not one.pictured or prompt.image is None]
-        seen += [(({"role": "user", "content": prompt.written},), prompt.image) for prompt in one.pictured]
-    pictures = _pictures(paper, seen)
-    if seen:
-        lengths.append(pictures.most if pictures else most)
-    return max(lengths, default=most), pictures
+        lengths += [_tokens_in(prompt.text) for prompt in sample.all if not sample.with_image or prompt.image is None]
+        conversations += [
+            (({"role": "user", "content": prompt.written},), prompt.image) for prompt in sample.with_image
+        ]
+    images = _image_sizes(spec, conversations)
+    if conversations:
+        lengths.append(images.most if images else most)
+    return max(lengths, default=most), images
 
 
-def _pictures(paper: ModelSpec, seen: Sequence[tuple[Sequence[Message], Any]]) -> Pictures | None:
-    """What these conversations with a picture take; ``None`` where there are none, or nobody here can count them."""
-    if not seen or paper.eyes is None or paper.lengths.processor is None:
+def _image_sizes(spec: ModelSpec, conversations: Sequence[tuple[Sequence[Message], Any]]) -> ImageSizes | None:
+    """What these conversations with an image take; ``None`` where there are none, or no processor to count them."""
+    if not conversations or spec.vision is None or spec.lengths.processor is None:
         return None
-    tokens = [paper.lengths.of(messages, picture) or 0 for messages, picture in seen]
-    patches = [paper.lengths.patches(paper.eyes, messages, picture) for messages, picture in seen]
-    return Pictures(min(tokens), max(tokens), max(patches))
+    tokens = [spec.lengths.tokens(messages, image) or 0 for messages, image in conversations]
+    patches = [spec.lengths.patches(spec.vision, messages, image) for messages, image in conversations]
+    return ImageSizes(min(tokens), max(tokens), max(patches))
 
 
-def _of_pictures(config: Config, paper: ModelSpec) -> list[str]:
-    """What is known of the pictures, as lines."""
-    if paper.eyes is None:
+def _image_remarks(config: Config, spec: ModelSpec) -> list[str]:
+    """What is known of the images, as lines."""
+    if spec.vision is None:
         return []
     tests = [*config.data.test_unsafe, *config.data.test_safe]
-    _, seen = _prompt_tokens(tests, config.measure.max_tokens, paper)
-    if seen is not None:
+    _, images = _prompt_tokens(tests, config.measure.max_tokens, spec)
+    if images is not None:
         return [
-            f"pictures: {seen.fewest} to {seen.most} tokens a prompt and up to {seen.patches:,} patches each, by the "
-            f"model's processor, of up to {SAMPLE} test prompts of each source"
+            f"images: {images.fewest} to {images.most} tokens a prompt and up to {images.patches:,} patches each, by "
+            f"the model's processor, of up to {SAMPLE} test prompts of each source"
         ]
-    if paper.lengths.processor is None:
+    if spec.lengths.processor is None:
         return [
-            "pictures: the model's processor is not at hand, so prompts with one are taken to be as long as they may "
-            "be, and the vision tower's own memory is left out"
+            "images: the model's processor is not there, so prompts with one are taken to be as long as they may be, "
+            "and the vision tower's own memory is left out"
         ]
     return []
 

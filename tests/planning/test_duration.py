@@ -1,134 +1,120 @@
-"""From a config to what its stages take: counted against a run that is done, printed for a model that is not here."""
+"""Times that follow from the seconds of a run: of the same config, of one that differs, and of none."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
+from math import isnan
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from safeneuron.cli.app import app
-from safeneuron.config.states import BASE, states_of
-from safeneuron.config.toml import read_config
+from safeneuron.config.schema import Config
+from safeneuron.config.states import states_of
+from safeneuron.config.toml import read_config, to_toml
 from safeneuron.errors import InputError
-from safeneuron.planning.duration import ROWS, Clock, Speed, clock_for, jobs, streams, table_of_times
-from safeneuron.planning.memory import GB, Device
-from safeneuron.planning.plan import ModelSpec, device_asked
-from safeneuron.runs.attackers import kinds_answered
-from safeneuron.runs.findings import Findings
-from safeneuron.runs.run import Run
-from safeneuron.runtime.files import read_lines
+from safeneuron.planning.duration import NOTE, TimeRecord, table_of_times
 from tests import ROOT
+from tests.helpers import tiny
+from tests.helpers.large import seventy_billion
 from tests.helpers.tiny_run import execute, write_world
-from tests.planning.test_memory import seventy_billion
 
-CPU = Device("cpu", None, bfloat16=False)
-
-
-def clock_of(config, device: Device = CPU) -> Clock:
-    return Clock(ModelSpec.of(config, words=True), device, Speed(1e9, 1e9), Speed(1e9, 1e9))
+SECONDS = {
+    "T0/measure": 10.0, "T0/select": 1.0, "T0/iterate": 20.0, "T0/attack": 60.0, "T0/judge": 2.0, "T0/pairs": 5.0,
+    "T1/align": 100.0, "T1/measure": 12.0, "T1/attack": 90.0, "T2/align": 140.0,
+}  # fmt: skip
 
 
-def test_as_many_answers_are_counted_as_a_run_gives(tmp_path):
+def recorded(folder: Path, config: Config, seconds: dict[str, float] = SECONDS) -> TimeRecord:
+    """The record of a run whose finished stages took so long."""
+    for name, taken in seconds.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "done.json").write_text(json.dumps({"seconds": taken}))
+    (folder / "config.toml").write_text(to_toml(config))
+    return TimeRecord.read(folder)
+
+
+def forecast(record: TimeRecord, config: Config, number: int, kind: str) -> float:
+    """Seconds of a stage of the state of that number."""
+    state = states_of(config)[number]
+    return record.forecast(state, kind, record.ratios(config, state.variant))
+
+
+def rows(lines: list[str]) -> dict[str, list[str]]:
+    """The cells of each row of the table, by its first one."""
+    cells = [line.replace("in all", "all").split() for line in lines[3:-2]]
+    return {first: others for first, *others in cells}
+
+
+def test_a_stage_takes_what_it_took_and_a_new_one_the_mean_of_its_kind(tmp_path):
+    config = read_config(write_world(tmp_path))
+    lines = table_of_times(config, recorded(tmp_path / "run", config))
+    assert lines[0] == f"time, by the 10 finished stages of {tmp_path / 'run'} (7.3 min)"
+    assert lines[-1] == NOTE
+    found = rows(lines)
+    # T0, T1, T2 and dpo-T1; of attacks and measurements of trained states those count that are of trained states.
+    assert found["measure"] == ["4", "12", "s", "46", "s"]
+    assert found["attack"] == ["4", "82", "s", "5.5", "min"]
+    assert found["align"] == ["3", "2.0", "min", "6.0", "min"]
+    assert found["pairs"] == ["1", "5.0", "s", "5.0", "s"]
+    assert found["all"] == ["14", "min"]
+    assert "rivals" not in found
+    assert "capability" not in found
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "factor"),
+    [
+        ("align.epochs=4.5", "align", 3),
+        ("pairs.count=3", "align", 1 / 2),
+        ("attack.max_new_tokens=6", "attack", 2),
+        ("attack.searches=4", "iterate", 3),
+        ("judge.timeout=3.0", "judge", 1),
+    ],
+)
+def test_work_is_in_proportion(tmp_path, change, kind, factor):
     path = write_world(tmp_path)
-    extra = ('attack.attempts=["base64"]', 'attack.selectors=["wanda"]', 'attack.operators=["mean"]')
-    changes = ["variants={}", "align.rounds=1", *extra]
-    for verb in ("measure", "select", "attack"):
-        execute(path, tmp_path / "run", verb=verb, changes=changes)
-    for change in ("always", "unpruned", "never"):
-        config = read_config(path, [*changes, f'attack.over_refusal="{change}"'])
-        prunings = Findings(config, Run.open(tmp_path / "run")).prunings(BASE)
-        kinds = [kind for pruning in prunings for kind in kinds_answered(pruning, config.attack)]
-        assert streams(config.attack, BASE) == (kinds.count("harmful"), kinds.count("benign")), change
+    record = recorded(tmp_path / "run", read_config(path))
+    config = read_config(path, [change])
+    assert forecast(record, config, 1, kind) == pytest.approx(factor * forecast(record, record.config, 1, kind))
 
 
-def test_prompts_and_pairs_are_counted_as_a_run_uses_them(tmp_path):
-    config = read_config(write_world(tmp_path))
-    clock = clock_of(config)
-    found = {job.stage: job for job in jobs(config, clock)}
-    assert list(found) == ["measure", "iterate", "attack T0", "attack", "align", "align dpo"]
-    assert [job.times for job in found.values()] == [4, 4, 1, 3, 2, 1]
-    assert found["measure"].work.startswith("12 prompts of ")
-    assert found["iterate"].seconds == pytest.approx(found["measure"].seconds)
-    assert found["align"].work.startswith("1.5 x 6 pairs of 2 x ")
-    assert not clock.fetched
+def test_prompts_and_weights_are_counted(tmp_path):
+    path = write_world(tmp_path)
+    record = recorded(tmp_path / "run", read_config(path))
+    config = read_config(path, [f"data.safe=[{{path='{tmp_path}/test_safe.jsonl'}}]"])
+    assert forecast(record, config, 0, "measure") == 10.0 * 9 / 12
+    tiny.model(layers=4).save(tmp_path / "deeper")
+    deeper = read_config(path, [f'model.name="{tmp_path / "deeper"}"'])
+    assert forecast(record, deeper, 0, "attack") == pytest.approx(60 * 4 / 3)
+    assert forecast(record, deeper, 0, "judge") == 2.0
 
 
-def test_on_policy_pairs_and_their_mixture(tmp_path):
-    changes = ("pairs.safety='on-policy'", "pairs.general='on-policy'", "pairs.safety_share=0.25", "pairs.count=8")
-    world = write_world(tmp_path)
-    own = [f"pairs.{kind}=[{{path='{tmp_path}/{kind}.jsonl'}}]" for kind in ("unsafe", "safe")]
-    config = read_config(world, [*changes, *own])
-    found = {job.stage: job for job in jobs(config, clock_of(config))}
-    # Twice the harmful ones, pruned and intact, and once the harmless ones.
-    assert found["pairs"].work == "18 answers of 128 tokens"
-    assert "x 8 pairs" in found["align"].work
+def test_what_nothing_says_is_unknown(tmp_path):
+    path = write_world(tmp_path)
+    record = recorded(tmp_path / "run", read_config(path), {"T0/attack": 60.0})
+    lines = table_of_times(record.config, record)
+    assert rows(lines)["attack"] == ["4", "60", "s", "4.0", "min"]
+    assert rows(lines)["align"] == ["3", "unknown", "unknown"]
+    assert rows(lines)["all"] == ["unknown"]
+    unfetched = read_config(path, ["data.test_unsafe=[{path='strongreject'}]"])
+    assert isnan(forecast(record, unfetched, 0, "attack"))
 
 
-def test_refresh_and_many_devices_are_in_the_time(tmp_path):
-    changes = ["variants.again={refresh=1,ablate=false}"]
-    config = read_config(write_world(tmp_path), changes)
-    one = {job.stage: job.seconds for job in jobs(config, clock_of(config))}
-    assert one["align again"] > one["align"]
-    two = {job.stage: job.seconds for job in jobs(config, clock_of(config, Device("cpu", None, False, 2)))}
-    assert two == {stage: pytest.approx(seconds / 2) for stage, seconds in one.items()}
+def test_a_real_run_forecasts_itself(tmp_path):
+    config = read_config(write_world(tmp_path), ["variants={}", "align.rounds=1"])
+    execute(config, tmp_path / "run", verb="measure")
+    record = TimeRecord.read(tmp_path / "run")
+    assert list(record.seconds) == ["T0/measure"]
+    assert rows(table_of_times(config, record))["measure"][0] == "2"
 
 
-def test_tokens_are_those_of_the_models_own_tokenizer(tmp_path):
-    config = read_config(write_world(tmp_path))
-    clock = clock_of(config)
-    amount = clock.prompts(config.data.unsafe, 1000)
-    records = read_lines(tmp_path / "unsafe.jsonl")
-    # A byte is a token here; the template adds the marks.
-    assert amount.length == sum(len(record["prompt"]) for record in records) / 6 + 3
-
-
-def test_what_has_yet_to_be_fetched_is_guessed_and_said():
-    config = read_config("paper-llama", ['model.name="embedded"', "data.test_unsafe=[{path='strongreject'}]"])
-    clock = clock_of(config)
-    lines = table_of_times(config, clock)
-    assert clock.prompts(config.data.test_unsafe, 2000).number == ROWS
-    assert any(line.startswith("guessed") and "strongreject" in line for line in lines)
-    # The pairs that are asked for are taken to be there.
-    assert any("3 x 55,000 pairs" in line for line in lines)
-
-
-def test_a_large_model_is_timed_without_weights_in_seconds(tmp_path):
-    config = read_config("paper-llama", [f'model.name="{seventy_billion(tmp_path)}"'])
-    begun = time.process_time()
-    device = device_asked(config, "80GB", 8, sharded=True)
-    paper = ModelSpec.of(config, words=True)
-    clock = clock_for(config, paper, device, 400e12, "3.3TB", here=False)
-    lines = table_of_times(config, clock)
-    assert time.process_time() - begun < 10
-    assert lines[0] == "time, from full speed (400 TFLOP/s and 3.3 TB/s on each of 8 devices) to a quarter of it"
-    training = next(job for job in jobs(config, clock) if job.stage == "align")
-    # Three epochs, a pass forward again for each layer, and the reference: 13 times 2 P T; and 10,313 steps of AdamW.
-    computing, moving = 13 * 2 * 70.5e9 * (2 * 55_000 * 256) / 400e12, 10_313 * 40 * 70.5e9 / 3.3e12
-    assert training.seconds == pytest.approx((computing + moving) / 8, rel=0.05)
-
-
-def test_layers_that_wait_elsewhere_are_said(tmp_path):
-    changes = [f'model.name="{seventy_billion(tmp_path)}"', "align.rounds=0", "variants={}", 'model.device_map="auto"']
-    config = read_config("paper-llama", changes)
-    clock = clock_of(config, Device("cuda", 80 * GB, bfloat16=True))
-    (told,) = (line for line in table_of_times(config, clock) if "model.device_map" in line)
-    assert told.startswith("each pass also moves 64 GB to the device")
-
-
-def test_a_speed_is_two_figures(tmp_path):
-    config = read_config("default")
-    for flops, bandwidth in ((1e12, ""), (0.0, "1TB")):
-        with pytest.raises(InputError, match="--device-flops and --device-bandwidth, and one of them was given"):
-            clock_for(config, ModelSpec.of(config), CPU, flops, bandwidth, here=True)
-    assert clock_for(config, ModelSpec.of(config), CPU, 0.0, "", here=False) is None
-
-
-def test_base_is_attacked_by_fewer():
-    table = read_config("demo").attack
-    assert streams(table, BASE) == (5, 5)
-    assert streams(table, states_of(read_config("demo"))[1]) == (8, 8)
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="config"):
+        TimeRecord.read(tmp_path)
 
 
 def test_the_print_in_the_documentation_is_the_commands_own(tmp_path, monkeypatch):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 from safeneuron.data.types import Pair
-from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
 from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.planning.memory import (
@@ -30,6 +27,7 @@ from safeneuron.planning.memory import (
 from safeneuron.training.settings import TrainingSettings
 from tests import ROOT
 from tests.helpers import tiny
+from tests.helpers.large import seventy_billion
 
 CPU = Device("cpu", None, bfloat16=False)
 GPU = Device("cuda", 80 * GB, bfloat16=True)
@@ -37,43 +35,6 @@ GPU = Device("cuda", 80 * GB, bfloat16=True)
 
 def shape(family: str = "llama", **changes: object) -> Shape:
     return Shape.of(tiny.network(family, **changes), family)
-
-
-def seventy_billion(folder: Path) -> Path:
-    """A folder with the config of a model with 70 billion parameters, and nothing else."""
-    config = LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    return folder
-
-
-def test_the_shape_is_read_from_a_config_alone(tmp_path):
-    large = Shape.read(str(seventy_billion(tmp_path)))
-    assert large.parameters == 70_553_706_496
-    assert (large.layers, large.hidden, large.width, large.vocabulary) == (80, 8192, 28672, 128256)
-    assert (large.queries, large.keys, large.heads, large.stored) == (8192, 1024, 64, 2)
-    assert large.linear == 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
-    assert large.layer == large.linear + 2 * 8192
-    assert (large.norms, large.inputs) == (2 * 8192, 6 * 8192 + 28672)
-    assert not large.tied
-
-
-def test_a_network_on_the_meta_device_has_the_same_shape(family):
-    with torch.device("meta"):
-        empty = tiny.network(family)
-    assert Shape.of(empty, family) == shape(family)
-
-
-def test_a_tied_head_is_seen():
-    assert shape(tie_word_embeddings=True).tied
-    assert not shape(tie_word_embeddings=False).tied
-
-
-def test_a_config_that_is_not_there_is_explained(tmp_path):
-    with pytest.raises(InputError, match=r"config of the model '.*' cannot be read .* expected 'embedded', a folder"):
-        Shape.read(str(tmp_path / "nothing"))
 
 
 def kept_for_backward(network: nn.Module, length: int, half: bool) -> int:

@@ -12,11 +12,11 @@ from safeneuron.errors import InputError
 from safeneuron.models.shape import Shape
 from safeneuron.planning import memory
 from safeneuron.planning.memory import GB, MARGIN, Device, align_need, total_bytes
-from safeneuron.planning.plan import device_asked, table_of_needs
+from safeneuron.planning.plan import device_asked, table_of_needs, time_words
 from safeneuron.runtime.files import read_json, read_lines
 from safeneuron.training.settings import TrainingSettings
+from tests.helpers.large import seventy_billion
 from tests.helpers.tiny_run import Watch, execute, results, write_world
-from tests.planning.test_memory import seventy_billion
 
 ONE_ROUND = ("align.rounds=1", "variants={}", "attack.sets=[]", "attack.curve=[]")
 
@@ -70,6 +70,17 @@ def test_without_a_size_it_is_this_machine():
 def test_what_is_no_size_is_explained():
     with pytest.raises(InputError, match="--device-memory expects a size such as 80GB, but found 'much'"):
         device_asked(read_config("demo"), "much", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"), (3.04, "3.0 s"), (100.4, "100 s"), (150, "2.5 min"), (9000, "2.5 h"), (9e7, "1,042 days"),
+        (float("nan"), "unknown"),
+    ],
+)  # fmt: skip
+def test_times_in_words(seconds, words):
+    assert time_words(seconds) == words
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
