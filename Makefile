@@ -5,32 +5,46 @@ BIN    := $(VENV)/bin
 CORES  := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 
-.PHONY: demo test lint types docs unit browser bench study judge architectures clean
+.PHONY: demo test test-all test-slow lint types docs unit browser bench study judge architectures clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   install everything and run the whole loop on the embedded model (about ten minutes on two cores)"
-	@echo "make test   install everything and run lint, types, docs checks and tests"
-	@echo "make bench  measure what docs/benchmarks.md quotes (about ten minutes on two cores)"
+	@echo "make demo      install everything and run the whole loop on the embedded model (about ten minutes on two cores)"
+	@echo "make test      install everything and run lint, types, documentation and all tests but the slow ones"
+	@echo "make test-all  the same with the slow ones"
+	@echo "make docs      build the documentation as a site in build/site, and check its links"
+	@echo "make bench     measure what docs/benchmarks.md quotes (about ten minutes on two cores)"
 
 demo: $(VENV)/installed
 	$(BIN)/safeneuron run demo --out runs/demo
 
 test: lint types docs unit
 
+test-all: test test-slow
+
+# The same checks as .pre-commit-config.yaml.
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python tools/check_files.py
 
 types: $(VENV)/installed
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_architecture.py --check
+	$(BIN)/python docs/make_site.py
 
-# Every test file in one process, as many processes as there are cores: tests compute with one thread.
+# As many processes as there are cores: tests compute with one thread. A file stays in one process, for its fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
 unit: $(VENV)/installed browser
-	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow
 
 # The reports are tested in a real browser. Where there is none, and Debian may install one, it does; elsewhere, and if
 # that fails, those tests are skipped. Only the downloads have a time limit: an installation is better not cut off.
