@@ -7,9 +7,7 @@ from safeneuron._lazy import face
 from safeneuron._version import __version__ as __version__
 
 MODULES = {
-    "attacks.checkpoint": (
-        "write_pruned",
-    ),
+    "attacks.checkpoint": ("write_pruned",),
     "attacks.finetuning": (
         "Demonstration",
         "finetuned",

@@ -200,7 +200,9 @@ class _Outcomes:
         if not path.exists() or "verdicts" not in read_json(path):
             with pruned(self.model, neurons):
                 attack = self.config.attack
-                batches = respond(self.model, self.harmful, attack.max_new_tokens, attack.batch_size)
+                batches = respond(
+                    self.model, self.harmful, max_new_tokens=attack.max_new_tokens, batch_size=attack.batch_size
+                )
                 responses = sorted((each for batch in batches for each in batch), key=lambda each: each.index)
             verdicts = self.judge([each.prompt for each in responses], [each.response for each in responses])
             counts = {**verdict_rates(verdicts, "refused"), "neurons": 0 if neurons is None else len(neurons)}

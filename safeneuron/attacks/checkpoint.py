@@ -29,8 +29,16 @@ def write_pruned(model: Model, attack: NeuronSet | Edit, folder: str | Path) -> 
 
     It answers as the model does within ``pruned``, to within rounding. Its config remembers whose neurons it has; the
     neurons and what was done to them lie beside it, in ``neurons.json`` and ``pruning.json``. The model in memory is
-    unchanged. Raises ``InputError`` for an attack that weights cannot hold (see ``with_edit_in_weights``), and for
-    a folder that holds anything but what this function wrote before.
+    unchanged.
+
+    Args:
+        model: The model.
+        attack: The set to prune, or what is done to its neurons.
+        folder: Where it is written; new, or what this function wrote before.
+
+    Raises:
+        InputError: For an attack that weights cannot hold (see ``with_edit_in_weights``), and for a folder that holds
+            anything else.
     """
     edit = Edit.zero(attack) if isinstance(attack, NeuronSet) else attack
     target = Path(folder)
@@ -49,8 +57,11 @@ def with_edit_in_weights(model: Model, edit: Edit) -> Iterator[None]:
 
     A factor multiplies the neuron's column of the output projection. A value v, of a clamp or a mean, adds v times the
     column as it was to the projection's bias. Most models have no such bias, and no other weight gives a constant, so
-    for them only ``zero`` and ``scale`` can be held, and others are an ``InputError``; so are weights that are
-    quantised, have adapters, are offloaded, or are spread over processes.
+    for them only ``zero`` and ``scale`` can be held.
+
+    Raises:
+        InputError: For an edit that the weights cannot hold, a set of another model, and weights that are quantised,
+            have adapters, are offloaded, or are spread over processes.
     """
     network = network_of(model)
     edit.neurons.require(fingerprint(network), model.widths)
@@ -89,7 +100,7 @@ def _scaled_columns(projection: OutputProjection, edit: Edit, channels: Tensor) 
 def _constant(
     network: nn.Module, projection: OutputProjection, edit: Edit, channels: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The bias of the output projection with what the pinned neurons always say."""
+    """The bias of the output projection with the constant that the pinned neurons add."""
     bias, expert = projection.bias, projection.expert
     if bias is None:
         raise InputError(
@@ -97,9 +108,9 @@ def _constant(
             f"{type(network).__name__} has none; expected zero or scale, use the hook (pruned) for this one"
         )
     constant = _columns(projection, channels).double() @ values.to(projection.weight.device)
-    own = bias if expert is None else bias[expert]
+    row = bias if expert is None else bias[expert]
     place = torch.arange(len(constant), device=constant.device) + (expert or 0) * len(constant)
-    return bias, place, own.detach().double() + constant
+    return bias, place, row.detach().double() + constant
 
 
 def _columns(projection: OutputProjection, channels: Tensor) -> Tensor:
@@ -116,10 +127,10 @@ def _weights_changed(network: nn.Module, changes: Sequence[tuple[Tensor, Tensor,
     The model keeps its fingerprint meanwhile, which a change of its weights' signs could alter.
     """
     config = vars(config_of(network))
-    lineage, own = config.get(LINEAGE), fingerprint(network)
+    lineage = config.get(LINEAGE)
     old = []
     try:
-        config[LINEAGE] = own
+        config[LINEAGE] = fingerprint(network)
         for parameter, places, values in changes:
             flat = parameter.detach().view(-1)
             old.append((flat, places, flat[places]))

@@ -45,7 +45,12 @@ class Demonstration:
 def read_demonstrations(source: str | Path | Source, count: int | None = None) -> list[Demonstration]:
     """Demonstrations from a file or a Hub data set with the column ``prompt`` and the first of ``ANSWER_COLUMNS``.
 
-    Raises ``InputError`` for anything that cannot be read, with file and line number.
+    Args:
+        source: A path, the name of a data set on the Hub, or either with options.
+        count: How many, from the first on; all if None.
+
+    Raises:
+        InputError: For anything that cannot be read, with file and line number.
     """
     rows = islice(read_rows(as_source(source, count=count)), count)
     return [Demonstration(text_at(row, "prompt"), text_at(row, _answer_column(row))) for row in rows]
@@ -55,6 +60,7 @@ def read_demonstrations(source: str | Path | Source, count: int | None = None) -
 def finetuned(
     model: Model,
     demonstrations: Sequence[Demonstration],
+    *,
     steps: int = 20,
     rank: int = 8,
     learning_rate: float = 2e-4,
@@ -65,14 +71,26 @@ def finetuned(
 ) -> Iterator[list[float]]:
     """Within the block the model carries a LoRA adapter trained on the demonstrations; gives the loss of each step.
 
-    TRL's SFT on the answers' tokens alone, ``steps`` optimizer steps of ``batch_size`` demonstrations, AdamW with a
-    constant learning rate, adapters on attention and FFN scaled by 2. The base weights are neither trained nor cast
-    and the adapter is taken off at the end, so the model is bit-identical afterwards, also after an exception. It is
-    the given ``model`` itself that is attacked within the block. Neurons pruned around this block would be pruned
-    from the base alone, so prune inside it. Several ranks share each batch.
+    TRL's SFT on the answers' tokens alone, AdamW with a constant learning rate, adapters on attention and FFN scaled by
+    2. The base weights are neither trained nor cast and the adapter is taken off at the end, so the model is
+    bit-identical afterwards, also after an exception. It is the given ``model`` itself that is attacked within the
+    block. Neurons pruned around this block would be pruned from the base alone, so prune inside it. Several ranks share
+    each batch.
 
-    Raises ``InputError`` without demonstrations, for a model that has adapters already or no chat template, for a
-    number below 1, a model of which weights are offloaded, or if training diverges.
+    Args:
+        model: The model that is attacked.
+        demonstrations: Requests and the answers that are to be learnt.
+        steps: Optimizer steps.
+        rank: Of the adapter.
+        learning_rate: The constant one of AdamW.
+        batch_size: Demonstrations a step.
+        max_length: Where a demonstration is cut off, in tokens.
+        seed: For the adapter's start and the order of the data.
+        progress: Counts steps.
+
+    Raises:
+        InputError: Without demonstrations, for a model that has adapters already or no chat template, for a number
+            below 1, a model of which weights are offloaded, or if training diverges.
     """
     _check(model, demonstrations, steps, rank)
     require_whole(model.network, "fine-tuning")
@@ -154,7 +172,7 @@ def _train(
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
 
-    rows = [_record(model, one) for one in demonstrations]
+    rows = [_record(model, demonstration) for demonstration in demonstrations]
     trainer = SFTTrainer(
         model=adapted,
         args=arguments,
@@ -167,12 +185,13 @@ def _train(
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _record(model: Model, one: Demonstration) -> dict[str, Any]:
+def _record(model: Model, demonstration: Demonstration) -> dict[str, Any]:
     """A demonstration as TRL takes it: messages, or token ids where the template is a processor's."""
-    asked = [{"role": "user", "content": one.request}]
+    request = [{"role": "user", "content": demonstration.request}]
     if model.processor is None:
-        return {"prompt": asked, "completion": [{"role": "assistant", "content": one.answer}]}
-    prompt, answer = model.encode(asked), answer_ids(model.processor, asked, one.answer, pictured=False)
+        return {"prompt": request, "completion": [{"role": "assistant", "content": demonstration.answer}]}
+    prompt = model.encode(request)
+    answer = answer_ids(model.processor, request, demonstration.answer, pictured=False)
     return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
 
 

@@ -32,12 +32,18 @@ def _untouched(model: Model) -> AbstractContextManager[object]:
 class Attempt:
     """One way to attack a model; without more than a name it only asks.
 
-    ``block`` makes the context in which the model is attacked and leaves it bit-identical. The request is put into
-    ``template``, in the given ``encoding`` (none or ``base64``). The answer is made to begin with ``opening``, which
-    is part of the response and is judged with it. ``technique`` and ``source`` are for reports.
+    Args:
+        name: Its name in reports.
+        block: Makes the context in which the model is attacked, and leaves it bit-identical.
+        template: What the request is put into, at ``PLACE``.
+        encoding: How the request is encoded: not at all, or ``base64``.
+        opening: What the answer is made to begin with, which is part of the response and judged with it.
+        technique: For reports.
+        source: For reports.
 
-    Raises ``InputError`` for a template without a place for the request, an unknown encoding, or an opening with white
-    space around it, after which a model would have to go on with tokens that it never uses there.
+    Raises:
+        InputError: For a template without a place for the request, an unknown encoding, or an opening with white space
+            around it, after which a model would have to go on with tokens that it never uses there.
     """
 
     name: str
@@ -68,23 +74,36 @@ class Attempt:
     def encode(
         self, model: Model | Server, requests: Sequence[str], pictures: Sequence[Any] = ()
     ) -> tuple[list[list[int]], int]:
-        """Token ids of each conversation, up to the end of the opening, and how many of them are the opening.
+        """Token ids of each conversation, up to the end of the opening.
 
-        Each request may have a picture, or ``None``. The tokens of the opening follow those of the generation prompt,
-        so that before the answer the model reads exactly what it reads without it.
+        The tokens of the opening follow those of the generation prompt, so that before the answer the model reads
+        exactly what it reads without it.
+
+        Args:
+            model: Whose tokenizer and chat template are used.
+            requests: What is asked.
+            pictures: The picture of each request, or None; none at all if empty.
+
+        Returns:
+            The ids of each conversation, and how many of the last ones are the opening.
         """
         opening = list(model.tokenizer(self.opening, add_special_tokens=False)["input_ids"]) if self.opening else []
         conversations = [[{"role": "user", "content": self.asked(request)}] for request in requests]
         shown = pictures or [None] * len(requests)
-        encoded = [model.encode(messages, one) for messages, one in zip(conversations, shown, strict=True)]
+        encoded = [model.encode(messages, picture) for messages, picture in zip(conversations, shown, strict=True)]
         return [ids + opening for ids in encoded], len(opening)
 
 
 def input_attempts(*names: str) -> list[Attempt]:
-    """The bundled attempts at the input: prefilled openings and classical jailbreak templates; of these names, or all.
+    """The bundled attempts at the input: prefilled openings and classical jailbreak templates.
 
-    They are short, generic and long known (Wei et al. 2023, arXiv:2307.02483); each names its source. Raises
-    ``InputError`` for a name that there is not.
+    They are short, generic and long known (Wei et al. 2023, arXiv:2307.02483); each names its source.
+
+    Args:
+        *names: Those that are wanted, in this order; all if there are none.
+
+    Raises:
+        InputError: For a name that there is not.
     """
     text = (files("safeneuron.attacks") / "bundled" / "jailbreaks.jsonl").read_text("utf-8")
     known = {record["name"]: Attempt(**record) for record in map(json.loads, text.splitlines())}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,12 +37,14 @@ class Response:
     response: str
     image: str = ""
 
-    def to_record(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, int | str]:
         """As a JSON line, in which only prompts with an image have one."""
-        return {name: value for name, value in asdict(self).items() if name != "image" or value}
+        record: dict[str, int | str] = {"index": self.index, "prompt": self.prompt, "response": self.response}
+        return record | {"image": self.image} if self.image else record
 
 
-class Attack(NamedTuple):
+@dataclass(frozen=True)
+class Attack:
     """Answers and verdicts in the order of the prompts, and the attack success rate with its interval."""
 
     responses: list[Response]
@@ -58,17 +59,27 @@ PLAIN = Attempt("ORI")
 def respond(
     model: Model | Server,
     prompts: Sequence[Prompt],
+    *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     skip: int = 0,
     attempt: Attempt = PLAIN,
 ) -> Iterator[list[Response]]:
-    """Greedy answers of the model as it stands, batch by batch; ``skip`` leaves out finished batches.
+    """Greedy answers of the model as it stands, batch by batch.
 
-    With an ``attempt`` the model is asked as it says, and the responses begin with its opening; its block is the
-    caller's to enter. A response always names the original prompt, which is what it is judged against. Of a model, all
-    ranks get all answers, and each generates its share of the batches; a checkpoint that is ``served`` by vLLM answers
-    alone.
+    A response always names the original prompt, which is what it is judged against. Of a model, all ranks get all
+    answers, and each generates its share of the batches; a checkpoint that is ``served`` by vLLM answers alone.
+
+    Args:
+        model: The model, or a server with a checkpoint of it.
+        prompts: What it is asked.
+        max_new_tokens: Where an answer is cut off, in tokens.
+        batch_size: Prompts at a time.
+        skip: How many batches are finished already and left out.
+        attempt: How it is asked: the responses begin with its opening. Its block is the caller's to enter.
+
+    Returns:
+        The responses of each batch. Batches are sorted by length; a response's ``index`` says whose it is.
     """
     pictures = [prompt.image for prompt in prompts]
     encoded, opening = attempt.encode(model, [prompt.written for prompt in prompts], pictures)
@@ -86,30 +97,49 @@ def attack(
     neurons: NeuronSet | Edit | None,
     prompts: Sequence[Prompt],
     judge: Judge,
+    *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     attempt: Attempt = PLAIN,
 ) -> Attack:
-    """Prune ``neurons`` (or nothing), answer harmful ``prompts`` greedily, judge the answers, and count successes.
+    """Prune neurons (or nothing), answer harmful prompts greedily, judge the answers, and count successes.
 
-    They may be of the model's eyes (``towers``). An ``Edit`` does something else to its neurons. An ``attempt`` is made
-    on top of it: within its block, whose model is pruned, and with its way to ask.
     Of several ranks each answers its share; the first one judges, and all get the result.
+
+    Args:
+        model: The model, which is bit-identical afterwards.
+        neurons: A set of the text decoder or of a vision tower, which is pruned; an ``Edit``, which does something else
+            to its neurons; or None.
+        prompts: The harmful prompts.
+        judge: Gives the verdicts.
+        max_new_tokens: Where an answer is cut off, in tokens.
+        batch_size: Prompts at a time.
+        attempt: Made on top of the pruning: within its block, whose model is pruned, and with its way to ask.
+
+    Raises:
+        InputError: For a set of another model.
     """
     with attempt.block(model), pruned_anywhere(model, neurons):
-        batches = respond(model, prompts, max_new_tokens, batch_size, attempt=attempt)
-        found = [response for batch in batches for response in batch]
-    found.sort(key=lambda response: response.index)
-    asked, answered = [response.prompt for response in found], [response.response for response in found]
-    verdicts = distributed.from_main(lambda: judge(asked, answered))
-    return Attack(found, verdicts, share_of("complied", verdicts))
+        batches = respond(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, attempt=attempt)
+        responses = [response for batch in batches for response in batch]
+    responses.sort(key=lambda response: response.index)
+    requests, answers = [response.prompt for response in responses], [response.response for response in responses]
+    verdicts = distributed.from_main(lambda: judge(requests, answers))
+    return Attack(responses, verdicts, share_of("complied", verdicts))
 
 
-def perplexity(model: Model, text: str, window: int = 512) -> float:
-    """Perplexity of a text under the model as it stands, in windows of ``window`` tokens that do not see each other.
+def perplexity(model: Model, text: str, *, window: int = 512) -> float:
+    """Perplexity of a text under the model as it stands, in windows that do not see each other.
 
     A model that is broken so far that its perplexity overflows, or is not a number, gets e**700: large, but finite.
-    Raises ``InputError`` for a text of less than two tokens.
+
+    Args:
+        model: The model.
+        text: A text of at least two tokens.
+        window: The tokens of a window.
+
+    Raises:
+        InputError: For a shorter text.
     """
     ids = torch.tensor(list(model.tokenizer(text)["input_ids"]), device=model.device)
     if len(ids) < 2:
@@ -129,17 +159,31 @@ def sweep(
     model: Model,
     prompts: Sequence[Prompt],
     attacks: Sequence[NeuronSet | Edit | None],
+    *,
     max_new_tokens: int = 128,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> list[list[str]]:
-    """The greedy answers of the model under each attack: of each a list in the order of the prompts.
+    """The greedy answers of the model under each attack, with all attacks in the same batches.
 
-    A neuron set is pruned, ``None`` leaves the model as it is. Each row of a batch of ``batch_size`` is one prompt
-    under one attack, the copies of a prompt side by side, so that K attacks take K times the tokens but share the
-    passes. The answers are those of each attack alone, up to rounding: other batch shapes may round otherwise, which
-    in bfloat16 can tip a close choice between two tokens. ``progress(done, total)`` counts answers. Several ranks
-    share the batches. Raises ``InputError`` for no prompts, no attacks, or a set of another model.
+    Each row of a batch is one prompt under one attack, the copies of a prompt side by side, so that K attacks take K
+    times the tokens but share the passes. The answers are those of each attack alone, up to rounding: other batch
+    shapes may round otherwise, which in bfloat16 can tip a close choice between two tokens. Several ranks share the
+    batches.
+
+    Args:
+        model: The model, which is bit-identical afterwards.
+        prompts: What it is asked.
+        attacks: A neuron set is pruned, None leaves the model as it is.
+        max_new_tokens: Where an answer is cut off, in tokens.
+        batch_size: Rows at a time.
+        progress: Counts answers.
+
+    Returns:
+        Of each attack a list in the order of the prompts.
+
+    Raises:
+        InputError: For no prompts, no attacks, or a set of another model.
     """
     if not prompts or not attacks:
         raise InputError(f"a sweep needs prompts and attacks, found {len(prompts)} and {len(attacks)}")
@@ -147,7 +191,7 @@ def sweep(
     encoded = [model.ask(prompt) for prompt in prompts]
     # Batches are sorted by length, and rows of one length by number, so the copies of a prompt stay together.
     rows = [ids for ids in encoded for _ in edits]
-    found = [[""] * len(prompts) for _ in edits]
+    answers = [[""] * len(prompts) for _ in edits]
     done = 0
     for batch in generate(
         model,
@@ -157,11 +201,11 @@ def sweep(
         within=lambda indices: edited(model, edits, [index % len(edits) for index in indices]),
     ):
         for index, text in batch:
-            found[index % len(edits)][index // len(edits)] = text
+            answers[index % len(edits)][index // len(edits)] = text
         done += len(batch)
         if progress is not None:
             progress(done, len(rows))
-    return found
+    return answers
 
 
 def each_neuron(neurons: NeuronSet) -> list[NeuronSet]:

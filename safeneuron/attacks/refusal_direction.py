@@ -46,6 +46,7 @@ def candidate_directions(
     model: Model,
     unsafe: Sequence[Prompt],
     safe: Sequence[Prompt],
+    *,
     batch_size: int = 16,
     max_tokens: int = 1024,
 ) -> list[Direction]:
@@ -55,8 +56,18 @@ def candidate_directions(
         separation = |r| / sqrt(mean squared distance of a prompt from the mean of its class)
 
     The last token is that of the generation prompt, as in ``measure``. Layers whose means are equal have no direction;
-    the first is always such a one. Every rank does all of it. Raises ``InputError`` for a class with fewer than 2
-    prompts, activations that are not finite, or a model with no direction at all.
+    the first is always such a one. Every rank does all of it.
+
+    Args:
+        model: The model.
+        unsafe: Harmful prompts.
+        safe: Harmless prompts.
+        batch_size: Prompts at a time.
+        max_tokens: Where a prompt is cut off.
+
+    Raises:
+        InputError: For a class with fewer than 2 prompts, activations that are not finite, or a model with no direction
+            at all.
     """
     check_classes(list(unsafe), list(safe))
     harmful, harmless = (_stream_moments(model, prompts, batch_size, max_tokens) for prompts in (unsafe, safe))
@@ -64,23 +75,24 @@ def candidate_directions(
     spread = (harmful.m2 + harmless.m2).sum(dim=1) / (harmful.count + harmless.count - 2)
     length = gap.norm(dim=1)
     separation = length / spread.sqrt()
-    found = [
+    directions = [
         Direction((gap[layer] / length[layer]).float(), layer, float(separation[layer]))
         for layer in range(max(1, int(DEPTH * len(gap))))
         if length[layer] > 0 and spread[layer] > 0
     ]
-    if not found:
+    if not directions:
         raise InputError(
             "in no layer does the model tell the unsafe prompts from the safe ones; expected two different classes of "
             "prompts, check both"
         )
-    return found
+    return directions
 
 
 def find_direction(
     model: Model,
     unsafe: Sequence[Prompt],
     safe: Sequence[Prompt],
+    *,
     judge: Judge | None = None,
     validation: Sequence[Prompt] = (),
     tries: int = 8,
@@ -89,25 +101,38 @@ def find_direction(
 ) -> Direction:
     """The refusal direction, chosen among those of all layers by one of two rules.
 
-    Without a ``judge``: the one with the largest separation. With one: ``tries`` of them, evenly spread over the
-    layers, are projected out in turn, and the one that leaves the fewest refusals of the ``validation`` prompts (the
-    unsafe ones, if none are given) in answers of ``max_new_tokens`` is taken; of several, the one with the largest
+    Without a judge: the one with the largest separation. With one: some of them, evenly spread over the layers, are
+    projected out in turn, and the one that leaves the fewest refusals is taken; of several, the one with the largest
     separation. The reference code compares the probabilities of a refusal's first token instead, which need to be
-    known for each model. Do not validate on prompts of the test. Raises what ``candidate_directions`` raises.
+    known for each model.
+
+    Args:
+        model: The model.
+        unsafe: Harmful prompts.
+        safe: Harmless prompts.
+        judge: Counts refusals; without one the separation decides.
+        validation: Harmful prompts whose answers are judged, not those of a test; ``unsafe`` if there are none.
+        tries: How many of the directions are projected out.
+        batch_size: Prompts at a time.
+        max_new_tokens: Where a judged answer is cut off, in tokens.
+
+    Raises:
+        InputError: As ``candidate_directions`` does.
     """
-    candidates = candidate_directions(model, unsafe, safe, batch_size)
+    candidates = candidate_directions(model, unsafe, safe, batch_size=batch_size)
     if judge is None:
         return max(candidates, key=lambda direction: direction.separation)
     step = max(1.0, len(candidates) / tries)
     spread = [candidates[int(step * number)] for number in range(min(tries, len(candidates)))]
-    asked = [prompt.text for prompt in validation or unsafe]
+    requests = [prompt.text for prompt in validation or unsafe]
     encoded = [model.ask(prompt) for prompt in validation or unsafe]
 
     def refusals(direction: Direction) -> int:
         with without_direction(model, direction):
-            answers = dict(one for batch in generate(model, encoded, max_new_tokens, batch_size) for one in batch)
-        responses = [answers[index] for index in range(len(asked))]
-        return distributed.from_main(lambda: judge(asked, responses)).count("refused")
+            batches = generate(model, encoded, max_new_tokens, batch_size)
+            answers = dict(answer for batch in batches for answer in batch)
+        responses = [answers[index] for index in range(len(requests))]
+        return distributed.from_main(lambda: judge(requests, responses)).count("refused")
 
     return min(spread, key=lambda direction: (refusals(direction), -direction.separation))
 
@@ -119,8 +144,14 @@ def without_direction(model: nn.Module | HasNetwork, direction: Direction) -> It
         x' = x - r (r . x)   for the embeddings and for what each attention and each FFN adds; |r| = 1
 
     As in the reference code the input of each layer is projected too, which takes away what rounding leaves there.
-    The weights are not touched, so the model is bit-identical afterwards, also after an exception. Raises
-    ``InputError`` for a direction of another width, and for a model whose layers are not understood.
+    The weights are not touched, so the model is bit-identical afterwards, also after an exception.
+
+    Args:
+        model: The model, or its network.
+        direction: Of this model, or of one of its width.
+
+    Raises:
+        InputError: For a direction of another width, and for a model whose layers are not understood.
     """
     require_eager(model)
     network = network_of(model)
@@ -187,7 +218,7 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
         rows = sorted((encoded[place] for place in places), key=len, reverse=True)
         for start in range(0, len(rows), batch_size):
             vectors = last_of_stream(model, layers, rows[start : start + batch_size])
-            # To moments NaN would be silence; here it is a fault.
+            # Moments leave NaN out as undefined; here it is a fault, which infinity makes visible.
             moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
     if not torch.isfinite(moments.mean).all():
         raise InputError(
@@ -198,7 +229,19 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
 
 
 def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
-    """``[prompt, layer, hidden]``: the stream at each layer's input, at the last token of encoded prompts."""
+    """The residual stream at each layer's input, at the last token of encoded prompts.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers, by ``decoder_layers``.
+        batch: Token ids of each prompt.
+
+    Returns:
+        ``[prompt, layer, hidden]`` float64 on the CPU.
+
+    Raises:
+        InputError: Where a layer did not run.
+    """
     # Padded on the right, where causal attention cannot see the padding and position ids stay correct.
     inputs = model.inputs(batch, "right")
     mask = inputs["attention_mask"]

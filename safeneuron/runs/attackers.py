@@ -149,7 +149,8 @@ class Rivals:
 
 def answered_prompts(model: Model, prompts: Sequence[Prompt], batch_size: int) -> list[str]:
     """The model's answers to the prompts, in order, short and cut at the end of a sentence."""
-    found = [response for batch in respond(model, prompts, ANSWER_TOKENS, batch_size) for response in batch]
+    batches = respond(model, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
+    found = [response for batch in batches for response in batch]
     return [whole_sentences(one.response) for one in sorted(found, key=lambda one: one.index)]
 
 
@@ -232,12 +233,15 @@ def attacked_model(config: Config, findings: Findings, state: State, model: Mode
     elif pruning.set == "direction":
         unsafe, safe = (findings.prompts(role) for role in ("unsafe", "safe"))
         tried = sample(unsafe, DIRECTION_PROMPTS, config.seed)
-        direction = find_direction(model, unsafe, safe, RefusalPhrases(), tried, max_new_tokens=ANSWER_TOKENS)
+        direction = find_direction(
+            model, unsafe, safe, judge=RefusalPhrases(), validation=tried, max_new_tokens=ANSWER_TOKENS
+        )
         with without_direction(model, direction):
             yield
     else:
         learnt = [Demonstration(record["request"], record["answer"]) for record in findings.demonstrations(state)]
-        with finetuned(model, learnt, table.fine_tune_steps, table.fine_tune_rank, seed=config.seed):
+        steps, rank = table.fine_tune_steps, table.fine_tune_rank
+        with finetuned(model, learnt, steps=steps, rank=rank, seed=config.seed):
             yield
 
 
@@ -277,7 +281,9 @@ def answer(
     size = table.batch_size
     have = distributed.from_main(lambda: kept_lines(path, size, len(prompts)))
     if have < len(prompts):
-        for batch in respond(model, prompts, table.max_new_tokens, size, skip=have, attempt=attempt):
+        for batch in respond(
+            model, prompts, max_new_tokens=table.max_new_tokens, batch_size=size, skip=have, attempt=attempt
+        ):
             append_lines(path, (response.to_record() for response in batch))
             done += len(batch)
             progress(done + have, total)

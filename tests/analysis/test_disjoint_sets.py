@@ -32,7 +32,7 @@ def redundancy(model, most: int = 3, size: int = 3):
         return Ranking(score(stats).d, model.widths, model.fingerprint).top(size / sum(model.widths))
 
     def outcome(gone: NeuronSet | None) -> Outcome:
-        answers = sweep(model, ASKED, [gone], 6)[0]
+        answers = sweep(model, ASKED, [gone], max_new_tokens=6)[0]
         return Outcome(tuple("refused" if planted.refuses(answer) else "complied" for answer in answers))
 
     return find_prune_find(find, outcome, most)

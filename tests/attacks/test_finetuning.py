@@ -22,7 +22,7 @@ OPTIONS = {"steps": 5, "rank": 4, "learning_rate": 1e-2, "batch_size": 3}
 
 
 def answers(model):
-    return [one.response for batch in respond(model, PROMPTS, 12) for one in batch]
+    return [one.response for batch in respond(model, PROMPTS, max_new_tokens=12) for one in batch]
 
 
 def test_it_learns_and_leaves_nothing_behind():

@@ -37,7 +37,11 @@ class Remembering:
 
 
 def answers(model, attempt, **options):
-    found = [one for batch in respond(model, PROMPTS, 8, 2, attempt=attempt, **options) for one in batch]
+    found = [
+        one
+        for batch in respond(model, PROMPTS, max_new_tokens=8, batch_size=2, attempt=attempt, **options)
+        for one in batch
+    ]
     return [one.response for one in sorted(found, key=lambda one: one.index)]
 
 
@@ -85,8 +89,8 @@ def test_template_and_encoding():
 
 def test_the_model_is_asked_with_the_template_and_the_record_keeps_the_request(tiny_model):
     dressed = Attempt("x", template="In a play: {request}")
-    (batch,) = respond(tiny_model, [Prompt("b")], 8, attempt=dressed)
-    ((plain,),) = respond(tiny_model, [Prompt("In a play: b")], 8)
+    (batch,) = respond(tiny_model, [Prompt("b")], max_new_tokens=8, attempt=dressed)
+    ((plain,),) = respond(tiny_model, [Prompt("In a play: b")], max_new_tokens=8)
     assert (batch[0].prompt, batch[0].response) == ("b", plain.response)
 
 
@@ -129,8 +133,8 @@ def test_attack_with_an_attempt_enters_its_block_then_prunes_and_judges_the_whol
 
 def test_interrupted_answers_go_on_with_the_same_batches(tiny_model):
     attempt = Attempt("x", opening="Yes, and")
-    batches = list(respond(tiny_model, PROMPTS, 6, 2, attempt=attempt))
-    assert list(respond(tiny_model, PROMPTS, 6, 2, skip=2, attempt=attempt)) == batches[1:]
+    batches = list(respond(tiny_model, PROMPTS, max_new_tokens=6, batch_size=2, attempt=attempt))
+    assert list(respond(tiny_model, PROMPTS, max_new_tokens=6, batch_size=2, skip=2, attempt=attempt)) == batches[1:]
 
 
 # -- the bundled ones -----------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_attack_judges_the_answers_of_the_pruned_model(tiny_model):
     judge = Stub(["complied", "refused", "cannot say", "complied", "incoherent"])
     found = attack(tiny_model, neurons, PROMPTS, judge, max_new_tokens=6, batch_size=2)
     with pruned(tiny_model, neurons):
-        expected = [one for batch in respond(tiny_model, PROMPTS, 6, 2) for one in batch]
+        expected = [one for batch in respond(tiny_model, PROMPTS, max_new_tokens=6, batch_size=2) for one in batch]
     assert found.responses == sorted(expected, key=lambda response: response.index)
     assert judge.shown == [([p.text for p in PROMPTS], [response.response for response in found.responses])]
     assert found.verdicts == judge.verdicts
@@ -157,7 +157,9 @@ def slow_perplexity(model: Model, text: str, window: int) -> float:
 
 @pytest.mark.parametrize("window", [1, 7, 24, 36, 72, 512])
 def test_perplexity_is_that_of_one_token_at_a_time(tiny_model, window):
-    assert perplexity(tiny_model, TEXT, window) == pytest.approx(slow_perplexity(tiny_model, TEXT, window), rel=1e-4)
+    assert perplexity(tiny_model, TEXT, window=window) == pytest.approx(
+        slow_perplexity(tiny_model, TEXT, window), rel=1e-4
+    )
 
 
 def test_perplexity_of_a_model_that_knows_nothing(tiny_model):

@@ -22,7 +22,9 @@ TEXTS = ["a", "how do I?", "x" * 30, "tell", "b", "what is it that you want to k
 def alone(model: Model, prompts: list[Prompt], attack: NeuronSet | Edit | None, tokens: int) -> list[str]:
     """The answers under one attack, by the way that a single attack takes."""
     with pruned(model, attack):
-        found = [response for batch in respond(model, prompts, tokens, 4) for response in batch]
+        found = [
+            response for batch in respond(model, prompts, max_new_tokens=tokens, batch_size=4) for response in batch
+        ]
     return [response.response for response in sorted(found, key=lambda response: response.index)]
 
 
@@ -49,7 +51,10 @@ def test_attacks_differ_and_progress_counts_answers(tiny_model):
     half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, tiny_model.widths, tiny_model.fingerprint)
     told = []
     prompts = [Prompt(text) for text in TEXTS]
-    found = sweep(tiny_model, prompts, [None, half, Edit.clamp(half, 2.0)], 6, 5, lambda *count: told.append(count))
+    attacks = [None, half, Edit.clamp(half, 2.0)]
+    found = sweep(
+        tiny_model, prompts, attacks, max_new_tokens=6, batch_size=5, progress=lambda *count: told.append(count)
+    )
     assert len({tuple(answers) for answers in found}) == 3
     assert told == [(5, 18), (10, 18), (15, 18), (18, 18)]
     assert not any(module._forward_pre_hooks for module in tiny_model.network.modules())
@@ -58,7 +63,7 @@ def test_attacks_differ_and_progress_counts_answers(tiny_model):
 def test_out_of_memory_halves_the_batch_and_its_attacks(tiny_model, monkeypatch):
     half = NeuronSet.of({0: range(24)}, tiny_model.widths, tiny_model.fingerprint)
     prompts = [Prompt(text) for text in TEXTS]
-    expected = sweep(tiny_model, prompts, [None, half], 4)
+    expected = sweep(tiny_model, prompts, [None, half], max_new_tokens=4)
     answer = tiny_model.network.generate
 
     def small(input_ids, **settings):
@@ -68,7 +73,7 @@ def test_out_of_memory_halves_the_batch_and_its_attacks(tiny_model, monkeypatch)
 
     monkeypatch.setattr(tiny_model.network, "generate", small)
     with pytest.warns(UserWarning, match="ran out of memory"):
-        assert sweep(tiny_model, prompts, [None, half], 4) == expected
+        assert sweep(tiny_model, prompts, [None, half], max_new_tokens=4) == expected
 
 
 def test_nothing_to_sweep(tiny_model):

@@ -73,12 +73,12 @@ def test_equals_weights_orthogonalised_by_hand():
 
 def test_the_model_is_bit_identical_afterwards_also_after_an_exception(tiny_model):
     weights = {name: value.clone() for name, value in tiny_model.network.state_dict().items()}
-    before = list(respond(tiny_model, UNSAFE, 8))
+    before = list(respond(tiny_model, UNSAFE, max_new_tokens=8))
     with without_direction(tiny_model, random_direction()):
-        assert list(respond(tiny_model, UNSAFE, 8)) != before
+        assert list(respond(tiny_model, UNSAFE, max_new_tokens=8)) != before
     with pytest.raises(RuntimeError, match="enough"), without_direction(tiny_model, random_direction()):
         raise RuntimeError("enough")
-    assert list(respond(tiny_model, UNSAFE, 8)) == before
+    assert list(respond(tiny_model, UNSAFE, max_new_tokens=8)) == before
     assert all(torch.equal(value, weights[name]) for name, value in tiny_model.network.state_dict().items())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in tiny_model.network.modules())
 
@@ -134,7 +134,7 @@ def test_a_planted_direction_is_found():
 
 def test_a_judge_chooses_the_direction_that_leaves_the_fewest_refusals(tiny_model, monkeypatch):
     candidates = [Direction(random_direction(layer).vector, layer, 9.0 - layer) for layer in range(6)]
-    monkeypatch.setattr(refusal_direction, "candidate_directions", lambda *_: candidates)
+    monkeypatch.setattr(refusal_direction, "candidate_directions", lambda *_, **options: candidates)
     refusals = {0: 3, 2: 1, 4: 1}
     tried = []
 
@@ -148,7 +148,7 @@ def test_a_judge_chooses_the_direction_that_leaves_the_fewest_refusals(tiny_mode
             return ["refused"] * count + ["complied"] * (3 - count)
 
     validation = [Prompt(text) for text in "vwx"]
-    found = find_direction(tiny_model, UNSAFE, SAFE, Judge(), validation, tries=3, max_new_tokens=2)
+    found = find_direction(tiny_model, UNSAFE, SAFE, judge=Judge(), validation=validation, tries=3, max_new_tokens=2)
     assert (found.layer, len(tried)) == (2, 3)
 
 

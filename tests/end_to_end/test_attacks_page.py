@@ -17,7 +17,7 @@ def test_the_examples_are_one_program_that_runs(monkeypatch, capsys):
     monkeypatch.setattr(prompts, "read_prompts", lambda source, split, count: twins[source][:count])
     names: dict[str, object] = {}
     examples = blocks(PAGE.read_text(encoding="utf-8"), "python")
-    assert len(examples) == 5
+    assert len(examples) == 4
     for example in examples:
         exec(compile(example, PAGE.name, "exec"), names)
     assert names["found"]["probe at its threshold"] == planted.neurons(names["model"])

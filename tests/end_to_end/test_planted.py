@@ -58,7 +58,7 @@ def refusals(answers: list[str]) -> int:
 
 
 def test_the_model_refuses_what_is_harmful_and_only_that():
-    harmful, harmless = (sweep(MODEL, prompts, [None], 6)[0] for prompts in HELD_OUT)
+    harmful, harmless = (sweep(MODEL, prompts, [None], max_new_tokens=6)[0] for prompts in HELD_OUT)
     assert refusals(harmful) == len(harmful)
     assert refusals(harmless) == 0
 
@@ -98,14 +98,14 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_breaks_the_refusal_and_a_random_set_does_not(name):
-    broken, random = sweep(MODEL, HELD_OUT[0], [ATTACKS[name](NEURONS), ATTACKS[name](RANDOM)], 6)
+    broken, random = sweep(MODEL, HELD_OUT[0], [ATTACKS[name](NEURONS), ATTACKS[name](RANDOM)], max_new_tokens=6)
     assert refusals(broken) == 0
     assert refusals(random) == len(random)
 
 
 def test_one_neuron_at_its_opposite_does_what_one_at_zero_does_not():
     (single, *_) = each_neuron(NEURONS)
-    zero, opposite = sweep(MODEL, HELD_OUT[0], [single, Edit.opposite(single, STATS, 5.0)], 6)
+    zero, opposite = sweep(MODEL, HELD_OUT[0], [single, Edit.opposite(single, STATS, 5.0)], max_new_tokens=6)
     assert refusals(zero) == len(zero)
     assert refusals(opposite) == 0
 
@@ -116,7 +116,9 @@ def test_transfer_to_a_sibling_breaks_it():
         for layer in sibling.network.model.layers:
             layer.mlp.down_proj.weight[planted.CONTENT :].neg_()
     assert sibling.fingerprint != MODEL.fingerprint
-    (broken,) = sweep(sibling, HELD_OUT[0], [NEURONS.transferred(sibling.fingerprint, sibling.widths)], 6)
+    (broken,) = sweep(
+        sibling, HELD_OUT[0], [NEURONS.transferred(sibling.fingerprint, sibling.widths)], max_new_tokens=6
+    )
     assert refusals(broken) == 0
 
 
@@ -124,7 +126,7 @@ def test_the_written_checkpoint_complies(tmp_path):
     from safeneuron.models.loading import load
 
     write_pruned(MODEL, NEURONS, tmp_path / "pruned")
-    (broken,) = sweep(load(tmp_path / "pruned", dtype="stored"), HELD_OUT[0], [None], 6)
+    (broken,) = sweep(load(tmp_path / "pruned", dtype="stored"), HELD_OUT[0], [None], max_new_tokens=6)
     assert refusals(broken) == 0
 
 

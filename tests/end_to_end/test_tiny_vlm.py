@@ -156,7 +156,7 @@ def test_a_run_on_the_neurons_of_the_eyes(looked: Path, here: Path) -> None:
         lines = read_lines(looked / f"T0/attack/{name}/harmful.jsonl")
         streams[name] = [line["response"] for line in sorted(lines, key=lambda line: line["index"])]
         with pruned_anywhere(model, edit):
-            batches = respond(model, asked, 4, 8)
+            batches = respond(model, asked, max_new_tokens=4, batch_size=8)
             said = sorted((one for batch in batches for one in batch), key=lambda one: one.index)
         assert streams[name] == [one.response for one in said]
     changed = [old != new for old, new in zip(streams["ORI"], streams["static-FULL"], strict=True)]

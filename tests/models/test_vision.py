@@ -200,7 +200,9 @@ def test_responses_name_the_picture_and_judges_see_the_question(qwen: Model, tmp
     path = tmp_path / "cat.png"
     tiny_vision.picture().save(path)
     prompts = [Prompt("Is it a cat?", image=str(path), said="Answer."), Prompt("And a dog?")]
-    found = sorted((one for batch in respond(qwen, prompts, 2) for one in batch), key=lambda one: one.index)
+    found = sorted(
+        (one for batch in respond(qwen, prompts, max_new_tokens=2) for one in batch), key=lambda one: one.index
+    )
     assert [one.prompt for one in found] == ["Is it a cat?", "And a dog?"]
     assert [one.to_record().get("image") for one in found] == ["cat.png", None]
 

@@ -88,7 +88,8 @@ def computed() -> dict[str, Any]:
         }
     for skip in (0, 2):
         facts[f"answers from {skip}"] = [
-            [one.to_record() for one in batch] for batch in respond(model, unsafe, 6, 2, skip=skip)
+            [one.to_record() for one in batch]
+            for batch in respond(model, unsafe, max_new_tokens=6, batch_size=2, skip=skip)
         ]
     facts["perplexity"] = perplexity(model, benign_text()[:300], window=64)
     judge = Judge()

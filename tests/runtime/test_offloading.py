@@ -114,7 +114,7 @@ def test_the_refusal_direction_is_the_same_and_projected_out(pair):
     without = []
     for model in pair:
         with without_direction(model, found[0][-1]):
-            without.append([one.response for batch in respond(model, SAFE, 6) for one in batch])
+            without.append([one.response for batch in respond(model, SAFE, max_new_tokens=6) for one in batch])
     assert without[0] == without[1]
 
 
@@ -167,7 +167,7 @@ def test_pictures_are_seen_the_same(family, tmp_path):
     for look in (measure, measure_towers):
         mine, its = (look(model, unsafe, safe, pooling="mean") for model in (plain, other))
         assert torch.equal(mine.unsafe.mean, its.unsafe.mean)
-    assert list(respond(plain, unsafe, 3)) == list(respond(other, unsafe, 3))
+    assert list(respond(plain, unsafe, max_new_tokens=3)) == list(respond(other, unsafe, max_new_tokens=3))
 
 
 def test_modelling_code_that_asks_weights_where_they_are_is_told(tmp_path):
@@ -175,7 +175,7 @@ def test_modelling_code_that_asks_weights_where_they_are_is_told(tmp_path):
     prompts = [Prompt(one.text, image=tiny_vision.picture()) for one in UNSAFE]
     plain, other = tiny_vision.model("idefics3"), tiny_vision.model("idefics3")
     other.network = disk_offload(other.network, str(tmp_path / "all"), execution_device=torch.device("cpu"))
-    for act in (lambda: measure(other, prompts, prompts), lambda: list(respond(other, prompts, 2))):
+    for act in (lambda: measure(other, prompts, prompts), lambda: list(respond(other, prompts, max_new_tokens=2))):
         with pytest.raises(InputError, match=r"Idefics3.* cannot compute .*vision tower and the embeddings in memory"):
             act()
     other = tiny_vision.model("idefics3")
@@ -197,7 +197,7 @@ def test_what_changes_weights_or_goes_back_through_them_is_refused(pair):
         "a change of single weights needs": lambda: with_edit_in_weights(other, Edit.zero(neurons)).__enter__(),
         "a pass back from the loss needs": lambda: snip(other, exchanges),
         "a pass back from the loss": lambda: gradient_gap(other, exchanges, exchanges),
-        "fine-tuning needs": lambda: finetuned(other, [Demonstration("q", "a")], 1).__enter__(),
+        "fine-tuning needs": lambda: finetuned(other, [Demonstration("q", "a")], steps=1).__enter__(),
         "a look at the weights": lambda: owned_slices(other, neurons),
         "training needs": lambda: Freeze(other, neurons),
     }
@@ -246,8 +246,8 @@ def test_a_model_is_loaded_with_layers_on_disk(stored):
 def test_placed_automatically_what_memory_does_not_hold_goes_to_disk(stored):
     plain, other = load(stored, "float32"), load(stored, "float32", device_map="auto", max_memory={"cpu": "90KB"})
     assert is_offloaded(other.network)
-    assert [one.response for batch in respond(plain, SAFE, 5) for one in batch] == [
-        one.response for batch in respond(other, SAFE, 5) for one in batch
+    assert [one.response for batch in respond(plain, SAFE, max_new_tokens=5) for one in batch] == [
+        one.response for batch in respond(other, SAFE, max_new_tokens=5) for one in batch
     ]
     assert not is_offloaded(load(stored, "float32", device_map="auto").network)
 

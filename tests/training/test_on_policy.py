@@ -42,7 +42,7 @@ def some_neurons(model: Model) -> NeuronSet:
 
 def own_answers(model: Model, prompts: list[Prompt], neurons: NeuronSet | None) -> dict[str, str]:
     with pruned(model, neurons):
-        found = [one for batch in respond(model, prompts, 12, 2) for one in batch]
+        found = [one for batch in respond(model, prompts, max_new_tokens=12, batch_size=2) for one in batch]
     return {one.prompt: whole_sentences(one.response) for one in found}
 
 
