@@ -19,7 +19,7 @@ from safeneuron.analysis.depth import density_over_depth, thirds
 from safeneuron.analysis.methods import discoveries, volcano
 from safeneuron.analysis.topics import chance_overlaps, core_of, overlaps, roles, sets_of
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, TopicStats
-from safeneuron.selection.scores import score
+from safeneuron.selection.scores import SelectionSettings, score
 
 WIDTHS, TOPICS, PROMPTS = (18_944,) * 28, 10, 200
 
@@ -41,7 +41,7 @@ def analyse(path: Path) -> None:
     """All of it, printed with its time and the peak memory of the process."""
     begun = time.perf_counter()
     stats = TopicStats.load(path)
-    sets = sets_of(stats, density=0.01)
+    sets = sets_of(stats, SelectionSettings(density=0.01))
     found = [roles(sets), core_of(sets), overlaps(sets), chance_overlaps(sets, 200), [thirds(one) for one in sets]]
     found += [density_over_depth(one) for one in sets]
     scores = score(ActivationStats(stats.unsafe.group(0), stats.safe, WIDTHS, stats.fingerprint, "last"))

@@ -16,7 +16,7 @@ import torch
 from run import prompts
 
 from safeneuron.attacks.pruning import respond, sweep
-from safeneuron.models.forward import Exchange, common_ending, exchanges_of, prompts_alone
+from safeneuron.models.exchanges import Exchange, common_ending, exchanges_of, prompts_alone
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import recorded

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from safeneuron.data.prompts import benign_text, read_prompts
 from safeneuron.data.types import Pair, Prompt
-from safeneuron.models.forward import length_batches
+from safeneuron.models.forward import POOLINGS, MeasurementSettings, length_batches
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model, pad
 from safeneuron.models.shape import Shape
@@ -32,7 +32,7 @@ from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.verification import prove
 from safeneuron.planning.memory import Device, align_need, longest_pair, total_bytes
 from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory, reuse_memory
-from safeneuron.selection.measurement import POOLINGS, measure
+from safeneuron.selection.measurement import measure
 from safeneuron.selection.scores import choose, score, thresholds_for
 from safeneuron.training.alignment import align
 from safeneuron.training.on_policy import refusal
@@ -277,8 +277,9 @@ def bench_pooling() -> None:
     model = load("embedded")
     unsafe, safe = (read_prompts(f"twins:{kind}", split="discovery") for kind in ("unsafe", "safe"))
     for pooling in POOLINGS:
-        whole = score(measure(model, unsafe, safe, pooling))
-        halves = [score(measure(model, unsafe[start::2], safe[start::2], pooling)) for start in (0, 1)]
+        settings = MeasurementSettings(pooling=pooling)
+        whole = score(measure(model, unsafe, safe, settings))
+        halves = [score(measure(model, unsafe[start::2], safe[start::2], settings)) for start in (0, 1)]
         first, second = (choose(scores, thresholds_for(scores, 0.03)) for scores in halves)
         print(
             f"pooling {pooling}: largest d {float(whole.d.max()):.2f}, {whole.significant} neurons with q < .05; "

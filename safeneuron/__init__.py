@@ -58,7 +58,8 @@ MODULES = {
         "Panel",
         "make_judge",
     ),
-    "models.forward": ("exchanges_of",),
+    "models.exchanges": ("exchanges_of",),
+    "models.forward": ("MeasurementSettings",),
     "models.loading": ("load",),
     "models.model": (
         "Model",
@@ -96,8 +97,6 @@ MODULES = {
     "selection.ranking": (
         "Ranking",
         "compare",
-        "fractions",
-        "set_difference",
     ),
     "selection.saliency": (
         "snip",

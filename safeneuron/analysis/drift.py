@@ -19,12 +19,13 @@ from safeneuron.analysis.settings import Classes
 from safeneuron.attacks.refusal_direction import decoder_layers, last_of_stream
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import length_batches, prompts_alone
+from safeneuron.models.forward import MeasurementSettings, forward_batches
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.layout import network_of
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.weights import owned_slices
+from safeneuron.runtime import distributed
 from safeneuron.runtime.files import read_json
 from safeneuron.runtime.progress import Progress
 from safeneuron.selection.linear_probe import held_out_accuracy
@@ -175,26 +176,40 @@ def _relative(change: Tensor, size: Tensor, which: Tensor) -> float:
 def hidden_states(
     model: Model,
     prompts: Sequence[Prompt],
-    batch_tokens: int = 2048,
-    max_tokens: int = 1024,
+    settings: MeasurementSettings = MeasurementSettings(),
+    *,
     progress: Progress | None = None,
 ) -> Tensor:
-    """``[prompt, layer, hidden]`` float32: the residual stream at each layer's input, at the last token of each prompt.
+    """The residual stream at each layer's input, at the last token of each prompt; every rank does all of it.
 
-    One vector a prompt and layer is kept, so choose how many prompts. Raises ``InputError`` if they are not finite.
+    One vector a prompt and layer is kept, so choose how many prompts.
+
+    Args:
+        model: The model, in evaluation mode.
+        prompts: The prompts.
+        settings: How many tokens a batch and a prompt may have.
+        progress: Called after each batch.
+
+    Returns:
+        ``[prompt, layer, hidden]`` float32, in the order of the prompts.
+
+    Raises:
+        InputError: If the stream is not finite.
     """
     layers = decoder_layers(network_of(model))
-    encoded = [prompt.ids for prompt in prompts_alone(model, prompts, max_tokens)]
-    by_prompt: dict[int, Tensor] = {}
-    for batch in length_batches(encoded, batch_tokens):
-        states = last_of_stream(model, layers, [encoded[index] for index in batch]).float()
-        by_prompt.update(zip(batch, states, strict=True))
-        if progress is not None:
-            progress(len(by_prompt), len(prompts))
-    stacked = torch.stack([by_prompt[index] for index in range(len(prompts))])
-    if not torch.isfinite(stacked).all():
-        raise InputError("the model's residual stream is not finite on some prompts; load it with dtype = 'float32'")
-    return stacked
+    states: dict[int, Tensor] = {}
+    with distributed.alone():
+        for batch, vectors in forward_batches(
+            model,
+            prompts,
+            lambda rows: last_of_stream(model, layers, rows).float(),
+            settings.batches,
+            max_tokens=settings.max_tokens,
+            progress=progress,
+            what="the model's residual stream is",
+        ):
+            states.update(zip(batch, vectors, strict=True))
+    return torch.stack([states[index] for index in range(len(prompts))])
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:

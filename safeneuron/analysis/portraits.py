@@ -23,6 +23,7 @@ from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.layout import feed_forwards, network_of
 from safeneuron.neurons.linears import linear_in
 from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runs.inputs import measurement_of
 from safeneuron.runtime.offloading import materialised
 from safeneuron.selection.measurement import activations_of
 from safeneuron.selection.scores import Scores
@@ -174,10 +175,9 @@ def portraits_record(
         prompts: The unsafe prompts, among which those that excite a neuron are found.
         effort: For how many neurons.
     """
-    table = config.measure
     best = neurons.flat[scores.d[neurons.flat].sort(descending=True).indices[: effort.neurons]]
     chosen = NeuronSet(best.sort().values, neurons.widths, neurons.fingerprint, "portraits")
-    activations = activations_of(model, prompts, chosen, table.pooling, table.batch_tokens, table.max_tokens)
+    activations = activations_of(model, prompts, chosen, measurement_of(config))
     records = [
         PortraitRecord(
             layer=portrait.layer,

@@ -29,6 +29,7 @@ from safeneuron.evaluation.rates import verdict_rates, wilson
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
+from safeneuron.runs.inputs import measurement_of
 from safeneuron.runtime.files import read_json, write_json
 from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import measure
@@ -149,11 +150,11 @@ def redundancy_record(
         progress: Is told of the outcomes that are known.
     """
     outcomes = _Outcomes(config, model, harmful, judge, folder, 2 * effort.sets + len(DENSITY_MULTIPLES), progress)
-    table, find = config.measure, finder(config)
+    settings, find = measurement_of(config), finder(config)
 
     def search(gone: NeuronSet | None) -> NeuronSet:
         with pruned(model, gone):
-            return find(measure(model, *classes, table.pooling, table.batch_tokens, table.max_tokens))
+            return find(measure(model, *classes, settings))
 
     result = _resumed(search, outcomes.of, folder, effort.sets)
     if result.measurable:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from safeneuron.analysis.records import Number
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments
+from safeneuron.selection.ranking import expected_jaccard, rank_correlation
 from safeneuron.selection.scores import criteria, effect_size
 
 ALWAYS = 0.95
@@ -78,13 +78,6 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(sum(known) / len(known), min(known), max(known), len(known))
 
 
-def score_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's correlation of two scores of the same neurons; nan if one is constant."""
-    if bool((first == first[0]).all() or (second == second[0]).all()):
-        return math.nan
-    return float(spearmanr(first.numpy(), second.numpy()).statistic)
-
-
 def stats_of(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, number: int) -> ActivationStats:
     """Statistics of the model in ``whole``, but of the prompts of one group of each class."""
     return ActivationStats(unsafe.group(number), safe.group(number), whole.widths, whole.fingerprint, whole.pooling)
@@ -100,7 +93,7 @@ def resampled(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, 
         neurons = find(stats)
         frequency[neurons.flat] += 1 / len(unsafe)
         jaccards.append(reference.jaccard(neurons))
-        correlations.append(score_correlation(scores, effect_size(stats.unsafe, stats.safe)))
+        correlations.append(rank_correlation(scores, effect_size(stats.unsafe, stats.safe)))
     # Sums of 1/n are a little off, and 19 of 20 are 95 %.
     always = NeuronSet.of_mask(frequency >= ALWAYS - 1e-9, reference.widths, reference.fingerprint, "always in")
     return Resampled(spread(jaccards), spread(correlations), frequency, always, int((frequency > 0).sum()))
@@ -113,17 +106,9 @@ def halves(whole: ActivationStats, unsafe: GroupMoments, safe: GroupMoments, fin
         pair = [stats_of(whole, unsafe, safe, number + side) for side in (0, 1)]
         first, second = map(find, pair)
         jaccards.append(first.jaccard(second))
-        by_chance.append(chance_jaccard(first, second))
-        correlations.append(score_correlation(*(effect_size(stats.unsafe, stats.safe) for stats in pair)))
+        by_chance.append(expected_jaccard(first, second))
+        correlations.append(rank_correlation(*(effect_size(stats.unsafe, stats.safe) for stats in pair)))
     return Halves(spread(jaccards), spread(correlations), spread(by_chance).mean)
-
-
-def chance_jaccard(first: NeuronSet, second: NeuronSet) -> float:
-    """Expected intersection of random sets with these sizes by layer, over the union that then is left."""
-    sizes = zip(first.counts, second.counts, first.widths, strict=True)
-    both = sum(in_first * in_second / width for in_first, in_second, width in sizes)
-    union = len(first) + len(second) - both
-    return both / union if union else 1.0
 
 
 def prompts_needed(curve: Sequence[tuple[int, float]], goal: float = 0.9) -> Needed:

@@ -9,6 +9,7 @@ from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
+from safeneuron.runs.inputs import selection_of
 from safeneuron.selection.scores import select
 
 LEAST = 6
@@ -43,5 +44,5 @@ class Effort:
 
 def finder(config: Config) -> Callable[[ActivationStats], NeuronSet]:
     """From statistics to a set, by the run's settings."""
-    table = config.select
-    return lambda stats: select(stats, table.effect_size, table.shift, table.density)
+    settings = selection_of(config)
+    return lambda stats: select(stats, settings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -20,15 +20,17 @@ from safeneuron.analysis.resampling import (
     halves,
     prompts_needed,
     resampled,
-    score_correlation,
 )
 from safeneuron.analysis.settings import DENSITY_MULTIPLES, LEAST, Classes, Effort, finder
 from safeneuron.config.schema import Config
 from safeneuron.data.types import Prompt
+from safeneuron.models.forward import POOLINGS
 from safeneuron.models.model import Model
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, bootstrap_weights, pair_weights
+from safeneuron.runs.inputs import measurement_of
 from safeneuron.runtime.progress import Progress
-from safeneuron.selection.measurement import POOLINGS, measure, measure_groups
+from safeneuron.selection.measurement import measure, measure_groups
+from safeneuron.selection.ranking import rank_correlation
 from safeneuron.selection.scores import criteria, select
 
 SIZES = (10, 20, 40, 80, 160, 320, 640)
@@ -163,11 +165,11 @@ def stability_record(
     whole = _measured(config, model, classes, progress)
     neurons, effects = find(whole), criteria(whole).d
     samples, thresholds = _samples(config, model, classes, whole, effort, progress)
-    table = config.measure
+    settings = measurement_of(config)
     others = [
-        (f"pooling {pooling}", measure(model, *classes, pooling, table.batch_tokens, table.max_tokens))
+        (f"pooling {pooling}", measure(model, *classes, replace(settings, pooling=pooling)))
         for pooling in POOLINGS
-        if pooling != table.pooling
+        if pooling != settings.pooling
     ]
     others += [(name, _measured(config, variant, classes)) for name, variant in variants]
     return StabilityRecord(
@@ -178,7 +180,7 @@ def stability_record(
         needed=prompts_needed([(sample.prompts, sample.mean) for sample in samples]),
         thresholds=thresholds,
         variants=[
-            VariantRecord(name, neurons.jaccard(find(stats)), score_correlation(effects, criteria(stats).d))
+            VariantRecord(name, neurons.jaccard(find(stats)), rank_correlation(effects, criteria(stats).d))
             for name, stats in others
         ],
         also=[also_record(config, model, classes, whole, name, prompts) for name, prompts in also],
@@ -198,7 +200,7 @@ def also_record(
     find = finder(config)
 
     def alike(first: ActivationStats, second: ActivationStats) -> Likeness:
-        correlation = score_correlation(criteria(first).d, criteria(second).d)
+        correlation = rank_correlation(criteria(first).d, criteria(second).d)
         return Likeness(find(first).jaccard(find(second)), correlation)
 
     of_all = alike(whole, _measured(config, model, others))
@@ -238,14 +240,12 @@ def bootstrap_record(drawn: Resampled) -> BootstrapRecord:
 
 def _measured(config: Config, model: Model, classes: Classes, progress: Progress | None = None) -> ActivationStats:
     """Statistics of both classes by the run's settings."""
-    table = config.measure
-    return measure(model, *classes, table.pooling, table.batch_tokens, table.max_tokens, progress)
+    return measure(model, *classes, measurement_of(config), progress=progress)
 
 
 def _groups(config: Config, model: Model, prompts: Sequence[Prompt], weights: Tensor) -> GroupMoments:
     """Moments of weighted groups of the prompts by the run's settings."""
-    table = config.measure
-    return measure_groups(model, prompts, weights, table.pooling, table.batch_tokens, table.max_tokens)
+    return measure_groups(model, prompts, weights, measurement_of(config))
 
 
 def _bootstrap(config: Config, model: Model, classes: Classes, whole: ActivationStats, effort: Effort) -> Resampled:

@@ -24,10 +24,11 @@ from safeneuron.errors import InputError
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, TopicStats, label_weights
+from safeneuron.runs.inputs import measurement_of, selection_of
 from safeneuron.runtime.progress import Progress
 from safeneuron.selection.measurement import measure_groups
 from safeneuron.selection.ranking import one_model
-from safeneuron.selection.scores import select
+from safeneuron.selection.scores import SelectionSettings, select
 
 MOST_TOPICS = 16
 """With more, the histogram of patterns has too many entries."""
@@ -114,15 +115,13 @@ class TopicsRecord(PartRecord):
         }
 
 
-def sets_of(
-    stats: TopicStats, effect_size: float | None = None, shift: float | None = None, density: float | None = None
-) -> list[NeuronSet]:
+def sets_of(stats: TopicStats, settings: SelectionSettings) -> list[NeuronSet]:
     """The safety neurons of each topic: its own unsafe prompts against all safe ones; settings as in ``select``."""
     sets = []
     for number, topic in enumerate(stats.topics):
         unsafe = stats.unsafe.group(number)
         one_topic = ActivationStats(unsafe, stats.safe, stats.widths, stats.fingerprint, stats.pooling)
-        sets.append(select(one_topic, effect_size, shift, density).labelled(topic))
+        sets.append(select(one_topic, settings).labelled(topic))
     return sets
 
 
@@ -248,11 +247,10 @@ def topic_stats(
             f"the unsafe prompts have {len(names)} topics with {LEAST} prompts or more, and topics need "
             "2; give prompts with a category column"
         )
-    table = config.measure
-    settings = (table.pooling, table.batch_tokens, table.max_tokens)
-    groups = measure_groups(model, unsafe, label_weights(labels, names), *settings, progress)
-    whole = measure_groups(model, safe, label_weights([""] * len(safe), [""]), *settings)
-    return TopicStats(tuple(names), groups, whole.group(0), model.widths, model.fingerprint, table.pooling)
+    settings = measurement_of(config)
+    groups = measure_groups(model, unsafe, label_weights(labels, names), settings, progress=progress)
+    whole = measure_groups(model, safe, label_weights([""] * len(safe), [""]), settings)
+    return TopicStats(tuple(names), groups, whole.group(0), model.widths, model.fingerprint, settings.pooling)
 
 
 def topics_record(config: Config, stats: TopicStats, shuffled: TopicStats | None, effort: Effort) -> TopicsRecord:
@@ -264,10 +262,9 @@ def topics_record(config: Config, stats: TopicStats, shuffled: TopicStats | None
         shuffled: The same with the topics dealt to the prompts at random; None leaves this baseline out.
         effort: For how many draws of random sets.
     """
-    table = config.select
-    chosen = (table.effect_size, table.shift, table.density)
-    sets = sets_of(stats, *chosen)
-    mixed = None if shuffled is None else sets_of(shuffled, *chosen)
+    settings = selection_of(config)
+    sets = sets_of(stats, settings)
+    mixed = None if shuffled is None else sets_of(shuffled, settings)
     core = core_of(sets)
     return TopicsRecord(
         topics=[

@@ -18,6 +18,7 @@ from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import Judge
+from safeneuron.models.forward import forward_batches
 from safeneuron.models.model import Model, generate
 from safeneuron.models.vision import input_kinds, run_without_head
 from safeneuron.neurons.anatomy import decoder_of, hidden_size, layers_of
@@ -213,34 +214,39 @@ def _stream_moments(model: Model, prompts: Sequence[Prompt], batch_size: int, ma
     """Moments ``[layer, hidden]`` of the stream at the input of every layer, at the last token of each prompt."""
     layers = decoder_layers(network_of(model))
     moments = Moments.zero((len(layers), hidden_size(decoder_of(network_of(model)))))
-    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-    for places in input_kinds(encoded):
-        rows = sorted((encoded[place] for place in places), key=len, reverse=True)
-        for start in range(0, len(rows), batch_size):
-            vectors = last_of_stream(model, layers, rows[start : start + batch_size])
-            # Moments leave NaN out as undefined; here it is a fault, which infinity makes visible.
-            moments = moments.merge(Moments.of(vectors.nan_to_num(torch.inf, torch.inf, -torch.inf)))
-    if not torch.isfinite(moments.mean).all():
-        raise InputError(
-            "the model's residual stream is not finite on some prompts; load it with dtype = 'float32', or use another "
-            "checkpoint"
-        )
+
+    def batches(encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        for places in input_kinds(encoded):
+            longest_first = sorted(places, key=lambda place: len(encoded[place]), reverse=True)
+            for start in range(0, len(longest_first), batch_size):
+                yield longest_first[start : start + batch_size]
+
+    with distributed.alone():
+        for _, vectors in forward_batches(
+            model,
+            prompts,
+            lambda rows: last_of_stream(model, layers, rows),
+            batches,
+            max_tokens=max_tokens,
+            what="the model's residual stream is",
+        ):
+            moments = moments.merge(Moments.of(vectors))
     return moments
 
 
 def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence[int]]) -> Tensor:
-    """The residual stream at each layer's input, at the last token of encoded prompts.
+    """The stream at each layer's input, at the last token of each of some encoded prompts.
 
     Args:
         model: The model.
-        layers: Its decoder layers, by ``decoder_layers``.
-        batch: Token ids of each prompt.
+        layers: Its ``decoder_layers``.
+        batch: Token ids of each prompt; all have a picture, or none has.
 
     Returns:
-        ``[prompt, layer, hidden]`` float64 on the CPU.
+        ``[prompt, layer, hidden]`` float64 on the CPU. Values that are not finite are infinite.
 
     Raises:
-        InputError: Where a layer did not run.
+        InputError: If a layer did not run.
     """
     # Padded on the right, where causal attention cannot see the padding and position ids stay correct.
     inputs = model.inputs(batch, "right")
@@ -262,4 +268,5 @@ def last_of_stream(model: Model, layers: nn.ModuleList, batch: Sequence[Sequence
             f"{len(seen)} of the {len(layers)} layers of {model.name} ran on a prompt, where all were expected; a "
             "model that leaves out layers where there is no picture needs one with every prompt"
         )
-    return torch.stack(seen, dim=1)
+    # To moments NaN would be a value that is not there; here it is a fault.
+    return torch.stack(seen, dim=1).nan_to_num(torch.inf, torch.inf, -torch.inf)

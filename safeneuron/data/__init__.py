@@ -10,7 +10,7 @@ MODULES = {
     "images": ("digest_of", "name_of", "opened"),
     "pairs": ("left_out", "mix", "read_pairs"),
     "prompts": ("benign_text", "check_classes", "check_splits", "fitting_refusal", "read_prompts", "read_twins"),
-    "rows": ("Row", "Source", "as_source", "read_rows", "text_at", "value_at"),
+    "rows": ("Message", "Row", "Source", "as_source", "read_rows", "text_at", "value_at"),
     "types": ("Pair", "Prompt"),
     "typography": ("draw", "drawn_prompts"),
 }

@@ -1,96 +1,50 @@
-"""Prompts through a model in batches of like length, in one pass: what is kept is one sum, whatever their number."""
+"""Prompts through a model, once each, in batches of like length: the one loop that all such passes share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.model import Model
 from safeneuron.models.vision import input_kinds, run_without_head
-from safeneuron.neurons.anatomy import decoder_of
 from safeneuron.neurons.interventions import recorded
 from safeneuron.runtime import distributed
 from safeneuron.runtime.devices import Halving
-from safeneuron.runtime.offloading import require_whole
 from safeneuron.runtime.progress import Progress
 
-
-@dataclass(frozen=True)
-class Exchange:
-    """A prompt with an answer to it, as tokens: the first ``prompt`` of ``ids`` are the prompt's."""
-
-    ids: list[int]
-    prompt: int
+POOLINGS = ("last", "mean", "max")
+"""Which of a prompt's activations make its vector: the last token's, or their mean or maximum over its tokens."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Exchanges as tensors, padded on the right, where causal attention cannot see the padding.
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSettings:
+    """How prompts become activation vectors, one a prompt.
 
-    ``answer`` is boolean ``[row, token]``, true at the tokens of answers;
-    ``ends`` is ``[row]``, how many tokens the prompt of each row has; ``inputs`` is what the model is given: ids and
-    mask, and the pictures, which all rows have or none.
+    Args:
+        pooling: One of ``POOLINGS``.
+        batch_tokens: Tokens in one forward pass, padding included.
+        max_tokens: A longer prompt is cut to its last so many tokens; one with an image never is.
+
+    Raises:
+        InputError: If the pooling is unknown.
     """
 
-    inputs: dict[str, Tensor]
-    answer: Tensor
-    ends: Tensor
+    pooling: str = "last"
+    batch_tokens: int = 2048
+    max_tokens: int = 1024
 
-    @property
-    def ids(self) -> Tensor:
-        """Token ids ``[row, token]``."""
-        return self.inputs["input_ids"]
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise InputError(f"pooling {self.pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
 
-    @property
-    def mask(self) -> Tensor:
-        """Where there are tokens, ``[row, token]``."""
-        return self.inputs["attention_mask"]
-
-    @staticmethod
-    def of(model: Model, exchanges: Sequence[Exchange]) -> Batch:
-        """The exchanges in order, one a row."""
-        inputs = model.inputs([one.ids for one in exchanges], "right")
-        mask = inputs["attention_mask"]
-        ends = torch.tensor([one.prompt for one in exchanges], device=model.device)
-        places = torch.arange(mask.shape[1], device=model.device)
-        return Batch(inputs, (places >= ends[:, None]) & (mask > 0), ends)
-
-
-def exchanges_of(
-    model: Model, prompts: Sequence[Prompt], answers: Sequence[str], max_tokens: int = 1024
-) -> list[Exchange]:
-    """Each prompt, through the chat template, with the answer of the same number.
-
-    A prompt is cut to its last ``max_tokens`` tokens, an answer to its first ``max_tokens``. Raises ``InputError`` for
-    more or fewer answers than prompts, for none, and for an answer that has no token.
-    """
-    if len(prompts) != len(answers) or not prompts:
-        raise InputError(
-            f"each prompt needs one answer, and at least one is needed; found {len(prompts)} prompts and "
-            f"{len(answers)} answers"
-        )
-    found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        start = model.ask(prompt, max_tokens)
-        end = list(model.tokenizer(answer, add_special_tokens=False)["input_ids"])[:max_tokens]
-        if not end:
-            raise InputError(f"the answer to {prompt.text[:60]!r} is empty; expected text, leave the prompt out")
-        found.append(Exchange(start + end, len(start)))
-    return found
-
-
-def prompts_alone(model: Model, prompts: Sequence[Prompt], max_tokens: int = 1024) -> list[Exchange]:
-    """Each prompt through the chat template, cut to its last ``max_tokens`` tokens, without an answer."""
-    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-    return [Exchange(ids, len(ids)) for ids in encoded]
+    def batches(self, encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Indices of encoded prompts in batches of at most ``batch_tokens``; see ``length_batches``."""
+        return length_batches(encoded, self.batch_tokens)
 
 
 def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
@@ -108,18 +62,128 @@ def length_batches(encoded: Sequence[Sequence[int]], batch_tokens: int) -> Itera
         yield batch
 
 
-def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
-    """One activation vector a prompt, ``[prompt, neuron]``, of encoded prompts run together.
+def pooled_batches(
+    model: Model,
+    prompts: Sequence[Prompt],
+    settings: MeasurementSettings = MeasurementSettings(),
+    progress: Progress | None = None,
+    *,
+    halving: Halving[list[int]] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Prompts through the model in batches of like length: this rank's batches, and one activation vector a prompt.
 
-    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct. An expert
-    is asked about some tokens only: the last token counts for it if it was routed there, the mean and the maximum are
-    over the tokens that were. Where there are none its neurons are NaN, and so are those of layers that were not run.
+    Args:
+        model: The model.
+        prompts: Each goes through the chat template, with the generation prompt at its end.
+        settings: The pooling, and the sizes of batches and prompts.
+        progress: Called after each batch.
+        halving: See ``forward_batches``.
+
+    Yields:
+        The indices of a batch's prompts, and their vectors ``[prompt, neuron]`` (see ``pooled``).
+
+    Raises:
+        InputError: If activations are infinite.
+    """
+    return forward_batches(
+        model,
+        prompts,
+        lambda rows: pooled(model, rows, settings.pooling),
+        settings.batches,
+        max_tokens=settings.max_tokens,
+        progress=progress,
+        halving=halving,
+    )
+
+
+def forward_batches(
+    model: Model,
+    prompts: Sequence[Prompt],
+    run: Callable[[Sequence[list[int]]], Tensor],
+    plan: Callable[[Sequence[list[int]]], Iterable[list[int]]],
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+    halving: Halving[list[int]] | None = None,
+    what: str = "the model's activations are",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The one loop that takes prompts through a model in batches, for whatever is kept of each prompt.
+
+    Several ranks take the batches in turn, so all must go through the loop to its end; within ``distributed.alone``
+    each of them does all the work.
+
+    Args:
+        model: The model.
+        prompts: Each goes through the chat template, with the generation prompt at its end.
+        run: Takes encoded prompts through the model together and gives ``[prompt, ...]``. Infinite values are a fault;
+            NaN says that there is nothing to know.
+        plan: Puts encoded prompts into batches, given as their indices.
+        max_tokens: A longer prompt is cut to its last so many tokens.
+        progress: Called after each batch, with the number of prompts done.
+        halving: What runs a batch in halves where memory runs out, and remembers that; one of its own if not given.
+        what: Names the values in the error, with its verb.
+
+    Yields:
+        The indices of a batch's prompts, and what ``run`` makes of them.
+
+    Raises:
+        InputError: On every rank, if values are infinite on any of them; and where a single prompt is too much.
+    """
+    halving = halving or prompts_in_halves()
+    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
+    done, problem = 0, ""
+    for number, batch in enumerate(plan(encoded)):
+        if number % distributed.world() == distributed.rank():
+            values = torch.cat(halving.over([encoded[index] for index in batch], run))
+            problem = _not_finite(values, [prompts[index] for index in batch], what)
+            # The other ranks may be in the middle of their batches: all meet at the end, where this is raised.
+            if problem:
+                break
+            yield batch, values
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(prompts))
+    distributed.agree(problem)
+
+
+def prompts_in_halves() -> Halving[list[int]]:
+    """What runs a batch of encoded prompts, in halves where it does not fit into memory."""
+    advice = "use a smaller max_tokens, or a device with more memory"
+    return Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
+
+
+def _not_finite(values: Tensor, prompts: Sequence[Prompt], what: str) -> str:
+    """What is wrong with the values ``[prompt, ...]`` of these prompts, if anything."""
+    faulty = values.isinf().flatten(1).any(dim=1).nonzero()
+    if not len(faulty):
+        return ""
+    return (
+        f"{what} not finite on the prompt {prompts[int(faulty[0])].text[:60]!r}; "
+        "load it with dtype = 'float32', or use another checkpoint"
+    )
+
+
+def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor:
+    """One activation vector a prompt of encoded prompts that are run together.
+
+    Rows are padded on the right, where causal attention cannot see the padding and position ids stay correct. To an
+    expert some tokens only are routed: the last token counts for it if it is one of them, the mean and the maximum are
+    over them. Where there are none its neurons are NaN, and so are those of layers that were not run.
+
+    Args:
+        model: The model.
+        batch: Token ids of each prompt; all have a picture, or none has.
+        pooling: One of ``POOLINGS``.
+
+    Returns:
+        ``[prompt, neuron]`` float32 on the CPU, layers laid end to end. Values that are not finite are infinite.
     """
     inputs = model.inputs(batch, "right")
     mask = inputs["attention_mask"]
     ends = mask.sum(dim=1) - 1
     everywhere = mask.unsqueeze(-1) == 0
 
+    # What is kept of a layer's activations [prompt, token, neuron], while the model runs.
     def reduce(activations: Tensor) -> Tensor:
         # Of a model on several devices each layer's activations are on its own.
         last, padding = ends.to(activations.device), everywhere.to(activations.device)
@@ -135,59 +199,23 @@ def pooled(model: Model, batch: Sequence[Sequence[int]], pooling: str) -> Tensor
         run_without_head(model.network, inputs)
     parts = []
     for layer, width in enumerate(model.widths):
-        found = recording.layers.get(layer)
-        if found is None:
+        recorded_layer = recording.layers.get(layer)
+        if recorded_layer is None:
             parts.append(torch.full((len(batch), width), torch.nan))
         else:
-            # Where every token is heard, NaN is a fault, which must not look like silence.
-            values = found.float().cpu()
+            # Where every token counts, NaN is a fault, which must not look like an expert that was not run.
+            values = recorded_layer.float().cpu()
             parts.append(values if layer in recording.routed else values.nan_to_num(torch.inf, torch.inf, -torch.inf))
     return torch.cat(parts, dim=1)
 
 
 def _pooled_routed(activations: Tensor, padding: Tensor, pooling: str) -> Tensor:
-    """The mean or maximum of each neuron over the tokens that its expert was asked about; NaN where there are none."""
+    """The mean or maximum of each neuron over the tokens routed to its expert; NaN where there are none."""
     absent = activations.isnan() | padding
     if pooling == "max":
         highest = activations.masked_fill(absent, -torch.inf).amax(dim=1)
         return highest.masked_fill(absent.all(dim=1), torch.nan)
     return activations.masked_fill(absent, 0).sum(dim=1, dtype=torch.float32) / (~absent).sum(dim=1)
-
-
-def total_gradient_work(
-    exchanges: Sequence[Exchange],
-    work: Callable[[Sequence[Exchange]], Tensor],
-    batch_tokens: int,
-    progress: Progress | None = None,
-) -> Tensor:
-    """The sum over all batches of what ``work`` makes of each: tensors of one shape, on the CPU.
-
-    Memory is that of one batch and of two such tensors. Several ranks take the batches in turn, and all get the sum
-    over all of them; so all must call it. A batch that does not fit into memory is run in halves. ``progress(done,
-    total)`` is called after each batch. Raises ``InputError`` if the sum is not finite.
-    """
-    advice = "use a smaller batch_tokens, shorter prompts, or a device with more memory"
-    halving: Halving[Exchange] = Halving("the pass", advice, lambda part: len(part) * max(len(one.ids) for one in part))
-    own: Tensor | None = None
-    done = 0
-    for number, batch in enumerate(length_batches([one.ids for one in exchanges], batch_tokens)):
-        # With fewer batches than ranks some have no part in it; they still need a tensor to add, so they run the first.
-        mine = number % distributed.world() == distributed.rank()
-        if mine or number == 0:
-            for found in halving.over([exchanges[index] for index in batch], work):
-                share = found if mine else torch.zeros_like(found)
-                own = share if own is None else own.add_(share)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(exchanges))
-    assert own is not None, "there is at least one exchange"
-    whole = over_ranks(own)
-    if not torch.isfinite(whole).all():
-        raise InputError(
-            "the model's activations or gradients are not finite on these prompts; load it with dtype = 'float32', or "
-            "use another checkpoint"
-        )
-    return whole
 
 
 def over_ranks(own: Tensor) -> Tensor:
@@ -196,67 +224,3 @@ def over_ranks(own: Tensor) -> Tensor:
     for part in distributed.each_tensor(own):
         whole += part
     return whole
-
-
-def run_decoder(model: Model, batch: Batch) -> None:
-    """One pass through the decoder without the LM head and without gradients, for what is recorded meanwhile."""
-    with torch.inference_mode():
-        run_without_head(model.network, batch.inputs)
-
-
-def run_backward(model: Model, batch: Batch) -> None:
-    """One pass through the model and back from the loss, for the gradients that hooks on activations see meanwhile.
-
-    The loss is the sum over the rows of the mean negative log-likelihood of each one's answer, so that each row's
-    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched. Raises
-    ``InputError`` for a model of which weights are offloaded: the way back would hold all of them at once.
-    """
-    require_whole(model.network, "a pass back from the loss")
-    with torch.enable_grad(), _leaf_of_embeddings(model) as leaves:
-        out = run_without_head(model.network, batch.inputs)
-        predicting = batch.answer[:, 1:]
-        wanted = batch.ids[:, 1:][predicting]
-        said = log_probabilities(model.network, out.last_hidden_state[:, :-1][predicting])
-        weights = (1 / predicting.sum(dim=1))[:, None].expand(predicting.shape)[predicting]
-        loss = (functional.nll_loss(said, wanted, reduction="none") * weights).sum()
-        torch.autograd.grad(loss, leaves[0])
-
-
-@contextmanager
-def _leaf_of_embeddings(model: Model) -> Iterator[list[Tensor]]:
-    """Within the block gradients flow back to what the decoder is given, words and pictures, which is put in the list.
-
-    Not into the vision tower, nor into the embeddings.
-    """
-    leaves: list[Tensor] = []
-    embed = cast("Callable[[Tensor], Tensor]", model.network.get_input_embeddings())
-
-    def cut(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        words = named.pop("input_ids", None)
-        embedded = named.pop("inputs_embeds", None)
-        start = embed(words) if embedded is None else embedded
-        leaves.append(start.detach().requires_grad_(True))
-        return given, {**named, "inputs_embeds": leaves[0]}
-
-    handle = decoder_of(model.network).register_forward_pre_hook(cut, with_kwargs=True)
-    try:
-        yield leaves
-    finally:
-        handle.remove()
-
-
-def log_probabilities(network: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """Of the next token, ``[token, vocabulary]`` in float32, of final hidden states ``[token, hidden]``."""
-    logits = network.get_output_embeddings()(hidden).float()  # type: ignore[operator]
-    cap = vars(network.config.get_text_config()).get("final_logit_softcapping")  # type: ignore[union-attr, operator]
-    capped: Tensor = logits if cap is None else cap * (logits / cap).tanh()
-    return capped.log_softmax(-1)
-
-
-def common_ending(model: Model) -> int:
-    """How many tokens the template puts after every request: its end, and what opens the answer; at least 1."""
-    first, second = (model.encode([{"role": "user", "content": text}]) for text in ("apples", "What is 7 + 5?"))
-    count = 0
-    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
-        count += 1
-    return max(1, count)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from safeneuron.data.images import digest_of
+from safeneuron.data.rows import Message
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models import vision
@@ -22,7 +23,8 @@ from safeneuron.runtime.devices import Halving
 from safeneuron.runtime.files import whole_folder
 from safeneuron.runtime.offloading import device_of_inputs, explaining_meta_tensors
 
-Message = dict[str, str]
+MOST_IMAGE_CHATS = 4096
+"""How many conversations with pictures a model remembers as tokens, of some kilobytes each."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Model:
     processor: ProcessorMixin | None = None
     blind: str = ""
     unpacked: str = ""
-    _known: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
+    _image_chats: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -79,15 +81,22 @@ class Model:
         if self.processor is not None and self._sees_chats:
             if picture is None:
                 return vision.encode_image_chat(self.processor, messages, None)
-            # The same pictures are asked about under every attack; how many tokens they take is remembered.
-            key = (repr(messages), digest_of(picture))
-            if key not in self._known:
-                self._known[key] = vision.encode_image_chat(self.processor, messages, picture)
-            return self._known[key]
+            return self._encode_image_chat(self.processor, messages, picture)
         if picture is not None:
             reason = self.blind or "it is no vision-language model, or its processor has no chat template"
             raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
         return encode_chat(self.tokenizer, messages)
+
+    def _encode_image_chat(self, processor: ProcessorMixin, messages: Sequence[Message], picture: Any) -> list[int]:
+        """Token ids of a conversation with a picture, remembered for the ``MOST_IMAGE_CHATS`` latest new ones."""
+        # The same pictures come back under every attack; how many tokens one takes, only its processing tells.
+        key = (repr(messages), digest_of(picture))
+        if key not in self._image_chats:
+            ids = vision.encode_image_chat(processor, messages, picture)
+            while len(self._image_chats) >= MOST_IMAGE_CHATS:
+                del self._image_chats[next(iter(self._image_chats))]
+            self._image_chats[key] = ids
+        return self._image_chats[key]
 
     def ask(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Token ids of one request, with its picture if it has one, cut to its last ``max_tokens``.

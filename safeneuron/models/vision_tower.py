@@ -1,7 +1,7 @@
-"""The neurons of a vision-language model's eyes: the FFNs of its vision tower and projector, apart from the text's.
+"""The neurons of a vision-language model's vision tower and projector, apart from those of its text decoder.
 
 A set of them carries another fingerprint than the model's own neurons, so that neither is taken for the other. They can
-be measured, selected and pruned; training never touches them (``aligning``).
+be measured, selected and pruned; training never touches them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
+from safeneuron.models.forward import forward_batches
 from safeneuron.models.model import Model
 from safeneuron.models.vision import run_without_head, vision_parameters
 from safeneuron.neurons.interventions import Change, Edit, everywhere, pruned, require_eager
 from safeneuron.neurons.layout import network_of
 from safeneuron.neurons.neuron_set import VISION_SUFFIX, NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, Moments
-from safeneuron.runtime.progress import Progress
+from safeneuron.runtime import distributed
+from safeneuron.runtime.progress import Progress, progress_of_section
 
 TOWER_POOLINGS = ("mean", "max")
 
 
 class TowerFFN(NamedTuple):
-    """An FFN of the eyes: where it lies in the model, how many neurons it has, and the projection that reads them."""
+    """An FFN of the vision tower or projector: its name, its number of neurons, and the projection that reads them."""
 
     name: str
     width: int
@@ -39,21 +41,30 @@ def towers_of(model: Model) -> list[TowerFFN]:
     """The FFNs of the vision tower and of the projector, in the order of the model's modules.
 
     An FFN is a module with two or three linear layers of its own, outside of attention, of which the last reads what
-    the others write. Raises ``InputError`` for a model without any, such as a model of text.
+    the others write.
+
+    Args:
+        model: A vision-language model.
+
+    Returns:
+        One entry an FFN; its place in the list is the layer of its neurons in sets and statistics.
+
+    Raises:
+        InputError: For a model without any, such as a model of text.
     """
     network = network_of(model)
-    sight = {id(parameter) for parameter in vision_parameters(network)}
-    found = []
+    of_vision = {id(parameter) for parameter in vision_parameters(network)}
+    towers = []
     for name, module in network.named_modules():
         linears = [child for child in module.children() if isinstance(child, nn.Linear)]
-        if _is_feed_forward(name, module, linears) and id(linears[-1].weight) in sight:
-            found.append(TowerFFN(name, linears[-1].in_features, linears[-1]))
-    if not found:
+        if _is_feed_forward(name, module, linears) and id(linears[-1].weight) in of_vision:
+            towers.append(TowerFFN(name, linears[-1].in_features, linears[-1]))
+    if not towers:
         raise InputError(
             f"{model.name} has no FFN in a vision tower or projector: expected a vision-language model, found "
             f"{type(network).__name__}; its text decoder is measured with measure"
         )
-    return found
+    return towers
 
 
 def _is_feed_forward(name: str, module: nn.Module, linears: Sequence[nn.Linear]) -> bool:
@@ -74,75 +85,94 @@ def measure_towers(
     unsafe: Sequence[Prompt],
     safe: Sequence[Prompt],
     pooling: str = "mean",
+    *,
     progress: Progress | None = None,
 ) -> ActivationStats:
-    """Moments of every neuron of the eyes over both classes of prompts, which all have an image.
+    """Moments of every neuron of the vision tower and projector over both classes of prompts, which all have an image.
 
-    Each prompt gives one vector an FFN: the ``mean`` or the ``max`` over the places of its picture. Prompts go through
-    the model one by one, since families pack the places of several pictures in ways of their own; of several processes
-    each does all the work. The result is for ``selecting.select``, like that of ``measuring.measure``.
+    Prompts go through the model one by one, since families pack the patches of several pictures in ways of their own;
+    of several ranks each does all the work. The result is for ``scores.select``, like that of ``measurement.measure``.
 
-    Raises ``InputError`` for a prompt without an image, another pooling, a class with fewer than 2 prompts, or
-    activations that are not finite.
+    Args:
+        model: A vision-language model.
+        unsafe: Harmful prompts with images, at least 2.
+        safe: Harmless prompts with images, at least 2.
+        pooling: What an FFN's vector is of a prompt: the ``mean`` or the ``max`` over the patches of its picture.
+        progress: Called after each prompt with the number of prompts done, of both classes.
+
+    Returns:
+        Moments ``[neuron]`` of each class, float64; the layers are the FFNs of ``towers_of``.
+
+    Raises:
+        InputError: For a prompt without an image, another pooling, a class with fewer than 2 prompts, a model without
+            such FFNs, or activations that are not finite.
     """
     if pooling not in TOWER_POOLINGS:
         raise InputError(f"pooling {pooling!r} has no meaning for images; expected {' or '.join(TOWER_POOLINGS)}")
     check_classes(list(unsafe), list(safe))
-    places, total, done = towers_of(model), len(unsafe) + len(safe), 0
+    towers, total = towers_of(model), len(unsafe) + len(safe)
+    for prompt in (*unsafe, *safe):
+        if prompt.image is None:
+            raise InputError(
+                f"{prompt.text[:60]!r} has no image, so a vision tower has no activations; give prompts with images, "
+                "or as_image"
+            )
+    widths = tuple(tower.width for tower in towers)
+    require_eager(model)
     moments = []
-    for prompts in (unsafe, safe):
-        own = Moments.zero((sum(place.width for place in places),))
-        for prompt in prompts:
-            own = own.merge(Moments.of(_vector(model, places, prompt, pooling)[None]))
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        moments.append(own)
-    widths = tuple(place.width for place in places)
+    with distributed.alone():
+        for prompts, before in ((unsafe, 0), (safe, len(unsafe))):
+            merged = Moments.zero((sum(widths),))
+            for _, vectors in forward_batches(
+                model,
+                prompts,
+                lambda rows: _pooled_patches(model, towers, rows, pooling),
+                lambda encoded: ([index] for index in range(len(encoded))),
+                progress=progress_of_section(progress, before, total),
+                what="the activations of the model's vision tower are",
+            ):
+                merged = merged.merge(Moments.of(vectors))
+            moments.append(merged)
     return ActivationStats(moments[0], moments[1], widths, fingerprint_of_towers(model), pooling)
 
 
-def _vector(model: Model, places: Sequence[TowerFFN], prompt: Prompt, pooling: str) -> Tensor:
-    """One value for each neuron of the eyes, ``[neuron]``."""
-    if prompt.image is None:
-        raise InputError(
-            f"{prompt.text[:60]!r} has no image, so there is nothing to see; give prompts with images, or as_image"
-        )
-    seen: dict[int, Tensor] = {}
+def _pooled_patches(model: Model, towers: Sequence[TowerFFN], batch: Sequence[list[int]], pooling: str) -> Tensor:
+    """One value for each neuron of the vision tower, ``[1, neuron]``, of one encoded prompt."""
+    vectors: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             activations = inputs[0].detach().flatten(0, -2).float()
-            seen[number] = (activations.mean(dim=0) if pooling == "mean" else activations.amax(dim=0)).cpu()
+            vectors[number] = (activations.mean(dim=0) if pooling == "mean" else activations.amax(dim=0)).cpu()
 
         return hook
 
-    require_eager(model)
-    handles = [place.output.register_forward_pre_hook(keep(number)) for number, place in enumerate(places)]
+    handles = [tower.output.register_forward_pre_hook(keep(number)) for number, tower in enumerate(towers)]
     try:
         with torch.inference_mode():
-            run_without_head(model.network, model.inputs([model.ask(prompt)], "right"))
+            run_without_head(model.network, model.inputs(batch, "right"))
     finally:
         for handle in handles:
             handle.remove()
-    vector = torch.cat([seen.get(number, torch.zeros(place.width)) for number, place in enumerate(places)])
-    if not torch.isfinite(vector).all():
-        raise InputError(
-            f"the activations of the model's eyes are not finite on the prompt {prompt.text[:60]!r}; load it with "
-            "dtype = 'float32', or use another checkpoint"
-        )
-    return vector
+    # What some families leave out, such as the projector of another kind of picture, is zero.
+    vector = torch.cat([vectors.get(number, torch.zeros(tower.width)) for number, tower in enumerate(towers)])
+    return vector.nan_to_num(torch.inf, torch.inf, -torch.inf)[None]
 
 
 @contextmanager
 def towers_pruned(model: Model, neurons: NeuronSet | Edit) -> Iterator[None]:
-    """Within the block these neurons of the eyes are zero; the weights are not touched.
+    """Within the block these neurons of the vision tower are zero; the weights are not touched.
 
-    An ``Edit`` does something else to its neurons. Raises ``InputError`` for a set that is not of this model's eyes.
+    Args:
+        model: A vision-language model.
+        neurons: A set, or an ``Edit``, which does something else to its neurons.
+
+    Raises:
+        InputError: For a set that is not of this model's vision tower.
     """
-    places = towers_of(model)
+    towers = towers_of(model)
     edit = Edit.zero(neurons) if isinstance(neurons, NeuronSet) else neurons
-    edit.neurons.require(fingerprint_of_towers(model), tuple(place.width for place in places))
+    edit.neurons.require(fingerprint_of_towers(model), tuple(tower.width for tower in towers))
 
     def hook(change: Change) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         return lambda module, inputs: (change(inputs[0]), *inputs[1:])
@@ -150,7 +180,7 @@ def towers_pruned(model: Model, neurons: NeuronSet | Edit) -> Iterator[None]:
     require_eager(model)
     changes = {number: everywhere(edit, number) for number in edit.neurons.layers()}
     handles = [
-        places[number].output.register_forward_pre_hook(hook(change))
+        towers[number].output.register_forward_pre_hook(hook(change))
         for number, change in changes.items()
         if change is not None
     ]
@@ -162,7 +192,7 @@ def towers_pruned(model: Model, neurons: NeuronSet | Edit) -> Iterator[None]:
 
 
 def pruned_anywhere(model: Model, neurons: NeuronSet | Edit | None) -> AbstractContextManager[None]:
-    """``towers_pruned`` for neurons of the eyes, ``ffn.pruned`` for those of the text decoder, by their fingerprint."""
+    """``towers_pruned`` or ``pruned``, as the fingerprint says: neurons of the vision tower, or of the text decoder."""
     if neurons is None:
         return pruned(model, None)
     chosen = neurons.neurons if isinstance(neurons, Edit) else neurons

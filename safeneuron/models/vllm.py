@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from safeneuron.data.rows import Message
 from safeneuron.errors import InputError
-from safeneuron.models.model import Message, by_length, encode_chat, end_tokens
+from safeneuron.models.model import by_length, encode_chat, end_tokens
 
 
 @dataclass

@@ -17,9 +17,8 @@ from safeneuron.config.tables import PairSourceTable, SourceTable
 from safeneuron.data.catalogue import by_name, prompts_by_name
 from safeneuron.data.pairs import read_pairs
 from safeneuron.data.prompts import read_prompts
-from safeneuron.data.rows import Source
+from safeneuron.data.rows import Message, Source
 from safeneuron.errors import InputError
-from safeneuron.models.model import Message
 from safeneuron.models.vision import (
     ImageTokens,
     encode_image_chat,

@@ -12,11 +12,11 @@ from safeneuron.config.align import AlignTable
 from safeneuron.config.schema import Config
 from safeneuron.config.states import State
 from safeneuron.config.tables import SourceTable
-from safeneuron.data.rows import Source
+from safeneuron.data.rows import Message, Source
 from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
 from safeneuron.models import embedded
-from safeneuron.models.model import Message, Model
+from safeneuron.models.model import Model
 from safeneuron.models.shape import Shape
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.planning.lengths import SAMPLE, ImageLengths, VisionShape, available_pairs, available_prompts, some_of

@@ -11,7 +11,7 @@ MODULES = {
     "context": ("StateModels",),
     "findings": ("Findings",),
     "hub": ("check_repository", "push"),
-    "inputs": ("judge_of", "judges_of", "model_of"),
+    "inputs": ("judge_of", "judges_of", "measurement_of", "model_of", "selection_of"),
     "pipeline": ("Pipeline", "prepare"),
     "publication": ("Publication", "publish"),
     "redteam": ("RedTeam", "prepare_redteam", "red_team", "table"),

@@ -21,7 +21,7 @@ from safeneuron.runs.context import RunContext, weights_stage
 from safeneuron.runs.inputs import file_hashes, judge_of, judges_of, question_hashes
 from safeneuron.runs.runner import StageSpec
 from safeneuron.runtime.files import read_lines, write_json, write_lines
-from safeneuron.runtime.progress import part_of
+from safeneuron.runtime.progress import progress_of_part
 
 
 def attack_stages(context: RunContext, state: State) -> Iterator[StageSpec]:
@@ -164,6 +164,6 @@ def _benchmark(context: RunContext, state: State, folder: Path) -> None:
                 shots=table.shots,
                 chat_template=table.chat_template,
                 batch_size=table.batch_size,
-                progress=part_of(context.watcher.progress, number, len(jobs)),
+                progress=progress_of_part(context.watcher.progress, number, len(jobs)),
             )
         write_json(path, score.to_record())

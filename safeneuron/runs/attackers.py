@@ -21,13 +21,15 @@ from safeneuron.data.prompts import benign_text
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import Judge, RefusalPhrases
-from safeneuron.models.forward import exchanges_of
+from safeneuron.models.exchanges import exchanges_of
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import pruned_anywhere
 from safeneuron.models.vllm import Server, served
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs.findings import Findings, Pruning
+from safeneuron.runs.inputs import measurement_of, selection_of
 from safeneuron.runtime import distributed
 from safeneuron.runtime.files import append_lines, kept_lines, read_json, write_json
 from safeneuron.selection.contrast import activation_contrast, gradient_gap, twin_difference, twins
@@ -73,17 +75,15 @@ def searched(
     first: NeuronSet | None = None,
 ) -> list[NeuronSet]:
     """What an attacker with this config finds on the model in so many searches, each set holding the one before."""
-    table, choice = config.measure, config.select
+    choice = selection_of(config)
     return search(
         model,
         unsafe,
         safe,
-        lambda stats: select(stats, choice.effect_size, choice.shift, choice.density),
+        lambda stats: select(stats, choice),
         searches,
         first=first,
-        pooling=table.pooling,
-        batch_tokens=table.batch_tokens,
-        max_tokens=table.max_tokens,
+        settings=measurement_of(config),
     )
 
 
@@ -114,16 +114,18 @@ class Rivals:
     ) -> None:
         self.model = model
         self.own = own
-        self.tokens = config.measure.max_tokens
+        self.settings = MeasurementSettings(max_tokens=config.measure.max_tokens)
         self.seed = config.seed
         self.all = (unsafe, safe)
         count = config.attack.selector_prompts
         self.unsafe, self.safe = (sample(prompts, count, config.seed) for prompts in self.all)
         refusals = [refusal(prompt, config.seed) for prompt in self.unsafe]
-        self.refused = exchanges_of(model, self.unsafe, refusals, self.tokens)
+        self.refused = exchanges_of(model, self.unsafe, refusals, self.settings.max_tokens)
         answers = answered_prompts(model, self.safe, config.attack.batch_size)
         kept = [(prompt, answers[index]) for index, prompt in enumerate(self.safe) if answers[index]]
-        self.answered = exchanges_of(model, [prompt for prompt, _ in kept], [answer for _, answer in kept], self.tokens)
+        self.answered = exchanges_of(
+            model, [prompt for prompt, _ in kept], [answer for _, answer in kept], self.settings.max_tokens
+        )
 
     def find(self, name: str, other: Callable[[], Model]) -> NeuronSet:
         """The neurons of the rival of that name; ``other`` loads the state that a contrast is with."""
@@ -137,11 +139,11 @@ class Rivals:
 
     def _ranking(self, name: str, other: Callable[[], Model]) -> Ranking:
         if name == "probe":
-            return probe(self.model, self.unsafe, self.safe, max_tokens=self.tokens, seed=self.seed)
+            return probe(self.model, self.unsafe, self.safe, self.settings, seed=self.seed)
         if name == "gradient":
             return gradient_gap(self.model, self.refused, self.answered)
         if name == "twins":
-            return twin_difference(measure(self.model, *twins(*self.all), max_tokens=self.tokens))
+            return twin_difference(measure(self.model, *twins(*self.all), self.settings))
         if name != "contrast":
             raise ValueError(f"the selector {name!r} is unknown")
         return activation_contrast(self.model, other(), [*self.refused, *self.answered])

@@ -20,10 +20,12 @@ from safeneuron.evaluation.capability import TASKS
 from safeneuron.evaluation.judge import Judge
 from safeneuron.evaluation.judging import Panel, make_judge
 from safeneuron.evaluation.rubric import Endpoint
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime.files import sha256_of
+from safeneuron.selection.scores import SelectionSettings
 from safeneuron.training.on_policy import on_policy_pairs
 
 
@@ -40,6 +42,18 @@ def model_of(table: ModelTable, dtype: str = "", quantise: str = "none", trained
         table.max_memory,
         table.offload_folder,
     )
+
+
+def measurement_of(config: Config) -> MeasurementSettings:
+    """How a config's prompts become activation vectors."""
+    table = config.measure
+    return MeasurementSettings(pooling=table.pooling, batch_tokens=table.batch_tokens, max_tokens=table.max_tokens)
+
+
+def selection_of(config: Config) -> SelectionSettings:
+    """How a config chooses neurons: by thresholds or by a density."""
+    table = config.select
+    return SelectionSettings(effect_size=table.effect_size, shift=table.shift, density=table.density)
 
 
 def prompts_of(tables: Sequence[SourceTable]) -> list[Prompt]:

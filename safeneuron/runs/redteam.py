@@ -38,7 +38,7 @@ from safeneuron.runs.run import Run
 from safeneuron.runs.runner import Runner, StageSpec
 from safeneuron.runtime import distributed
 from safeneuron.runtime.files import append_lines, kept_lines, key_of, read_json, read_lines, write_json, write_lines
-from safeneuron.runtime.progress import Progress, section_of
+from safeneuron.runtime.progress import Progress, progress_of_section
 
 LOSSES = ("incoherent", "refused", "off topic", "harmless", "cannot say", "repeated")
 """Why a text is lost; of answers, ``harmless`` and ``cannot say`` come from judges that read for harm."""
@@ -222,7 +222,7 @@ def red_team(
     runner = Runner(run)
     total, done = sum(map(len, wanted.values())), 0
     for kind, samples in wanted.items():
-        progress_of_kind = section_of(progress, done, total)
+        progress_of_kind = progress_of_section(progress, done, total)
         asked = key_of([sample.asked for sample in samples])
         write = partial(_generate, model, neurons, samples, settings, progress_of_kind)
         runner.do(StageSpec(kind, {**made_by, "asked": asked}, [], write, together=True))

@@ -34,7 +34,7 @@ from safeneuron.planning.plan import plan_for
 from safeneuron.runs.attack_stages import attack_stages
 from safeneuron.runs.attackers import refresh_of, settings_of
 from safeneuron.runs.context import RunContext, weights_stage
-from safeneuron.runs.inputs import hashes_of, leaks, pairs_made, pairs_of, prompts_of
+from safeneuron.runs.inputs import hashes_of, leaks, measurement_of, pairs_made, pairs_of, prompts_of, selection_of
 from safeneuron.runs.runner import StageSpec, kind_of
 from safeneuron.runtime.files import read_lines, write_json, write_lines, writing
 from safeneuron.selection.measurement import measure
@@ -118,15 +118,13 @@ def _measure(context: RunContext, state: State, folder: Path) -> None:
     table, progress = context.config.measure, context.watcher.progress
     unsafe, safe = context.findings.classes()
     if table.part == "vision":
-        stats = measure_towers(context.models.of(state), unsafe, safe, table.pooling, progress)
+        stats = measure_towers(context.models.of(state), unsafe, safe, table.pooling, progress=progress)
     else:
         stats = measure(
             context.models.of(state),
             unsafe,
             safe,
-            pooling=table.pooling,
-            batch_tokens=table.batch_tokens,
-            max_tokens=table.max_tokens,
+            measurement_of(context.config),
             progress=progress,
         )
     stats.save(folder / "stats.safetensors")
@@ -139,9 +137,8 @@ def select_stage(context: RunContext, state: State) -> StageSpec:
 
 
 def _select(context: RunContext, state: State, folder: Path) -> None:
-    table = context.config.select
     scores = score(ActivationStats.load(context.run.folder / state.name / "measure" / "stats.safetensors"))
-    thresholds = resolve_thresholds(scores, table.effect_size, table.shift, table.density)
+    thresholds = resolve_thresholds(scores, selection_of(context.config))
     selection = choose(scores, thresholds)
     if not len(selection.union):
         raise InputError(

@@ -50,7 +50,7 @@ MODULES = {
         "require_whole",
     ),
     "patches": ("answers_scored_alone", "warnings_told", "without_progress_bars"),
-    "progress": ("Progress", "Watcher", "part_of", "section_of"),
+    "progress": ("Progress", "Watcher", "progress_of_part", "progress_of_section"),
     "quantization": ("dense", "dequantised", "has_four_bits", "in_four_bits", "is_quantised", "packed_by"),
     "sharding": (),
 }

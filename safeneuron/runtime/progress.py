@@ -9,7 +9,7 @@ Progress = Callable[[int, int], None]
 """Called with how much of a piece of work is done: ``progress(done, total)``."""
 
 
-def part_of(progress: Progress | None, index: int, count: int) -> Progress | None:
+def progress_of_part(progress: Progress | None, index: int, count: int) -> Progress | None:
     """Progress of one of several equal parts, as progress of the whole.
 
     Args:
@@ -25,7 +25,7 @@ def part_of(progress: Progress | None, index: int, count: int) -> Progress | Non
     return lambda done, total: progress(index * total + done, count * total)
 
 
-def section_of(progress: Progress | None, start: int, whole: int) -> Progress | None:
+def progress_of_section(progress: Progress | None, start: int, whole: int) -> Progress | None:
     """Progress of a part of known size, as progress of the whole in which so many items come before it.
 
     Args:

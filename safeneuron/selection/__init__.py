@@ -8,12 +8,13 @@ from safeneuron._lazy import face
 MODULES = {
     "contrast": ("activation_contrast", "gradient_gap", "twin_difference", "twins"),
     "linear_probe": ("held_out_accuracy", "probe"),
-    "measurement": ("POOLINGS", "activations_of", "measure", "measure_groups", "search"),
-    "ranking": ("Ranking", "compare", "fractions", "one_model", "set_difference"),
+    "measurement": ("activations_of", "measure", "measure_groups", "search"),
+    "ranking": ("Ranking", "compare", "expected_jaccard", "one_model", "rank_correlation"),
     "saliency": ("snip", "wanda"),
     "scores": (
         "FEWEST",
         "Scores",
+        "SelectionSettings",
         "choose",
         "criteria",
         "effect_size",

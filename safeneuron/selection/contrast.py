@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Batch, Exchange, common_ending, run_backward, run_decoder, total_gradient_work
+from safeneuron.models.exchanges import Batch, Exchange, common_ending, run_backward, run_decoder, total_over_batches
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import recorded, require_eager
 from safeneuron.neurons.layout import feed_forwards, require_dense
 from safeneuron.neurons.statistics import ActivationStats
-from safeneuron.runtime.progress import Progress, section_of
+from safeneuron.runtime.progress import Progress, progress_of_section
 from safeneuron.selection.ranking import Ranking
 
 
@@ -55,7 +55,7 @@ def activation_contrast(
         return torch.cat([sums[layer] for layer in sorted(sums)])
 
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
-    squares = total_gradient_work(exchanges, work, batch_tokens, progress)
+    squares = total_over_batches(exchanges, work, batch_tokens, progress)
     return Ranking((squares / tokens).sqrt(), model.widths, model.fingerprint, "contrast")
 
 
@@ -103,15 +103,18 @@ def gradient_gap(
     count = min(common_ending(model), *(one.prompt for one in (*refused, *safe)))
 
     whole = len(refused) + len(safe)
-    harmful = total_gradient_work(
-        refused, lambda part: _ending(model, part, count, gradients=True), batch_tokens, section_of(progress, 0, whole)
+    harmful = total_over_batches(
+        refused,
+        lambda part: _ending(model, part, count, gradients=True),
+        batch_tokens,
+        progress_of_section(progress, 0, whole),
     )
     gradient, activation = harmful / len(refused)
-    (harmless,) = total_gradient_work(
+    (harmless,) = total_over_batches(
         safe,
         lambda part: _ending(model, part, count, gradients=False),
         batch_tokens,
-        section_of(progress, len(refused), whole),
+        progress_of_section(progress, len(refused), whole),
     ) / len(safe)
     scores = (gradient * (activation - harmless)).sum(dim=0)
     return Ranking(scores, model.widths, model.fingerprint, "gradient")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,107 +10,124 @@ from torch import Tensor
 from safeneuron.data.prompts import check_classes
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import length_batches, pooled
+from safeneuron.models.forward import MeasurementSettings, pooled_batches, prompts_in_halves
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments
 from safeneuron.runtime import distributed
-from safeneuron.runtime.devices import Halving
-from safeneuron.runtime.progress import Progress
-
-POOLINGS = ("last", "mean", "max")
+from safeneuron.runtime.progress import Progress, progress_of_part, progress_of_section
 
 
 def measure(
     model: Model,
     unsafe: Sequence[Prompt],
     safe: Sequence[Prompt],
-    pooling: str = "last",
-    batch_tokens: int = 2048,
-    max_tokens: int = 1024,
+    settings: MeasurementSettings = MeasurementSettings(),
+    *,
     progress: Progress | None = None,
 ) -> ActivationStats:
     """Moments of every neuron over both classes of prompts (the means and variances of Eq. 4-6).
 
     Each prompt goes through the chat template with the generation prompt and gives one activation vector a layer:
     that of its ``last`` token, or the ``mean`` or ``max`` over its tokens; padding never counts. Prompts of like length
-    share a batch of at most ``batch_tokens`` tokens, padding included; a prompt is cut to its last ``max_tokens``, but
-    one with an image never is, and shares no batch with prompts without one. An expert counts the prompts that were
-    routed to it alone (see ``streaming.pooled``). The LM head is never run. ``progress(done, total)`` is called after
-    each batch. Several ranks take the same batches in turn, and all get the statistics over all of them; so all must
-    call it. A batch that does not fit into memory is run in halves, with a ``MemoryShortage`` warning, and so are all
-    later ones with as many tokens.
+    share a batch, but prompts with an image share none with prompts without one. An expert counts the prompts that were
+    routed to it alone (see ``forward.pooled``). The LM head is never run. Several ranks take the same batches in turn,
+    and all get the statistics over all of them; so all must call it. A batch that does not fit into memory is run in
+    halves, with a ``MemoryShortage`` warning, and so are all later ones with as many tokens.
 
-    Raises ``InputError`` for a class with fewer than 2 prompts, an unknown pooling, or activations that are not finite.
+    Args:
+        model: The model, in evaluation mode.
+        unsafe: Harmful prompts, at least 2.
+        safe: Harmless prompts, at least 2.
+        settings: The pooling, and how many tokens a batch and a prompt may have.
+        progress: Called after each batch with the number of prompts done, of both classes.
+
+    Returns:
+        Moments ``[neuron]`` of each class, float64.
+
+    Raises:
+        InputError: For a class with fewer than 2 prompts, or activations that are not finite.
     """
-    _require_known(pooling)
     check_classes(list(unsafe), list(safe))
     total = len(unsafe) + len(safe)
-    halving, moments = _halving(), []
+    halving, moments = prompts_in_halves(), []
     for prompts, before in ((unsafe, 0), (safe, len(unsafe))):
-        own = Moments.zero((sum(model.widths),))
-        told = None if progress is None else _after(progress, before, total)
-        for _, vectors in _vectors(model, prompts, pooling, batch_tokens, max_tokens, halving, told):
-            own = own.merge(Moments.of(vectors))
-        moments.append(_of_all_ranks(own))
-    return ActivationStats(moments[0], moments[1], model.widths, model.fingerprint, pooling)
+        merged = Moments.zero((sum(model.widths),))
+        of_class = progress_of_section(progress, before, total)
+        for _, vectors in pooled_batches(model, prompts, settings, of_class, halving=halving):
+            merged = merged.merge(Moments.of(vectors))
+        moments.append(_of_all_ranks(merged))
+    return ActivationStats(moments[0], moments[1], model.widths, model.fingerprint, settings.pooling)
 
 
 def measure_groups(
     model: Model,
     prompts: Sequence[Prompt],
     weights: Tensor,
-    pooling: str = "last",
-    batch_tokens: int = 2048,
-    max_tokens: int = 1024,
+    settings: MeasurementSettings = MeasurementSettings(),
+    *,
     progress: Progress | None = None,
 ) -> GroupMoments:
-    """Moments of every neuron over each of many groups of prompts, from one pass; see ``groups`` for ``weights``.
+    """Moments of every neuron over each of many groups of prompts, from one pass as ``measure`` does it.
 
-    As ``measure`` does it, for ``weights`` ``[prompt, group]``. What is kept is 16 bytes a neuron and group. Raises
-    ``InputError`` for activations that are not finite, and for weights that are not one row a prompt.
+    What is kept is 16 bytes a neuron and group.
+
+    Args:
+        model: A dense model, in evaluation mode.
+        prompts: The prompts of all groups.
+        weights: ``[prompt, group]``: how often each prompt counts in each group (see ``neurons.statistics``).
+        settings: The pooling, and how many tokens a batch and a prompt may have.
+        progress: Called after each batch.
+
+    Returns:
+        Moments ``[group, neuron]``, float64.
+
+    Raises:
+        InputError: For activations that are not finite, neurons that are not run on every prompt, and weights that are
+            not one row a prompt.
     """
-    _require_known(pooling)
     if len(weights) != len(prompts):
         raise InputError(f"groups need one row of weights a prompt: found {len(weights)} for {len(prompts)} prompts")
-    own = GroupMoments.zero(weights.shape[1], sum(model.widths))
-    for batch, vectors in _vectors(model, prompts, pooling, batch_tokens, max_tokens, _halving(), progress):
-        _require_heard(vectors)
-        own = own.merge(GroupMoments.of(vectors, weights[batch]))
-    return _groups_of_all_ranks(own)
+    merged = GroupMoments.zero(weights.shape[1], sum(model.widths))
+    for batch, vectors in pooled_batches(model, prompts, settings, progress):
+        _require_counted(vectors)
+        merged = merged.merge(GroupMoments.of(vectors, weights[batch]))
+    return _groups_of_all_ranks(merged)
 
 
 def activations_of(
     model: Model,
     prompts: Sequence[Prompt],
     neurons: NeuronSet,
-    pooling: str = "last",
-    batch_tokens: int = 2048,
-    max_tokens: int = 1024,
+    settings: MeasurementSettings = MeasurementSettings(),
+    *,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The pooled activations of some neurons, ``[prompt, neuron]`` float32, in the order of the prompts and of the set.
+    """The pooled activations of some neurons on each prompt; every rank does all of it.
 
-    Every rank does all of it. Raises ``InputError`` for a neuron set of another model, an unknown pooling, or
-    activations that are not finite.
+    Args:
+        model: The model, in evaluation mode.
+        prompts: The prompts.
+        neurons: Whose activations.
+        settings: The pooling, and how many tokens a batch and a prompt may have.
+        progress: Called after each batch.
+
+    Returns:
+        ``[prompt, neuron]`` float32, in the order of the prompts and of the set.
+
+    Raises:
+        InputError: For a neuron set of another model, neurons that are not run on every prompt, or activations that are
+            not finite.
     """
-    _require_known(pooling)
     neurons.require(model.fingerprint, model.widths)
-    found = torch.zeros(len(prompts), len(neurons))
-    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-    done = 0
-    for batch in length_batches(encoded, batch_tokens):
-        vectors = pooled(model, [encoded[index] for index in batch], pooling)[:, neurons.flat]
-        problem = _not_finite(vectors, [prompts[index] for index in batch])
-        if problem:
-            raise InputError(problem)
-        _require_heard(vectors)
-        found[batch] = vectors
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(prompts))
-    return found
+    activations = torch.zeros(len(prompts), len(neurons))
+    with distributed.alone():
+        for batch, vectors in pooled_batches(model, prompts, settings, progress):
+            chosen = vectors[:, neurons.flat]
+            _require_counted(chosen)
+            activations[batch] = chosen
+    return activations
 
 
 def search(
@@ -119,93 +136,48 @@ def search(
     safe: Sequence[Prompt],
     find: Callable[[ActivationStats], NeuronSet],
     rounds: int,
+    *,
     first: NeuronSet | None = None,
-    pooling: str = "last",
-    batch_tokens: int = 2048,
-    max_tokens: int = 1024,
+    settings: MeasurementSettings = MeasurementSettings(),
     progress: Progress | None = None,
 ) -> list[NeuronSet]:
     """What an attacker prunes who finds neurons, prunes them, and finds again on what is left, ``rounds`` times.
 
-    ``find`` turns statistics into a set, for example with ``selecting.select``; ``first`` is what the first search has
-    found, if that is known. Each set of the result holds the one before it, so that the first is the adaptive attack
-    and the last the iterated one. A neuron at zero has no activation shift, so no neuron is found twice.
+    The first set of the result is the adaptive attack, the last the iterated one. A neuron at zero has no activation
+    shift, so no neuron is found twice.
+
+    Args:
+        model: The model, in evaluation mode.
+        unsafe: Harmful prompts, at least 2.
+        safe: Harmless prompts, at least 2.
+        find: Turns statistics into a set, for example ``scores.select``.
+        rounds: How many searches.
+        first: What the first search finds, if that is known.
+        settings: As in ``measure``.
+        progress: Called after each batch with the number of prompts done, of all searches.
+
+    Returns:
+        ``rounds`` sets, each of which holds the one before it.
+
+    Raises:
+        InputError: As ``measure`` does.
     """
-    found: list[NeuronSet] = [] if first is None else [first]
-    for number in range(len(found), rounds):
-        told = None if progress is None else _part(progress, number, rounds)
-        with pruned(model, found[-1] if found else None):
-            stats = measure(model, unsafe, safe, pooling, batch_tokens, max_tokens, told)
+    sets: list[NeuronSet] = [] if first is None else [first]
+    for number in range(len(sets), rounds):
+        with pruned(model, sets[-1] if sets else None):
+            stats = measure(model, unsafe, safe, settings, progress=progress_of_part(progress, number, rounds))
         new = find(stats)
-        found.append(found[-1] | new if found else new)
-    return found
+        sets.append(sets[-1] | new if sets else new)
+    return sets
 
 
-def _vectors(
-    model: Model,
-    prompts: Sequence[Prompt],
-    pooling: str,
-    batch_tokens: int,
-    max_tokens: int,
-    halving: Halving[list[int]],
-    progress: Progress | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """This rank's batches: the numbers of their prompts, and their pooled vectors ``[prompt, neuron]``."""
-    encoded = [model.ask(prompt, max_tokens) for prompt in prompts]
-    done, problem = 0, ""
-    for number, batch in enumerate(length_batches(encoded, batch_tokens)):
-        if number % distributed.world() == distributed.rank():
-            rows = [encoded[index] for index in batch]
-            vectors = torch.cat(halving.over(rows, lambda part: pooled(model, part, pooling)))
-            problem = _not_finite(vectors, [prompts[index] for index in batch])
-            if problem:
-                break
-            yield batch, vectors
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(prompts))
-    distributed.agree(problem)
-
-
-def _halving() -> Halving[list[int]]:
-    """What runs a batch, in halves where it does not fit into memory."""
-    advice = "use a smaller max_tokens, or a device with more memory"
-    return Halving("measuring", advice, lambda rows: len(rows) * max(map(len, rows)))
-
-
-def _require_known(pooling: str) -> None:
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling {pooling!r} is unknown; expected one of {', '.join(POOLINGS)}")
-
-
-def _require_heard(vectors: Tensor) -> None:
-    """Raise ``InputError`` where neurons of an expert were not asked about a prompt."""
+def _require_counted(vectors: Tensor) -> None:
+    """Raise ``InputError`` where neurons of an expert were not run on a prompt."""
     if vectors.isnan().any():
         raise InputError(
             "some neurons are not run on every prompt, as those of experts or of layers that look at images; the "
             "analysis of groups of prompts expects a dense model"
         )
-
-
-def _after(progress: Progress, before: int, total: int) -> Progress:
-    """Progress of one list of prompts as progress of all, of which so many came before."""
-    return lambda done, own: progress(before + done, total)
-
-
-def _part(progress: Progress, number: int, parts: int) -> Progress:
-    """Progress of one part as progress of the whole, of which it is the part with this number."""
-    return lambda done, total: progress(number * total + done, parts * total)
-
-
-def _not_finite(vectors: Tensor, prompts: Sequence[Prompt]) -> str:
-    """What is wrong with the activation vectors of these prompts, if anything."""
-    bad = vectors.isinf().any(dim=1).nonzero()
-    if not len(bad):
-        return ""
-    return (
-        f"the model's activations are not finite on the prompt {prompts[int(bad[0])].text[:60]!r}; "
-        "load it with dtype = 'float32', or use another checkpoint"
-    )
 
 
 def _of_all_ranks(own: Moments) -> Moments:

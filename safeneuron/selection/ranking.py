@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,15 +33,38 @@ class Ranking:
         return self._set(self.values > threshold)
 
     def top(self, density: float, avoid: NeuronSet | None = None) -> NeuronSet:
-        """The share ``density`` of all neurons with the largest scores, at least one; of equals the first.
+        """The share ``density`` of all neurons with the largest scores; of equals the first.
 
-        Always as many as that, so that sets of different selectors compare. Raises ``InputError`` for a density that
-        does not lie between 0 and 1, or where fewer neurons are left outside of ``avoid``.
+        Always as many as that, so that sets of different selectors compare.
+
+        Args:
+            density: How many of all neurons, between 0 and 1; at least one.
+            avoid: Neurons that are passed over.
+
+        Returns:
+            The set, labelled like the ranking.
+
+        Raises:
+            InputError: For a density out of range, or where fewer neurons are left outside of ``avoid``.
         """
         return self._set(self._highest(self.values, round(density * len(self.values)), density, self._allowed(avoid)))
 
     def top_of_layers(self, share: float, avoid: NeuronSet | None = None) -> NeuronSet:
-        """The same share of each layer, at least one neuron of each, as selectors do that rank within a layer."""
+        """The same share of each layer, as selectors do that rank within a layer.
+
+        What matters for safety and not for utility, as SNIP and Wanda are used by Wei et al. (2402.05162, section 3.2),
+        is ``safety.top_of_layers(q) - utility.top_of_layers(p)``.
+
+        Args:
+            share: How many neurons of each layer, between 0 and 1; at least one.
+            avoid: Neurons that are passed over.
+
+        Returns:
+            The set, labelled like the ranking.
+
+        Raises:
+            InputError: For a share out of range, or where fewer neurons are left outside of ``avoid``.
+        """
         layers = zip(
             torch.split_with_sizes(self.values, self.widths),
             torch.split_with_sizes(self._allowed(avoid), self.widths),
@@ -88,21 +112,6 @@ class Ranking:
         return torch.zeros(len(values), dtype=torch.bool).index_fill(0, candidates[order[:count]], True)
 
 
-def set_difference(safety: Ranking, utility: Ranking, safety_share: float, utility_share: float) -> NeuronSet:
-    """What matters for safety and not for utility, as SNIP and Wanda are used by Wei et al. (2402.05162, section 3.2).
-
-    In each layer the top ``safety_share`` (their q) by ``safety`` that are not among the top ``utility_share`` (their
-    p) by ``utility``. Raises ``InputError`` for rankings of different models.
-    """
-    chosen = safety.top_of_layers(safety_share)
-    return (chosen - utility.top_of_layers(utility_share)).labelled(safety.label)
-
-
-def fractions(ranking: Ranking, shares: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)) -> list[NeuronSet]:
-    """The sets of a fraction curve: the top shares of one ranking, each holding the smaller ones."""
-    return [ranking.top(share).labelled(f"{ranking.label} {share:.1%}".strip()) for share in shares]
-
-
 class LayerOverlap(NamedTuple):
     """One layer's part of a comparison: how many neurons each set has there, how many both have, and their Jaccard."""
 
@@ -131,48 +140,84 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """The comparison in words, then one line for each layer in which either set has neurons."""
-        said = [
+        lines = [
             f"first   {self.first}",
             f"second  {self.second}",
             f"in both {self.both:,}; by chance {self.chance:,.1f}; Jaccard {self.jaccard:.3f}",
         ]
         if self.correlation is not None:
-            said.append(f"rank correlation of the scores {self.correlation:.3f}")
-        said += ["", f"{'layer':>5} {'first':>7} {'second':>7} {'both':>7} {'Jaccard':>8}"]
+            lines.append(f"rank correlation of the scores {self.correlation:.3f}")
+        lines += ["", f"{'layer':>5} {'first':>7} {'second':>7} {'both':>7} {'Jaccard':>8}"]
         for at in self.layers:
             if at.first or at.second:
-                said.append(f"{at.layer:>5} {at.first:>7,} {at.second:>7,} {at.both:>7,} {at.jaccard:>8.3f}")
-        return said
+                lines.append(f"{at.layer:>5} {at.first:>7,} {at.second:>7,} {at.both:>7,} {at.jaccard:>8.3f}")
+        return lines
 
 
 def compare(first: NeuronSet, second: NeuronSet, rankings: tuple[Ranking, Ranking] | None = None) -> Comparison:
     """Jaccard overlap of two sets, as a whole and by layer, beside what chance gives.
 
-    With the two ``rankings`` behind the sets, also their Spearman correlation. Raises ``InputError`` for sets or
-    rankings of different models.
+    Args:
+        first: A set.
+        second: Another one of the same model.
+        rankings: Those behind the sets, for their Spearman correlation.
+
+    Returns:
+        The numbers, which ``lines`` puts in words.
+
+    Raises:
+        InputError: For sets or rankings of different models.
     """
     one_model(first, second)
     for ranking in rankings or ():
         one_model(first, ranking)
     counts = zip(first.counts, second.counts, (first & second).counts, strict=True)
     layers = [
-        LayerOverlap(layer, own, other, both, both / (own + other - both) if own + other else 1.0)
-        for layer, (own, other, both) in enumerate(counts)
+        LayerOverlap(layer, count, other, both, both / (count + other - both) if count + other else 1.0)
+        for layer, (count, other, both) in enumerate(counts)
     ]
-    chance = sum(at.first * at.second / width for at, width in zip(layers, first.widths, strict=True))
-    correlation = None if rankings is None else rank_correlation(*rankings)
+    correlation = math.nan if rankings is None else rank_correlation(rankings[0].values, rankings[1].values)
+    known = None if math.isnan(correlation) else correlation
     both = sum(at.both for at in layers)
-    return Comparison(first, second, both, first.jaccard(second), chance, layers, correlation)
+    return Comparison(first, second, both, first.jaccard(second), expected_overlap(first, second), layers, known)
 
 
-def rank_correlation(first: Ranking, second: Ranking) -> float | None:
-    """Spearman's correlation of two rankings over all neurons; ``None`` if one of them is constant."""
+def expected_overlap(first: NeuronSet, second: NeuronSet) -> float:
+    """How many neurons two random sets with as many in every layer share on average.
+
+    Args:
+        first: A set.
+        second: Another one of the same model.
+
+    Returns:
+        The sum over the layers of n_first n_second / width.
+    """
+    counts = zip(first.counts, second.counts, first.widths, strict=True)
+    return sum(count * other / width for count, other, width in counts)
+
+
+def expected_jaccard(first: NeuronSet, second: NeuronSet) -> float:
+    """The Jaccard overlap that goes with ``expected_overlap``, over the union that is then left; 1 for empty sets."""
+    both = expected_overlap(first, second)
+    union = len(first) + len(second) - both
+    return both / union if union else 1.0
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's correlation of two scores of the same neurons.
+
+    Args:
+        first: ``[neuron]``.
+        second: The same of another score.
+
+    Returns:
+        Between -1 and 1; nan if one of them is constant.
+    """
     from scipy.stats import spearmanr
 
-    one_model(first, second)
-    if any(bool(torch.all(ranking.values == ranking.values[0])) for ranking in (first, second)):
-        return None
-    return float(spearmanr(first.values.numpy(), second.values.numpy()).statistic)
+    if bool((first == first[0]).all() or (second == second[0]).all()):
+        return math.nan
+    return float(spearmanr(first.numpy(), second.numpy()).statistic)
 
 
 def one_model(first: NeuronSet | Ranking, second: NeuronSet | Ranking) -> None:

@@ -1,8 +1,9 @@
 """What each FFN weight, and so each neuron, contributes to given answers: SNIP and Wanda, in one pass over batches.
 
 Both are scored twice: on answers that are safe (refusals of harmful prompts) and on answers that are useful (to
-harmless ones). ``ranking.set_difference`` then takes what matters for the former and not for the latter (Wei et al.,
-"Assessing the Brittleness of Safety Alignment", 2402.05162; github.com/boyiwei/alignment-attribution-code).
+harmless ones). A difference of sets (``Ranking.top_of_layers``) then takes what matters for the former and not for the
+latter (Wei et al., "Assessing the Brittleness of Safety Alignment", 2402.05162;
+github.com/boyiwei/alignment-attribution-code).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Batch, Exchange, run_backward, run_decoder, total_gradient_work
+from safeneuron.models.exchanges import Batch, Exchange, run_backward, run_decoder, total_over_batches
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import require_eager
 from safeneuron.neurons.layout import feed_forwards, names_in, require_dense
@@ -66,7 +67,7 @@ def snip(
     the product of what flows into a matrix and what flows back out of it, made, used and forgotten on the spot.
     """
     matrices = _matrices(model)
-    sums = total_gradient_work(exchanges, _gradient_pass(model, matrices), batch_tokens, progress)
+    sums = total_over_batches(exchanges, _gradient_pass(model, matrices), batch_tokens, progress)
     sizes = [matrix.shape[1 if matrix.first is None else 0] for matrix in matrices]
     parts = torch.split_with_sizes(sums, sizes)
     return _lifted(model, matrices, [part / len(exchanges) for part in parts], "SNIP")
@@ -170,7 +171,7 @@ def _input_norms(
             run_decoder(model, batch)
         return torch.cat([found[matrix.name].cpu() for matrix in matrices])
 
-    sums = total_gradient_work(exchanges, work, batch_tokens, progress)
+    sums = total_over_batches(exchanges, work, batch_tokens, progress)
     tokens = sum(len(one.ids) - one.prompt for one in exchanges)
     parts = torch.split_with_sizes(sums, [matrix.shape[1] for matrix in matrices])
     return [(part / tokens).sqrt() for part in parts]

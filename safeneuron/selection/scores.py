@@ -95,6 +95,29 @@ def q_values(t: Tensor, degrees: int | Tensor) -> Tensor:
     return torch.from_numpy(false_discovery_control(p, method="bh"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings:
+    """How many neurons are chosen: by both thresholds, or by a density; with neither, by a density of 1 %.
+
+    Args:
+        effect_size: A neuron with a larger effect size d is in ES (Eq. 7; the paper: 3 for Qwen, 2 for Llama).
+        shift: A neuron with a larger z-score of its shift is in SAS (Eq. 10; the paper: 2).
+        density: The share of all neurons that ES | SAS shall hold.
+
+    Raises:
+        InputError: If only one threshold is given, or thresholds and a density.
+    """
+
+    effect_size: float | None = None
+    shift: float | None = None
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        thresholds = (self.effect_size is not None, self.shift is not None)
+        if any(thresholds) and (not all(thresholds) or self.density is not None):
+            raise InputError("give both thresholds effect_size and shift, or a density alone, not a mixture of the two")
+
+
 class Thresholds(NamedTuple):
     """What a neuron must exceed: d for ES (Eq. 7), z for SAS (Eq. 10)."""
 
@@ -229,28 +252,47 @@ def choose(scores: Criteria, thresholds: Thresholds) -> Selection:
 
 def select(
     stats: ActivationStats,
+    settings: SelectionSettings | None = None,
+    *,
     effect_size: float | None = None,
     shift: float | None = None,
     density: float | None = None,
 ) -> NeuronSet:
     """The safety neurons SN = ES | SAS of a model.
 
-    Give both thresholds (the paper: 3 and 2 for Qwen, 2 and 2 for Llama) or a target ``density``; with neither, the
-    density is 1 %. Raises ``InputError`` when only one threshold or both kinds are given.
+    Args:
+        stats: Its statistics on both classes of prompts.
+        settings: Thresholds, or a density. The keywords below say the same without this object.
+        effect_size: See ``SelectionSettings``.
+        shift: See ``SelectionSettings``.
+        density: See ``SelectionSettings``.
+
+    Returns:
+        The union of both criteria's sets, labelled ``FULL``.
+
+    Raises:
+        InputError: As ``SelectionSettings`` does, and where settings are given in both ways.
     """
+    by_keyword = SelectionSettings(effect_size=effect_size, shift=shift, density=density)
+    if settings is not None and by_keyword != SelectionSettings():
+        raise InputError("give the settings of a selection as one object or as keywords, not both")
     scores = criteria(stats)
-    return choose(scores, resolve_thresholds(scores, effect_size, shift, density)).union
+    return choose(scores, resolve_thresholds(scores, settings or by_keyword)).union
 
 
-def resolve_thresholds(
-    scores: Criteria, effect_size: float | None, shift: float | None, density: float | None
-) -> Thresholds:
-    """The thresholds that were asked for, by value or by density."""
-    if effect_size is not None and shift is not None and density is None:
-        return Thresholds(effect_size, shift)
-    if effect_size is None and shift is None:
-        return thresholds_for(scores, DEFAULT_DENSITY if density is None else density)
-    raise InputError("give both thresholds effect_size and shift, or a density alone, not a mixture of the two")
+def resolve_thresholds(scores: Criteria, settings: SelectionSettings) -> Thresholds:
+    """The thresholds that settings ask for.
+
+    Args:
+        scores: The criteria of all neurons.
+        settings: Thresholds, which are returned, or a density, for which they are found.
+
+    Returns:
+        What a neuron must exceed.
+    """
+    if settings.effect_size is not None and settings.shift is not None:
+        return Thresholds(settings.effect_size, settings.shift)
+    return thresholds_for(scores, DEFAULT_DENSITY if settings.density is None else settings.density)
 
 
 def _masks(scores: Criteria, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:

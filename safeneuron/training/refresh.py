@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from safeneuron.models.forward import log_probabilities
+from safeneuron.models.exchanges import log_probabilities
 from safeneuron.models.model import Model
 from safeneuron.models.vision import run_without_head
 from safeneuron.neurons.anatomy import decoder_of

@@ -9,11 +9,9 @@ import torch
 
 from safeneuron.analysis.resampling import (
     Spread,
-    chance_jaccard,
     halves,
     prompts_needed,
     resampled,
-    score_correlation,
     spread,
 )
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -72,11 +70,8 @@ def test_halves_of_a_signal_agree():
 
 def test_small_sets_by_hand():
     assert spread([1 / 3, 1.0, 1 / 3]) == Spread(pytest.approx(5 / 9), 1 / 3, 1, 3)
-    assert chance_jaccard(neurons(0, 1, 30), neurons(2, 3, 31)) == pytest.approx((5 / 30) / (6 - 5 / 30))
     assert spread([math.nan, 1, 3]) == Spread(2, 1, 3, 2)
     assert math.isnan(spread([]).mean)
-    assert score_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
-    assert math.isnan(score_correlation(torch.ones(3), torch.arange(3.0)))
 
 
 def test_the_prompts_needed_within_the_data():

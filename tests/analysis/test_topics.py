@@ -23,7 +23,7 @@ from safeneuron.analysis.topics import (
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, GroupMoments, Moments, TopicStats
-from safeneuron.selection.scores import select
+from safeneuron.selection.scores import SelectionSettings, select
 
 WIDTHS = (6, 4)
 
@@ -95,7 +95,7 @@ def test_sets_of_topics_are_those_that_each_topic_alone_would_give():
     weights = torch.eye(2, dtype=torch.float64).repeat_interleave(20, dim=0)
     groups = GroupMoments.of(torch.cat([one, other]), weights)
     stats = TopicStats(("one", "other"), groups, Moments.of(safe), WIDTHS, "f", "last")
-    found = sets_of(stats, density=0.2)
+    found = sets_of(stats, SelectionSettings(density=0.2))
     for vectors, neurons_found in zip((one, other), found, strict=True):
         alone = ActivationStats(Moments.of(vectors), stats.safe, WIDTHS, "f", "last")
         assert neurons_found == select(alone, density=0.2)

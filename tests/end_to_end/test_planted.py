@@ -7,13 +7,13 @@ import torch
 
 from safeneuron.attacks.checkpoint import write_pruned
 from safeneuron.attacks.pruning import attack, each_neuron, sweep
-from safeneuron.models.forward import exchanges_of
+from safeneuron.models.exchanges import exchanges_of
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.contrast import activation_contrast, gradient_gap, twin_difference
 from safeneuron.selection.linear_probe import THRESHOLD, probe
 from safeneuron.selection.measurement import measure
-from safeneuron.selection.ranking import Ranking, set_difference
+from safeneuron.selection.ranking import Ranking
 from safeneuron.selection.saliency import snip, wanda
 from safeneuron.selection.scores import score
 from tests.helpers import planted
@@ -76,7 +76,7 @@ def test_the_probe_finds_them_at_the_threshold_of_its_source():
 
 @pytest.mark.parametrize("selector", [snip, wanda])
 def test_set_differences_hold_the_planted_neurons(selector):
-    found = set_difference(selector(MODEL, REFUSED), selector(MODEL, ANSWERED), 3 / 48, 3 / 48)
+    found = selector(MODEL, REFUSED).top_of_layers(3 / 48) - selector(MODEL, ANSWERED).top_of_layers(3 / 48)
     assert len(NEURONS - found) == 0
 
 

@@ -14,14 +14,15 @@ from safeneuron.attacks.pruning import respond
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
 from safeneuron.models import vision
-from safeneuron.models.forward import Batch, Exchange, exchanges_of, pooled, run_backward
+from safeneuron.models.exchanges import Batch, Exchange, exchanges_of, run_backward
+from safeneuron.models.forward import POOLINGS, MeasurementSettings, pooled
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.layout import feed_forwards
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import Moments
-from safeneuron.selection.measurement import POOLINGS, measure
+from safeneuron.selection.measurement import measure
 from tests.helpers import tiny_vision
 
 PROMPTS = [
@@ -101,7 +102,13 @@ def test_the_picture_is_seen(eyed: Model) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_measuring_with_and_without_pictures_is_one_prompt_at_a_time(eyed: Model, pooling: str) -> None:
     told: list[int] = []
-    stats = measure(eyed, PROMPTS, PICTURED, pooling, batch_tokens=200, progress=lambda done, _: told.append(done))
+    stats = measure(
+        eyed,
+        PROMPTS,
+        PICTURED,
+        MeasurementSettings(pooling=pooling, batch_tokens=200),
+        progress=lambda done, _: told.append(done),
+    )
     expected = Moments.of(torch.stack([vector(eyed, prompt, pooling) for prompt in PROMPTS]))
     torch.testing.assert_close(stats.unsafe.mean, expected.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.unsafe.variance, expected.variance, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,8 @@ from torch import nn
 from safeneuron.attacks.checkpoint import with_edit_in_weights
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import exchanges_of
+from safeneuron.models.exchanges import exchanges_of
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.neurons.interventions import Edit, edited, pruned, recorded
 from safeneuron.neurons.layout import LINEAGE, fingerprint, layers, neuron_addresses, neurons_at, widths_of
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -267,7 +268,7 @@ def prompts(count: int, start: int) -> list[Prompt]:
 def test_statistics_are_those_of_the_tokens_that_were_routed(pooling, batch_tokens):
     model = tiny_experts.model()
     classes = prompts(24, 0), prompts(20, 100)
-    stats = measure(model, *classes, pooling=pooling, batch_tokens=batch_tokens)
+    stats = measure(model, *classes, MeasurementSettings(pooling=pooling, batch_tokens=batch_tokens))
     for moments, texts in zip((stats.unsafe, stats.safe), classes, strict=True):
         rows = []
         for prompt in texts:

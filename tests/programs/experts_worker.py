@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from safeneuron.data.types import Prompt
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.neurons.layout import fingerprint, neurons_at
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime import distributed
@@ -126,9 +127,10 @@ def measured(_: Path) -> None:
     unsafe = [Prompt(f"how to break {'it ' * (number % 4)}{number}") for number in range(13)]
     safe = [Prompt(f"why bake {'it ' * (number % 3)}{number}") for number in range(11)]
     for pooling in ("last", "mean"):
-        together = measure(model, unsafe, safe, pooling, batch_tokens=40)
+        settings = MeasurementSettings(pooling=pooling, batch_tokens=40)
+        together = measure(model, unsafe, safe, settings)
         with distributed.alone():
-            alone = measure(model, unsafe, safe, pooling, batch_tokens=40)
+            alone = measure(model, unsafe, safe, settings)
         for ours, theirs in ((together.unsafe, alone.unsafe), (together.safe, alone.safe)):
             assert ours.count == theirs.count
             assert torch.equal(ours.per_neuron, theirs.per_neuron)

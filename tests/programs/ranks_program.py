@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.runtime import distributed
 
 FSDP2 = {
@@ -79,7 +80,11 @@ def computed() -> dict[str, Any]:
     facts["progress"] = []
     for name, batch_tokens in (("many batches", 1), ("few batches", 10**6)):
         stats = measure(
-            model, unsafe, safe, batch_tokens=batch_tokens, progress=lambda *now: facts["progress"].append(now)
+            model,
+            unsafe,
+            safe,
+            MeasurementSettings(batch_tokens=batch_tokens),
+            progress=lambda *now: facts["progress"].append(now),
         )
         scores = score(stats)
         facts[name] = {
@@ -99,7 +104,7 @@ def computed() -> dict[str, Any]:
     facts["pairs"] = [pair.to_record() for pair in pairs]
     model.network.get_input_embeddings().weight.data[model.tokenizer("z").input_ids[0]] = torch.nan
     bad = [Prompt("x" * 30), Prompt("z" * 20), Prompt("x")]
-    facts["not finite"] = said(lambda: measure(model, bad, safe, batch_tokens=1))
+    facts["not finite"] = said(lambda: measure(model, bad, safe, MeasurementSettings(batch_tokens=1)))
     return json.loads(json.dumps({**facts, "judged": judge.asked}))
 
 

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.models.model import generate
 from safeneuron.runtime import devices
 from safeneuron.runtime.devices import Halving, MemoryShortage, out_of_memory, reporting_shortage
@@ -149,10 +150,10 @@ def prompts(verb: str) -> list[Prompt]:
 
 def test_measuring_goes_on_with_fewer_tokens(tiny_model, monkeypatch):
     unsafe, safe = prompts("break"), prompts("bake")
-    before = measure(tiny_model, unsafe, safe, batch_tokens=512)
+    before = measure(tiny_model, unsafe, safe, MeasurementSettings(batch_tokens=512))
     passed = short_of_memory(monkeypatch, places=150)
     with pytest.warns(MemoryShortage, match="measuring ran out of memory"):
-        after = measure(tiny_model, unsafe, safe, batch_tokens=512)
+        after = measure(tiny_model, unsafe, safe, MeasurementSettings(batch_tokens=512))
     for one, other in ((before.unsafe, after.unsafe), (before.safe, after.safe)):
         assert one.count == other.count
         torch.testing.assert_close(one.mean, other.mean, rtol=1e-4, atol=1e-6)

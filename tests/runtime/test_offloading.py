@@ -19,7 +19,8 @@ from safeneuron.attacks.refusal_direction import candidate_directions, without_d
 from safeneuron.config.toml import parse_config, read_config, to_toml
 from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import exchanges_of
+from safeneuron.models.exchanges import exchanges_of
+from safeneuron.models.forward import MeasurementSettings
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.models.vision_tower import measure_towers
@@ -89,7 +90,7 @@ def test_statistics_are_the_same(pair):
     assert other.device == torch.device("cpu")
     assert other.fingerprint == plain.fingerprint
     for pooling in ("last", "mean", "max"):
-        stats = [measure(model, UNSAFE, SAFE, pooling=pooling, batch_tokens=64) for model in pair]
+        stats = [measure(model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling, batch_tokens=64)) for model in pair]
         for moments in ("unsafe", "safe"):
             mine, its = (getattr(one, moments) for one in stats)
             assert torch.equal(mine.mean, its.mean)
@@ -370,5 +371,5 @@ def test_memory_stays_that_of_a_layer_however_many_there_are(tmp_path):
     hand_back_memory()
     reset_peak_memory()
     before = resident_memory()
-    measure(model, UNSAFE, SAFE, batch_tokens=256)
+    measure(model, UNSAFE, SAFE, MeasurementSettings(batch_tokens=256))
     assert 0.5 * weight < peak_memory_mb() * 2**20 - before < 3 * weight

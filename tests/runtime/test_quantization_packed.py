@@ -20,7 +20,7 @@ from safeneuron.attacks.checkpoint import with_edit_in_weights
 from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError
 from safeneuron.models.doctor import diagnosis
-from safeneuron.models.forward import exchanges_of
+from safeneuron.models.exchanges import exchanges_of
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import Edit, pruned, recorded

@@ -7,7 +7,7 @@ import torch
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Exchange, common_ending, exchanges_of, prompts_alone
+from safeneuron.models.exchanges import Exchange, common_ending, exchanges_of, prompts_alone
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.layout import feed_forwards
 from safeneuron.selection.contrast import activation_contrast, gradient_gap, twin_difference, twins

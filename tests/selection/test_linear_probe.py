@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import pooled, prompts_alone
+from safeneuron.models.exchanges import prompts_alone
+from safeneuron.models.forward import MeasurementSettings, pooled
 from safeneuron.selection.linear_probe import FREE, logistic_weights, probe
 from tests.helpers import planted
 
@@ -54,7 +55,7 @@ def test_scores_are_zscores_of_positive_weights():
 def test_batches_do_not_matter():
     model = planted.model()
     unsafe, safe = planted.twins(6)
-    once, single = probe(model, unsafe, safe), probe(model, unsafe, safe, batch_tokens=1)
+    once, single = probe(model, unsafe, safe), probe(model, unsafe, safe, MeasurementSettings(batch_tokens=1))
     torch.testing.assert_close(once.values, single.values, rtol=1e-3, atol=1e-3)
 
 
@@ -75,5 +76,5 @@ def test_mistakes():
         probe(model, unsafe[:1], safe)
     with torch.no_grad():
         model.network.model.layers[1].mlp.up_proj.weight[3] = torch.inf
-    with pytest.raises(InputError, match="not finite on the prompt 'hello'"):
+    with pytest.raises(InputError, match="not finite on the prompt"):
         probe(model, [Prompt("hello"), *unsafe], safe)

@@ -7,17 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import length_batches, pooled
+from safeneuron.models.forward import POOLINGS, MeasurementSettings, pooled
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats, Moments
-from safeneuron.selection.measurement import POOLINGS, measure, search
+from safeneuron.selection.measurement import activations_of, measure, measure_groups, search
 from safeneuron.selection.scores import select
 from tests.helpers import tiny
 
@@ -66,63 +64,30 @@ def test_batch_equals_one_prompt_at_a_time(family, pooling):
     expected = torch.stack([one_vector(model, ids, pooling) for ids in encoded])
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-5)
-    stats = measure(model, UNSAFE, SAFE, pooling)
+    stats = measure(model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling))
     assert_same(stats.unsafe, Moments.of(expected))
     assert_same(stats.safe, Moments.of(torch.stack([one_vector(model, ids_of(model, p), pooling) for p in SAFE])))
     assert (stats.widths, stats.fingerprint, stats.pooling) == (model.widths, model.fingerprint, pooling)
 
 
-def test_poolings_differ(tiny_model):
-    encoded = [ids_of(tiny_model, prompt) for prompt in UNSAFE]
-    last, mean, most = (pooled(tiny_model, encoded, pooling) for pooling in ("last", "mean", "max"))
-    assert (most >= mean).all()
-    assert (most >= last).all()
-    assert not torch.allclose(last, mean, atol=1e-3)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_padding_never_counts_whatever_its_activations(tiny_model, pooling):
-    """Padding overflows in the last layer: were it read anywhere, the result would be infinite or not a number."""
-    rows = [[40, 41, 42, 43], [50, 51]]
-    plain = pooled(tiny_model, rows, pooling)
-
-    def overflow(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        spoilt = inputs[0].clone()
-        spoilt[1, 2:, ::2], spoilt[1, 2:, 1::2] = torch.inf, torch.nan
-        return spoilt
-
-    tiny_model.network.model.layers[-1].mlp.down_proj.register_forward_pre_hook(overflow)
-    assert torch.equal(pooled(tiny_model, rows, pooling), plain)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_padding_token_does_not_matter(tiny_model, pooling):
-    rows = [[40, 41, 42, 43], [50, 51]]
-    plain = pooled(tiny_model, rows, pooling)
-    tiny_model.tokenizer.pad_token = "a"
-    with torch.no_grad():
-        tiny_model.network.model.embed_tokens.weight[tiny_model.tokenizer.pad_token_id] = 1e4
-    torch.testing.assert_close(pooled(tiny_model, rows, pooling), plain, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_batch_size_does_not_matter(tiny_model, pooling, batch_tokens):
-    plain = measure(tiny_model, UNSAFE, SAFE, pooling)
-    other = measure(tiny_model, UNSAFE, SAFE, pooling, batch_tokens=batch_tokens)
+    plain = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling))
+    other = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling, batch_tokens=batch_tokens))
     assert_same(other.unsafe, plain.unsafe)
     assert_same(other.safe, plain.safe)
 
 
 def test_order_of_prompts_does_not_matter(tiny_model):
-    plain = measure(tiny_model, UNSAFE, SAFE, "mean", batch_tokens=60)
-    other = measure(tiny_model, UNSAFE[::-1], SAFE[2:] + SAFE[:2], "mean", batch_tokens=60)
+    plain = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling="mean", batch_tokens=60))
+    other = measure(tiny_model, UNSAFE[::-1], SAFE[2:] + SAFE[:2], MeasurementSettings(pooling="mean", batch_tokens=60))
     assert_same(other.unsafe, plain.unsafe)
     assert_same(other.safe, plain.safe)
 
 
 def test_streaming_equals_numpy_over_all_vectors(tiny_model):
-    stats = measure(tiny_model, UNSAFE, SAFE, "max", batch_tokens=50)
+    stats = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling="max", batch_tokens=50))
     vectors = pooled(tiny_model, [ids_of(tiny_model, prompt) for prompt in UNSAFE], "max").double().numpy()
     np.testing.assert_allclose(stats.unsafe.mean.numpy(), vectors.mean(axis=0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(stats.unsafe.variance.numpy(), vectors.var(axis=0, ddof=1), rtol=0, atol=1e-5)
@@ -138,7 +103,7 @@ def test_classes_are_not_exchanged(tiny_model):
 
 def test_long_prompt_is_cut_to_its_last_tokens(tiny_model):
     prompts = [Prompt("y" * 30 + "end"), Prompt("z" * 50 + "end")]
-    stats = measure(tiny_model, prompts, SAFE, "mean", max_tokens=7)
+    stats = measure(tiny_model, prompts, SAFE, MeasurementSettings(pooling="mean", max_tokens=7))
     cut = [one_vector(tiny_model, ids_of(tiny_model, prompt)[-7:], "mean") for prompt in prompts]
     assert_same(stats.unsafe, Moments.of(torch.stack(cut)))
     # The last seven tokens hold the end of the template, the generation prompt.
@@ -148,9 +113,9 @@ def test_long_prompt_is_cut_to_its_last_tokens(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_half_precision_is_near(tiny_model, dtype, pooling):
-    plain = measure(tiny_model, UNSAFE, SAFE, pooling)
+    plain = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling))
     tiny_model.network.to(dtype)
-    half = measure(tiny_model, UNSAFE, SAFE, pooling)
+    half = measure(tiny_model, UNSAFE, SAFE, MeasurementSettings(pooling=pooling))
     assert half.fingerprint == plain.fingerprint
     assert half.unsafe.mean.dtype == torch.float64
     scale = plain.unsafe.mean.abs().max()
@@ -179,7 +144,13 @@ def test_model_is_left_as_it_was(tiny_model):
 
 def test_progress_counts_every_prompt_once(tiny_model):
     calls: list[tuple[int, int]] = []
-    measure(tiny_model, UNSAFE, SAFE, batch_tokens=60, progress=lambda done, total: calls.append((done, total)))
+    measure(
+        tiny_model,
+        UNSAFE,
+        SAFE,
+        MeasurementSettings(batch_tokens=60),
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert len(calls) > 3
     assert {total for _, total in calls} == {9}
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
@@ -229,20 +200,24 @@ def test_too_few_prompts(tiny_model, unsafe, safe, message):
         measure(tiny_model, unsafe, safe)
 
 
-def test_unknown_pooling(tiny_model):
-    with pytest.raises(InputError, match="'median' is unknown; expected one of last, mean, max"):
-        measure(tiny_model, UNSAFE, SAFE, "median")
+def test_groups_are_measured_as_they_would_be_alone(tiny_model):
+    weights = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 2]])
+    calls: list[tuple[int, int]] = []
+    groups = measure_groups(
+        tiny_model,
+        UNSAFE,
+        weights,
+        MeasurementSettings(pooling="mean", batch_tokens=60),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    for number, prompts in enumerate([[*UNSAFE[:2], UNSAFE[4]], [*UNSAFE[2:4], UNSAFE[4], UNSAFE[4]]]):
+        alone = measure(tiny_model, prompts, SAFE, MeasurementSettings(pooling="mean")).unsafe
+        assert_same(groups.group(number), alone)
+    assert calls[-1] == (5, 5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 80))
-def test_batches_hold_every_prompt_once_within_the_budget(lengths, budget):
-    batches = list(length_batches([[0] * length for length in lengths], budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) * max(lengths[index] for index in batch) <= budget or len(batch) == 1
-    flat = [lengths[index] for batch in batches for index in batch]
-    assert flat == sorted(lengths, reverse=True)
-    # No batch could have taken the first prompt of the next one.
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * lengths[batch[0]] > budget
+def test_activations_are_in_the_order_of_the_prompts_and_of_the_set(tiny_model):
+    neurons = NeuronSet.of({0: [3, 5], 2: [0]}, tiny_model.widths, tiny_model.fingerprint)
+    activations = activations_of(tiny_model, UNSAFE, neurons, MeasurementSettings(batch_tokens=60))
+    expected = torch.stack([one_vector(tiny_model, ids_of(tiny_model, prompt), "last") for prompt in UNSAFE])
+    torch.testing.assert_close(activations, expected[:, neurons.flat], rtol=1e-5, atol=1e-5)

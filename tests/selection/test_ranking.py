@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.selection.ranking import Ranking, fractions, set_difference
+from safeneuron.selection.ranking import Ranking
 
 WIDTHS = (4, 6, 10)
 
@@ -45,8 +45,8 @@ def test_top_of_layers_is_the_top_of_each(scores, share):
 
 @settings(max_examples=40, deadline=None)
 @given(SCORES, SCORES)
-def test_set_difference_is_what_matters_for_one_alone(safety, utility):
-    found = set_difference(safety, utility, 0.5, 0.25)
+def test_a_difference_of_tops_is_what_matters_for_one_alone(safety, utility):
+    found = safety.top_of_layers(0.5) - utility.top_of_layers(0.25)
     for layer, (own, other) in enumerate(zip(safety.values.split(WIDTHS), utility.values.split(WIDTHS), strict=True)):
         expected = set(best(own, round(0.5 * len(own)))) - set(best(other, max(1, round(0.25 * len(other)))))
         assert set(found.layer(layer).tolist()) == expected
@@ -65,11 +65,12 @@ def test_zscores_are_those_of_each_layer():
         torch.testing.assert_close(own, (values - values.mean()) / values.std(correction=0))
 
 
-def test_fractions_are_nested_and_named():
-    found = fractions(ranking([float(number) for number in range(20)], "SNIP"), (0.1, 0.5))
+def test_larger_shares_hold_the_smaller_ones_and_the_label():
+    scores = ranking([float(number) for number in range(20)], "SNIP")
+    found = [scores.top(share) for share in (0.1, 0.5)]
     assert [len(each) for each in found] == [2, 10]
     assert len(found[0] - found[1]) == 0
-    assert [each.label for each in found] == ["SNIP 10.0%", "SNIP 50.0%"]
+    assert [each.label for each in found] == ["SNIP", "SNIP"]
 
 
 def test_file_and_back(tmp_path):
@@ -91,4 +92,4 @@ def test_mistakes():
     with pytest.raises(InputError, match="should give 10 of 20 neurons, but only 5 are not avoided"):
         scores.top(0.5, everything)
     with pytest.raises(InputError, match="another model"):
-        set_difference(scores, ranking([0.0] * 20, fingerprint="other"), 0.5, 0.5)
+        _ = scores.top_of_layers(0.5) - ranking([0.0] * 20, fingerprint="other").top_of_layers(0.5)

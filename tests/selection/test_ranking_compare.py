@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from scipy.stats import spearmanr
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.selection.ranking import Ranking, compare, rank_correlation
+from safeneuron.selection.ranking import Ranking, compare, expected_jaccard, expected_overlap, rank_correlation
 
 WIDTHS = (4, 6, 10)
 FLAT = st.sets(st.integers(0, 19))
@@ -44,9 +46,20 @@ def test_rank_correlation_is_spearmans():
     values = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     first, second = (Ranking(row, WIDTHS, "f") for row in values)
     expected = spearmanr(*values.numpy()).statistic
-    assert rank_correlation(first, second) == pytest.approx(expected)
+    assert rank_correlation(*values) == pytest.approx(expected)
     assert compare(first.top(0.2), second.top(0.2), (first, second)).correlation == pytest.approx(expected)
-    assert rank_correlation(first, Ranking(torch.zeros(20).double(), WIDTHS, "f")) is None
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 400])) == pytest.approx(1)
+    constant = Ranking(torch.zeros(20).double(), WIDTHS, "f")
+    assert math.isnan(rank_correlation(first.values, constant.values))
+    assert compare(first.top(0.2), second.top(0.2), (first, constant)).correlation is None
+
+
+def test_the_expected_jaccard_is_the_expected_overlap_over_the_union_that_is_left():
+    first, second = neurons({0, 1, 19}), neurons({2, 3, 18})
+    shared = sum(one * other / width for one, other, width in zip(first.counts, second.counts, WIDTHS, strict=True))
+    assert expected_overlap(first, second) == pytest.approx(shared)
+    assert expected_jaccard(first, second) == pytest.approx(shared / (6 - shared))
+    assert expected_jaccard(neurons(set()), neurons(set())) == 1
 
 
 def test_in_words():

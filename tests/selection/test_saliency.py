@@ -7,7 +7,7 @@ import torch
 
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.forward import Exchange, exchanges_of
+from safeneuron.models.exchanges import Exchange, exchanges_of
 from safeneuron.selection.saliency import snip, wanda
 from tests.helpers import tiny
 

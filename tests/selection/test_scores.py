@@ -15,6 +15,7 @@ from safeneuron.errors import InputError
 from safeneuron.neurons.statistics import ActivationStats, Moments
 from safeneuron.selection.scores import (
     Scores,
+    SelectionSettings,
     Thresholds,
     activation_shift,
     choose,
@@ -253,17 +254,26 @@ def test_density_out_of_range(density):
 def test_mixed_arguments(arguments):
     with pytest.raises(InputError, match="both thresholds"):
         select(stats_of(*samples()), **arguments)
+    with pytest.raises(InputError, match="both thresholds"):
+        SelectionSettings(**arguments)
+
+
+def test_settings_are_an_object_or_keywords_not_both():
+    stats = stats_of(*samples())
+    assert select(stats, SelectionSettings(density=0.1)) == select(stats, density=0.1)
+    with pytest.raises(InputError, match="not both"):
+        select(stats, SelectionSettings(density=0.1), density=0.2)
 
 
 def test_select_by_thresholds_by_density_and_by_default():
     stats = stats_of(*samples())
     found = score(stats)
-    assert resolve_thresholds(found, 1.0, 0.5, None) == Thresholds(1.0, 0.5)
+    assert resolve_thresholds(found, SelectionSettings(effect_size=1.0, shift=0.5)) == Thresholds(1.0, 0.5)
     assert select(stats, effect_size=1.0, shift=0.5) == choose(found, Thresholds(1.0, 0.5)).union
     assert select(stats, density=0.1) == choose(found, thresholds_for(found, 0.1)).union
     assert select(stats) == choose(found, thresholds_for(found, 0.01)).union
     # Zero is a threshold, not an absent one.
-    assert resolve_thresholds(found, 0.0, 0.0, None) == Thresholds(0.0, 0.0)
+    assert resolve_thresholds(found, SelectionSettings(effect_size=0.0, shift=0.0)) == Thresholds(0.0, 0.0)
 
 
 @quick
