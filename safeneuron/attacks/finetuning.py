@@ -20,7 +20,6 @@ from transformers import PrinterCallback, set_seed
 
 from safeneuron.data.rows import Row, Source, as_source, read_rows, text_at
 from safeneuron.errors import InputError
-from safeneuron.models.loading import quiet
 from safeneuron.models.model import Model
 from safeneuron.models.vision import answer_ids
 from safeneuron.neurons.weights import has_adapters
@@ -96,7 +95,6 @@ def finetuned(
     require_whole(model.network, "fine-tuning")
     from peft import get_peft_model
 
-    quiet()
     distributed.start_group()
     training = TrainingSettings(
         lora_rank=rank, lora_alpha=2 * rank, learning_rate=learning_rate, weight_decay=0.0, batch_size=batch_size,

@@ -56,8 +56,10 @@ def analyse_command(
     from safeneuron.analysis.settings import Effort
     from safeneuron.analysis.tables import analysis_tables
     from safeneuron.config.toml import read_config
+    from safeneuron.models.loading import quiet
     from safeneuron.runs.run import Run
 
+    quiet()
     (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
     bars = Bars()
     with opened.locked():

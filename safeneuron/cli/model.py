@@ -31,10 +31,11 @@ def prune_command(
 ) -> None:
     """Write a model with neurons pruned as a Hugging Face folder, in the precision in which it is stored."""
     from safeneuron.attacks.checkpoint import write_pruned
-    from safeneuron.models.loading import load
+    from safeneuron.models.loading import load, quiet
     from safeneuron.neurons.interventions import Edit
     from safeneuron.neurons.neuron_set import NeuronSet
 
+    quiet()
     chosen = NeuronSet.load(neurons)
     loaded = load(model, dtype="stored", device=device)
     if transfer:
@@ -68,7 +69,9 @@ def doctor_command(
     from rich.table import Table
 
     from safeneuron.models.doctor import examine
+    from safeneuron.models.loading import quiet
 
+    quiet()
     found = examine(model, weights=weights, device=device)
     known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
     console.out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")

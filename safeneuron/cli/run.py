@@ -109,7 +109,10 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
     with opened.locked():
         # The libraries' own progress bars would fight with ours.
         without_progress_bars()
+        from safeneuron.models.loading import quiet
         from safeneuron.runs.pipeline import Pipeline, prepare
+
+        quiet()
 
         bars = Bars()
         for name in distributed.from_main(lambda: prepare(settings, opened, bars, names)):

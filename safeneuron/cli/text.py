@@ -70,11 +70,12 @@ def redteam_command(
     without_progress_bars()
     from safeneuron.data.prompts import read_prompts
     from safeneuron.evaluation.judging import make_judge
-    from safeneuron.models.loading import load
+    from safeneuron.models.loading import load, quiet
     from safeneuron.neurons.neuron_set import NeuronSet
     from safeneuron.runs.redteam import RedTeam, prepare_redteam, red_team, table
     from safeneuron.runs.run import Run
 
+    quiet()
     settings = RedTeam(per_seed, seed, temperature, top_p, max_new_tokens, batch_size)
     opened = Run.create(out_folder)
     with opened.locked():
@@ -114,8 +115,10 @@ def judge_command(
     if written.exists() and written.resolve() == path.resolve():
         raise InputError(f"{written} is the file to be judged, and would be lost; give another one with --out")
     from safeneuron.evaluation.judging import judged, read_answers, verdict_lines
+    from safeneuron.models.loading import quiet
     from safeneuron.runs.inputs import judges_of
 
+    quiet()
     rows, answers = read_answers(path, prompt, response)
     (found,) = judged(judges_of(table), table.rule, [answers])
     write_lines(written, ({**row, **record} for row, record in zip(rows, found.records(), strict=True)))

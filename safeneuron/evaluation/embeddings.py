@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from safeneuron.models.embedded import ENCODER_MODULE, encoder_folder
-from safeneuron.models.loading import quiet
 from safeneuron.runtime.devices import Halving
 
 _REMEMBERED = 4096  # embeddings, of 1.5 kB each
@@ -44,7 +43,6 @@ class SentenceEncoder:
     def load(cls) -> SentenceEncoder:
         """The encoder in its installed package, in float32 on the CPU. Raises ``InputError`` if it is not installed."""
         folder = encoder_folder()
-        quiet()
         network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False)
         return cls(network, AutoTokenizer.from_pretrained(folder))
 

@@ -29,6 +29,7 @@ def load(
     name: str | Path,
     dtype: str = "auto",
     device: str = "auto",
+    *,
     revision: str = "",
     trust_remote_code: bool = False,
     quantise: str = "none",
@@ -39,24 +40,33 @@ def load(
     """Load a chat model from the Hub, from a folder or GGUF file (dequantised), or the embedded one (``"embedded"``).
 
     A vision-language model comes with its processor; where that cannot be loaded, it can be asked in text all the same.
-    ``dtype`` is ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
-    where the device computes in it, else float32. ``device`` is a torch device or ``auto``: a GPU if there is one, of
-    several ranks each its own.
-    ``quantise`` is ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device
-    (NF4, by bitsandbytes); its neurons stay those of the model as stored.
-    What compressed-tensors has packed is unpacked, as it is in GGUF files.
+    What compressed-tensors has packed is unpacked, as it is in GGUF files. Where the model's FFNs lie is proved on a
+    few tokens (``verification``).
 
-    With a ``device_map``, ``auto`` or a table of modules and devices, accelerate spreads the layers over the GPUs, main
-    memory (``cpu``) and ``disk``, and brings what does not fit on a GPU there when it is its turn. ``max_memory`` says
-    how much of each may be taken (``{"0": "70GB", "cpu": "100GB"}``); weights on disk are read from the checkpoint, but
-    those of experts, which are first written to ``offload_folder``. Such a model is for measuring and attacking.
+    With a ``device_map`` accelerate spreads the layers over the GPUs, main memory (``cpu``) and ``disk``, and brings
+    what does not fit on a GPU there when it is its turn. Weights on disk are read from the checkpoint, but those of
+    experts, which are first written to ``offload_folder``. Such a model is for measuring and attacking.
 
-    Where its FFNs lie is proved on a few tokens (``conformance``).
+    Args:
+        name: ``"embedded"``, a folder in Hugging Face form, a ``.gguf`` file, or a name on the Hub.
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``stored`` (as the weights are stored) or ``auto``: bfloat16
+            where the device computes in it, else float32.
+        device: A torch device, or ``auto``: a GPU if there is one, of several ranks each its own.
+        revision: Of a model on the Hub.
+        trust_remote_code: Whether code that comes with the model may be run.
+        quantise: ``none``, or ``4bit`` to put the decoder's linear layers into 4 bits on their way to the device (NF4,
+            by bitsandbytes); its neurons stay those of the model as stored.
+        device_map: ``auto``, or a table of modules and devices.
+        max_memory: How much of each device may be taken (``{"0": "70GB", "cpu": "100GB"}``).
+        offload_folder: Where experts on disk are written.
 
-    Raises ``InputError`` when the model cannot be found, has no FFN that safeneuron knows, or its weights are
-    incomplete or not finite.
+    Returns:
+        The model in evaluation mode, with its tokenizer.
+
+    Raises:
+        InputError: When the model cannot be found, has no FFN that safeneuron knows, or its weights are incomplete or
+            not finite.
     """
-    quiet()
     source = str(embedded.embedded_folder()) if str(name) == embedded.NAME else str(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     if source.endswith(".gguf"):
@@ -77,14 +87,14 @@ def load(
         network.to(place)
     settle_layout(network)
     if vision.takes_images(network.config):
-        _give_eyes(model, options)
+        _add_processor(model, options)
     return model
 
 
 def _fetched(
     name: str, source: str, precision: torch.dtype | None, options: dict[str, Any], placing: dict[str, Any]
 ) -> Model:
-    """The model as transformers makes it, its weights complete and finite; not proved yet, and without eyes."""
+    """The model as transformers makes it, its weights complete and finite; not proved yet, and without a processor."""
     try:
         config = AutoConfig.from_pretrained(source, **options)
         compressed = quantization.compressed_by(config)
@@ -128,7 +138,7 @@ def _fetched(
     return Model(network, tokenizer, label, source, stored, unpacked=unpacked)
 
 
-def _give_eyes(model: Model, options: dict[str, Any]) -> None:
+def _add_processor(model: Model, options: dict[str, Any]) -> None:
     """Load the model's processor, which shares its tokenizer, or keep the reason why there is none."""
     try:
         processor: Any = vision.processor_of(model.source, options)
@@ -140,7 +150,10 @@ def _give_eyes(model: Model, options: dict[str, Any]) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' own progress bars and remarks off the terminal; errors still come through."""
+    """Keep the libraries' own progress bars and remarks off the terminal; errors still come through.
+
+    For the whole process, so it is the choice of a program, such as the command line, and nothing here calls it.
+    """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for library in ("datasets", "trl", "accelerate", "httpx"):
@@ -155,13 +168,13 @@ def _check_weights(network: PreTrainedModel, name: str, missing: list[str]) -> N
             f"{min(missing)}), so that they would be random; use another checkpoint"
         )
     for module_name, module in network.named_modules():
-        own = [key for key, _ in module.named_parameters(recurse=False)]
-        with materialised(module) if own else nullcontext():
-            for key in own:
-                found = module.get_parameter(key)
-                # Of 8 bits there is no such question.
-                known = found.float() if found.is_floating_point() and found.element_size() == 1 else found
-                if not torch.isfinite(known).all():
+        keys = [key for key, _ in module.named_parameters(recurse=False)]
+        with materialised(module) if keys else nullcontext():
+            for key in keys:
+                weight = module.get_parameter(key)
+                # torch does not know whether 8-bit floats are finite.
+                values = weight.float() if weight.is_floating_point() and weight.element_size() == 1 else weight
+                if not torch.isfinite(values).all():
                     raise InputError(
                         f"the model {name!r} holds values that are not finite in {module_name}.{key}; the file is "
                         "damaged or the training diverged, use another checkpoint"

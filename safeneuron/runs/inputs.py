@@ -35,12 +35,12 @@ def model_of(table: ModelTable, dtype: str = "", quantise: str = "none", trained
         trained or table.name,
         dtype or table.dtype,
         table.device,
-        "" if trained else table.revision,
-        table.trust_remote_code,
-        quantise,
-        table.device_map,
-        table.max_memory,
-        table.offload_folder,
+        revision="" if trained else table.revision,
+        trust_remote_code=table.trust_remote_code,
+        quantise=quantise,
+        device_map=table.device_map,
+        max_memory=table.max_memory,
+        offload_folder=table.offload_folder,
     )
 
 

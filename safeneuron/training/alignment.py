@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from safeneuron.data.types import Pair
 from safeneuron.errors import InputError
-from safeneuron.models.loading import quiet
 from safeneuron.models.model import Model
 from safeneuron.models.vision import vision_parameters
 from safeneuron.neurons.interventions import pruned
@@ -199,7 +198,6 @@ def align(
     ``lora_rank``, a model of which weights are offloaded, a loss or weights that are not finite, or training that
     changed nothing.
     """
-    quiet()
     require_trainable_settings(training, refresh is not None)
     distributed.start_group()
     _check(model, pairs, training, freeze_rest)

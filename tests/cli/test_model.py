@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from safeneuron.models import loading
 from safeneuron.models.loading import load
 from safeneuron.neurons.interventions import Edit, pruned
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -101,3 +102,11 @@ def test_prune_leaves_the_folders_of_others_alone(world):
     assert "not written by safeneuron prune" in refusal(
         invoke("prune", world / "model", world / "planted.json", "--out", world / "model")
     )
+
+
+def test_a_verb_that_loads_a_model_keeps_the_libraries_quiet(world, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(loading, "quiet", lambda: calls.append("quiet"))
+    assert invoke("doctor", world / "model", "--config-only").exit_code == 0
+    assert invoke("prune", world / "model", world / "planted.json", "--out", tmp_path / "pruned").exit_code == 0
+    assert calls == ["quiet", "quiet"]

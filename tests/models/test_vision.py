@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from safeneuron.attacks.pruning import respond
 from safeneuron.data.types import Prompt
 from safeneuron.errors import InputError
+from safeneuron.models import model as model_module
 from safeneuron.models import vision
 from safeneuron.models.exchanges import Batch, Exchange, exchanges_of, run_backward
 from safeneuron.models.forward import POOLINGS, MeasurementSettings, pooled
@@ -280,3 +281,14 @@ def test_only_tower_and_projector_are_of_sight(eyed: Model) -> None:
     assert sight
     assert not any("language_model" in name or "text_model" in name or "lm_head" in name for name in sight)
     assert {name for name in names.values() if "visi" in name or "visual" in name} <= sight
+
+
+def test_few_conversations_with_pictures_are_remembered(qwen: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "MOST_IMAGE_CHATS", 2)
+    model = qwen
+    asked = [Prompt("what is it?", image=tiny_vision.picture(seed=seed)) for seed in range(3)]
+    first = [model.ask(prompt) for prompt in asked]
+    assert len(model._image_chats) == 2
+    assert model.ask(asked[2]) is first[2]
+    assert model.ask(asked[0]) == first[0]
+    assert len(model._image_chats) == 2
