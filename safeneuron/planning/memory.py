@@ -59,10 +59,9 @@ class Device:
         With several ranks there is one for each, and on the CPU an equal share of what is free.
         """
         if place.type == "cuda":
-            memory: float | None = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place)
+            memory: float = torch.cuda.mem_get_info(place)[0] + torch.cuda.memory_reserved(place)
         else:
-            free = available_memory()
-            memory = None if free is None else free / distributed.local_world() + resident_memory()
+            memory = available_memory() / distributed.local_world() + resident_memory()
         return cls(place.type, memory, bfloat16_pays(place), distributed.world(), is_sharded())
 
     @property

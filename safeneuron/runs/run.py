@@ -6,11 +6,10 @@ functions that write do nothing.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,18 +155,20 @@ class Run:
         if not distributed.is_main():
             yield
             return
-        # The lock's file stays: if it were deleted, two processes could hold locks on two files of this name.
-        path = self.folder / ".lock"
-        with writing(path):
-            file = path.open("a")
-        with closing(file):
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / ".lock")
+        with writing(self.folder / ".lock"):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                lock.acquire(blocking=False)
+            except Timeout as error:
                 raise InputError(
                     f"another process is working on {self.folder}; wait for it, or stop it, then give the command again"
                 ) from error
+        try:
             with writing(self.folder):
                 for leftover in list(self.folder.rglob(".*.part")):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             yield
+        finally:
+            lock.release()

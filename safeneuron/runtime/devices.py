@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import psutil
 import torch
 
 from safeneuron.errors import InputError
@@ -37,8 +38,7 @@ def reuse_memory() -> None:
 def hand_back_memory() -> None:
     """Give the system what ``reuse_memory`` has kept, and the GPU what torch has, once a stage is over."""
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -55,29 +55,28 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """The process's largest resident memory in MB since ``reset_peak_memory``, or since its start."""
+    """The process's largest resident memory in MB of 2**20 bytes since ``reset_peak_memory``, or since its start."""
     try:
         status = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         status = []
-    since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # The system's own figure is in bytes on macOS and in kB elsewhere.
+    since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return next((int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:")), since_start)
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now; 0 where Linux does not say."""
-    return _figure(Path("/proc/self/status"), "VmRSS:") or 0
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def available_memory() -> int | None:
-    """Bytes that this process could still take without the system running short; ``None`` where Linux does not say.
+def available_memory() -> int:
+    """Bytes that this process could still take without the system running short.
 
     The least of what the machine has available and what the limits of the process's control groups, of either version,
     leave; the page cache, which can be dropped, does not count as taken.
     """
-    machine = _figure(Path("/proc/meminfo"), "MemAvailable:")
-    if machine is None:
-        return None
+    machine = int(psutil.virtual_memory().available)
     return max(0, min([machine, *(_left(folder) for folder in _control_groups())]))
 
 
@@ -110,15 +109,6 @@ def _left(folder: Path) -> int:
             continue
         return sys.maxsize if most == "max" else int(most) - taken + int(counts.get(cache, 0))
     return sys.maxsize
-
-
-def _figure(file: Path, name: str) -> int | None:
-    """A figure in kB of a file of Linux, in bytes."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 _Item = TypeVar("_Item")

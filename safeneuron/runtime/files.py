@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +183,16 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Wait until no other process of this machine is in such a block for the same path."""
-    lock = path.with_name(f".{path.name}.lock")
-    with writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
-    with closing(file):
-        fcntl.flock(file, fcntl.LOCK_EX)
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with writing(Path(lock.lock_file)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def discard(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,10 +53,14 @@ def test_the_tightest_limit_counts(tmp_path, monkeypatch):
     assert available_memory() == 2000
 
 
-def test_a_system_that_does_not_say_is_unknown(monkeypatch):
-    monkeypatch.setattr(devices, "_figure", lambda file, name: None)
-    assert available_memory() is None
-    assert resident_memory() == 0
+@pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_the_peak_is_in_megabytes_on_every_system(monkeypatch, system, unit):
+    """Where there is no /proc the system's own figure is taken: bytes on macOS, kB elsewhere."""
+    peak = 300 * 2**20
+    monkeypatch.setattr(devices.sys, "platform", system)
+    monkeypatch.setattr(devices, "Path", lambda name: Path("/nowhere") / name.lstrip("/"))
+    monkeypatch.setattr(devices.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=peak // unit))
+    assert peak_memory_mb() == 300
 
 
 def test_the_groups_of_this_process_are_folders_below_the_root():
