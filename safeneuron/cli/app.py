@@ -71,7 +71,6 @@ app = typer.Typer(
     cls=Verbs,
     help="Find a model's safety neurons, train safety into the rest of the network, and prove it by pruning attacks.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -47,8 +48,15 @@ def prune_command(
 
 def config_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default",
+    schema: Annotated[
+        Literal["config", "neurons"] | None,
+        typer.Option("--schema", help="Print the JSON schema of such a file instead."),
+    ] = None,
 ) -> None:
     """Print a complete config, every key with its meaning."""
+    if schema is not None:
+        print_lines([json.dumps(_schema(schema), indent=2, ensure_ascii=False)])
+        return
     from safeneuron.config.toml import presets, read_config, to_toml
     from safeneuron.errors import did_you_mean
 
@@ -56,6 +64,21 @@ def config_command(
         known = ", ".join(presets())
         raise InputError(f"there is no bundled config {name!r}{did_you_mean(name, presets())}; there are {known}")
     print_lines([to_toml(read_config(name)).rstrip("\n")])
+
+
+def _schema(name: str) -> dict[str, Any]:
+    """The JSON schema of a kind of file, made from the types that read and write it."""
+    from pydantic import TypeAdapter
+
+    if name == "neurons":
+        from safeneuron.neurons.neuron_set import NeuronSetRecord
+
+        properties = TypeAdapter(NeuronSetRecord).json_schema()
+    else:
+        from safeneuron.config.schema import Config
+
+        properties = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **properties}
 
 
 def doctor_command(

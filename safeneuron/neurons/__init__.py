@@ -22,7 +22,7 @@ MODULES = {
         "widths_of",
     ),
     "linears": ("acting", "linear_in", "size_of"),
-    "neuron_set": ("NeuronSet", "VISION_SUFFIX"),
+    "neuron_set": ("NeuronSet", "NeuronSetRecord", "VISION_SUFFIX"),
     "statistics": (
         "ActivationStats",
         "GroupMoments",

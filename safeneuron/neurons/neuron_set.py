@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,24 @@ from torch import Tensor
 from safeneuron.errors import InputError
 from safeneuron.runtime.files import read_json, write_json
 
-_SCHEMA = 1
+_SCHEMA: Literal[1] = 1
 VISION_SUFFIX = "-eyes"
 """How a fingerprint ends that is of a model's vision tower and projector, and not of its text decoder."""
+
+
+@dataclass(frozen=True)
+class NeuronSetRecord:
+    """The file of a neuron set: the model's fingerprint and neurons a layer, and the set's channels by layer."""
+
+    schema: Literal[1]
+    kind: Literal["neurons"]
+    fingerprint: str
+    label: str
+    # One number a layer.
+    widths: list[int]
+    count: int
+    # The keys are numbers of layers that have any; channels ascend.
+    neurons: dict[str, list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +202,8 @@ class NeuronSet:
     def to_json(self) -> dict[str, Any]:
         """The set as plain JSON: schema, fingerprint, label, widths and the channels of each layer."""
         layers = {str(layer): channels.tolist() for layer, channels in self.layers().items()}
-        return {
-            "schema": _SCHEMA,
-            "kind": "neurons",
-            "fingerprint": self.fingerprint,
-            "label": self.label,
-            "widths": list(self.widths),
-            "count": len(self),
-            "neurons": layers,
-        }
+        record = NeuronSetRecord(_SCHEMA, "neurons", self.fingerprint, self.label, list(self.widths), len(self), layers)
+        return dict(vars(record))
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> NeuronSet:

@@ -1,7 +1,11 @@
-"""The verbs ``compare`` and ``prune``: what they print and write, and one sentence for every mistake."""
+"""The verbs ``compare``, ``prune`` and ``config``: what they print and write, and one sentence for every mistake."""
 
 from __future__ import annotations
 
+import json
+import tomllib
+
+import jsonschema
 import pytest
 import torch
 
@@ -110,3 +114,33 @@ def test_a_verb_that_loads_a_model_keeps_the_libraries_quiet(world, monkeypatch,
     assert invoke("doctor", world / "model", "--config-only").exit_code == 0
     assert invoke("prune", world / "model", world / "planted.json", "--out", tmp_path / "pruned").exit_code == 0
     assert calls == ["quiet", "quiet"]
+
+
+def schema_of(name: str) -> dict:
+    done = invoke("config", "--schema", name)
+    assert done.exit_code == 0, done.output
+    schema = json.loads(done.stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return schema
+
+
+@pytest.mark.parametrize("name", ["default", "demo", "paper-llama"])
+def test_a_printed_config_is_what_its_schema_says(name):
+    schema, values = schema_of("config"), tomllib.loads(invoke("config", name).stdout)
+    jsonschema.validate(values, schema)
+    values["align"]["freeze"] = "all"
+    with pytest.raises(jsonschema.ValidationError, match="all-but-safety"):
+        jsonschema.validate(values, schema)
+
+
+def test_a_saved_neuron_set_is_what_its_schema_says(world):
+    schema, record = schema_of("neurons"), json.loads((world / "planted.json").read_text())
+    jsonschema.validate(record, schema)
+    with pytest.raises(jsonschema.ValidationError, match="widths"):
+        jsonschema.validate({name: value for name, value in record.items() if name != "widths"}, schema)
+
+
+def test_a_schema_of_nothing_is_refused():
+    done = invoke("config", "--schema", "nothing")
+    assert done.exit_code == 2
+    assert "neurons" in done.output
