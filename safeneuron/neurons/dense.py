@@ -19,8 +19,8 @@ from safeneuron.neurons.linears import (
     is_transposed,
     linear_in,
     size_of,
+    weight_and_bias,
     weight_of,
-    weights_in,
 )
 from safeneuron.runtime import sharding
 from safeneuron.runtime.quantization import dense, in_four_bits
@@ -105,7 +105,7 @@ class FeedForward(Block):
         """Rows of each matrix with their biases; of a fused one the rows of gate and those of up."""
         locations = []
         for module, first, step in self.inputs:
-            for name, parameter in weights_in(linear_in(module)).items():
+            for name, parameter in weight_and_bias(linear_in(module)).items():
                 dim = int(is_transposed(module) and parameter.dim() == 2)
                 locations.append(Location(name, parameter, dim, first, step))
         return locations
@@ -122,12 +122,12 @@ class FeedForward(Block):
             if size is None:
                 raise ValueError(f"{type(module).__name__} is no linear layer")
             shapes = {"weight": size if is_transposed(module) else size[::-1], "bias": size[1:]}
-            for name, parameter in weights_in(linear_in(module)).items():
+            for name, parameter in weight_and_bias(linear_in(module)).items():
                 yield parameter, shapes[name]
 
     def output_projections(self) -> Iterator[OutputProjection]:
         """Its own."""
-        weight, bias = weight_of(self.output), weights_in(self.holder).get("bias")
+        weight, bias = weight_of(self.output), weight_and_bias(self.holder).get("bias")
         if weight is not None:
             yield OutputProjection(self.first, self.width, weight, bias, is_transposed(self.output))
 

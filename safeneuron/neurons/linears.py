@@ -82,7 +82,7 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def weights_in(linear: nn.Module) -> dict[str, nn.Parameter]:
+def weight_and_bias(linear: nn.Module) -> dict[str, nn.Parameter]:
     """The weight and the bias of a linear layer by name, as far as it has them; not the scales of packed weights."""
     parameters = {name: linear._parameters.get(name) for name in ("weight", "bias")}
     return {name: parameter for name, parameter in parameters.items() if parameter is not None}

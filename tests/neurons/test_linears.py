@@ -16,8 +16,8 @@ from safeneuron.neurons.linears import (
     linear_in,
     size_of,
     unwrapped,
+    weight_and_bias,
     weight_of,
-    weights_in,
 )
 from tests.helpers import tiny
 
@@ -51,10 +51,10 @@ def test_only_gpt_2_keeps_its_weights_transposed():
 
 def test_weights_and_biases_as_far_as_there_are_any():
     plain, packed = nn.Linear(3, 5, bias=False), Packed(3, 5)
-    assert list(weights_in(plain)) == ["weight"]
-    assert list(weights_in(nn.Linear(3, 5))) == ["weight", "bias"]
+    assert list(weight_and_bias(plain)) == ["weight"]
+    assert list(weight_and_bias(nn.Linear(3, 5))) == ["weight", "bias"]
     assert weight_of(plain) is plain.weight
-    assert (weight_of(packed), list(weights_in(packed))) == (None, ["bias"])
+    assert (weight_of(packed), list(weight_and_bias(packed))) == (None, ["bias"])
     assert device_of(packed) == torch.device("cpu")
     assert device_of(nn.Linear(3, 5, device="meta")) == torch.device("meta")
 
