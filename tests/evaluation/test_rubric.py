@@ -31,9 +31,12 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
+        self.connections: set[Any] = set()
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 with lock:
@@ -41,6 +44,7 @@ class Server:
                     outer.bodies.append({**json.loads(body), "path": self.path})
                     outer.headers.append(dict(self.headers))
                     outer.times.append(time.monotonic())
+                    outer.connections.add(self.client_address)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the judge may have hung up
                     script(number, self)
 
@@ -69,6 +73,9 @@ def reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **hea
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr("safeneuron.evaluation.rubric._WAIT", 0.01)
     started: list[Server] = []
 
@@ -121,6 +128,40 @@ def test_without_a_key_none_is_sent(serve):
     server = serve(lambda _, handler: reply(handler, chat(GOOD)))
     judge_at(server)(["?"], ["!"])
     assert "Authorization" not in server.headers[0]
+
+
+def test_a_connection_is_kept_for_many_requests(serve):
+    server = serve(lambda _, handler: reply(handler, chat(GOOD)))
+    judge_at(server, concurrency=2)(["?"] * 9, ["!"] * 9)
+    assert len(server.bodies) == 9
+    assert len(server.connections) <= 2
+
+
+def test_the_proxy_of_the_environment_is_used(serve, monkeypatch):
+    proxy = serve(lambda _, handler: reply(handler, chat(GOOD)))
+    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+    judge = Rubric(Endpoint("http://model.example/v1", "grader", timeout=5.0, retries=0))
+    assert judge(["?"], ["!"]) == ["complied"]
+    assert proxy.bodies[0]["path"] == "http://model.example/v1/chat/completions"
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_a_key_that_a_server_repeats_is_not_shown(serve, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server = serve(lambda _, handler: reply(handler, b"x" * 190 + b" sk-very-secret is wrong", status))
+    with pytest.raises(InputError) as error:
+        judge_at(server, retries=0)(["?"], ["!"])
+    assert "sk-very" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["sk-a\nsk-b", "sk-ä"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(lambda _, handler: reply(handler, chat(GOOD)))
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as error:
+        judge_at(server)(["?"], ["!"])
+    assert "sk-" not in str(error.value)
+    assert server.bodies == []
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
@@ -238,7 +279,7 @@ def test_an_endpoint_that_never_answers_is_an_error_of_the_user(serve):
         judge_at(server)(["?"] * 2, ["!"] * 2)
     closed = serve(lambda *_: None)
     closed.close()
-    with pytest.raises(InputError, match="ConnectionRefusedError"):
+    with pytest.raises(InputError, match="ConnectError"):
         judge_at(closed)(["?"], ["!"])
 
 
@@ -292,7 +333,7 @@ def test_the_score_is_the_authors():
     assert Grade(False, 3, 3).score == 0.5
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host/v1", "http://"])
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1"])
 def test_an_endpoint_is_needed(url):
     with pytest.raises(InputError, match=r"set judge\.url"):
         Rubric(Endpoint(url, "m"))
