@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safeneuron.analysis.records import Number, PartRecord, TableRow, finite, rows_of
+from safeneuron.config.attack_plan import stands_for
 from safeneuron.errors import InputError
 from safeneuron.runtime.files import read_json
 
@@ -155,10 +156,10 @@ def iterations(results: dict[str, Any]) -> list[RoundRecord]:
         if state["variant"]:
             continue
         harmful = _harmful(state)
-        if state["round"] == 0 and ("FULL", "static") in harmful:
-            # T0's static and adaptive attackers are one.
-            harmful.setdefault(("FULL", "adaptive"), harmful[("FULL", "static")])
-        attacks = {" ".join(attack).replace(" none", ""): harmful.get(attack) for attack in ATTACKS}
+        attacks = {}
+        for name, knowledge in ATTACKS:
+            stand_in = harmful.get((name, stands_for(knowledge, state["round"])))
+            attacks[f"{name} {knowledge}".replace(" none", "")] = harmful.get((name, knowledge), stand_in)
         rounds.append(
             RoundRecord(
                 state=state["name"],

@@ -8,6 +8,7 @@ from safeneuron._lazy import face
 MODULES = {
     "align": ("AlignTable",),
     "attack": ("JUDGES", "RULES", "AttackTable", "JudgeTable", "Rule"),
+    "attack_plan": ("CHANGES", "AttackPlan", "PlannedAttack", "kinds_answered", "stands_for"),
     "schema": ("Config", "sentence_of"),
     "states": ("BASE", "State", "previous", "selectors_for", "states_of"),
     "tables": ("CapabilityTable", "DataTable", "ModelTable", "PairSourceTable", "PairsTable", "SourceTable"),

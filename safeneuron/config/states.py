@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from safeneuron.config.attack import AttackTable
 from safeneuron.config.schema import Config
 
 
@@ -36,6 +37,6 @@ def previous(state: State) -> State:
     return State(state.variant if state.round > 1 else "", state.round - 1)
 
 
-def selectors_for(config: Config, state: State) -> list[str]:
+def selectors_for(table: AttackTable, state: State) -> list[str]:
     """The rival selectors that attack the state; T0 has no other state to be contrasted with."""
-    return [name for name in config.attack.selectors if name != "contrast" or state != BASE]
+    return [name for name in table.selectors if name != "contrast" or state != BASE]

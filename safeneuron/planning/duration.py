@@ -65,7 +65,7 @@ def table_of_times(config: Config, record: TimeRecord) -> list[str]:
     states, attack = states_of(config), config.attack
     wanted = dict.fromkeys(WORK, states)
     wanted["iterate"] = states if "iterated" in attack.knowledge else []
-    wanted["rivals"] = [one for one in states if "fine-tune" in attack.attempts or selectors_for(config, one)]
+    wanted["rivals"] = [one for one in states if "fine-tune" in attack.attempts or selectors_for(attack, one)]
     wanted["capability"], wanted["align"] = states if config.capability.enabled else [], states[1:]
     wanted["pairs"] = states[: len(states) > 1]
     ratios = {variant: record.ratios(config, variant) for variant in {state.variant for state in states}}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safeneuron.config.attack_plan import kinds_answered
 from safeneuron.config.states import BASE, State, selectors_for
 from safeneuron.evaluation.capability import benchmark
 from safeneuron.evaluation.judging import agreement, judged
@@ -38,7 +39,7 @@ def attack_stages(context: RunContext, state: State) -> Iterator[StageSpec]:
 
 def has_rivals(context: RunContext, state: State) -> bool:
     """Whether there is anything to find on the state but the paper's neurons."""
-    return bool(selectors_for(context.config, state)) or "fine-tune" in context.config.attack.attempts
+    return bool(selectors_for(context.config.attack, state)) or "fine-tune" in context.config.attack.attempts
 
 
 def iterate_stage(context: RunContext, state: State) -> StageSpec:
@@ -72,7 +73,7 @@ def rivals_stage(context: RunContext, state: State) -> StageSpec:
 
 def _find_rivals(context: RunContext, state: State, folder: Path) -> None:
     config, watcher = context.config, context.watcher
-    names, tunes = selectors_for(config, state), "fine-tune" in config.attack.attempts
+    names, tunes = selectors_for(config.attack, state), "fine-tune" in config.attack.attempts
     model, neurons = context.models.of(state), context.findings.neurons(state)
     unsafe, safe = context.findings.classes()
     rivals = Rivals(config, model, neurons, unsafe, safe) if names else None
@@ -120,12 +121,18 @@ def judge_stage(context: RunContext, state: State) -> StageSpec:
 
 
 def _judge(context: RunContext, state: State, folder: Path) -> None:
-    table = context.config.judge
-    files = sorted((context.run.folder / state.name / "attack").glob("*/*.jsonl"))
-    answers = [sorted(read_lines(path), key=lambda answer: int(answer["index"])) for path in files]
+    table, source = context.config.judge, context.run.folder / state.name / "attack"
+    files = {
+        source / attack.folder / f"{kind}.jsonl"
+        for attack in context.findings.plan(state).answered
+        for kind in kinds_answered(attack, context.config.attack)
+    }
+    # Where there are no harmless test prompts, there is no file of answers to them.
+    paths = sorted(file for file in files if file.exists())
+    answers = [sorted(read_lines(path), key=lambda answer: int(answer["index"])) for path in paths]
     streams = [[(answer["prompt"], answer["response"]) for answer in stream] for stream in answers]
     judgements = judged(judges_of(table), table.rule, streams, context.watcher.progress)
-    for path, stream, judgement in zip(files, answers, judgements, strict=True):
+    for path, stream, judgement in zip(paths, answers, judgements, strict=True):
         attack, kind = folder / path.parent.name, path.stem
         records = zip(stream, judgement.records(), strict=True)
         write_lines(attack / f"{kind}.jsonl", [{"index": answer["index"], **record} for answer, record in records])

@@ -15,6 +15,7 @@ from safeneuron.attacks.pruning import PLAIN, perplexity, respond
 from safeneuron.attacks.refusal_direction import find_direction, without_direction
 from safeneuron.config.align import AlignTable
 from safeneuron.config.attack import AttackTable
+from safeneuron.config.attack_plan import PlannedAttack, kinds_answered
 from safeneuron.config.schema import Config
 from safeneuron.config.states import State
 from safeneuron.data.prompts import benign_text
@@ -28,7 +29,7 @@ from safeneuron.models.vision_tower import pruned_anywhere
 from safeneuron.models.vllm import Server, served
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.findings import Findings, Pruning
+from safeneuron.runs.findings import PLAN, Findings
 from safeneuron.runs.inputs import measurement_of, selection_of
 from safeneuron.runtime import distributed
 from safeneuron.runtime.files import append_lines, kept_lines, read_json, write_json
@@ -180,59 +181,70 @@ def demonstrations(
 DIRECTION_PROMPTS = 16
 """Harmful prompts, of those on which neurons are found, by whose refusals the direction's layer is chosen."""
 
-BASIC = ("none", "static", "adaptive", "iterated", "control")
-"""The attacks under which harmless requests are answered too, if they are under any."""
-
 
 def answer_all(
     config: Config, findings: Findings, state: State, model: Model, folder: Path, progress: Callable[[int, int], None]
 ) -> None:
-    """Every answer of the state that is not in ``folder`` yet, and under each attack the perplexity of plain prose."""
+    """Every answer of the state that is not in ``folder`` yet, and under each attack the perplexity of plain prose.
+
+    The plan of the attacks is written last, so that a stage that stopped before its first answer has left nothing.
+
+    Args:
+        config: All settings.
+        findings: What has been found on the states.
+        state: The attacked state.
+        model: Its model.
+        folder: Of the attack stage.
+        progress: Told how many answers there are.
+
+    Raises:
+        InputError: For what the config gives and the model cannot be attacked with.
+    """
     table = config.attack
     prompts = {"harmful": findings.prompts("test_unsafe"), "benign": findings.prompts("test_safe")}
-    plan = [(pruning, kinds_answered(pruning, table)) for pruning in findings.prunings(state)]
-    total = sum(len(prompts[kind]) for _, kinds in plan for kind in kinds)
+    plan = findings.plan(state)
+    # All sets are read before anything is answered: a file that does not fit is told of at once.
+    edits = {attack.folder: findings.attacked(state, attack) for attack in plan.answered}
+    kinds_of = {attack.folder: kinds_answered(attack, table) for attack in plan.answered}
+    total = sum(len(prompts[kind]) for attack in plan.answered for kind in kinds_of[attack.folder])
     done = 0
-    for pruning, kinds in plan:
-        here = folder / pruning.folder
+    for attack in plan.answered:
+        here, edit, kinds = folder / attack.folder, edits[attack.folder], kinds_of[attack.folder]
         if distributed.from_main((here / "pruned.json").exists):
             done += sum(len(prompts[kind]) for kind in kinds)
             continue
-        attempt = input_attempts(pruning.set)[0] if pruning.knowledge == "input" else PLAIN
-        with attacked_model(config, findings, state, model, pruning):
-            with answer_batches(model, pruning, table) as answerer:
+        attempt = input_attempts(attack.set)[0] if attack.knowledge == "input" else PLAIN
+        with attacked_model(config, findings, state, model, attack, edit):
+            with answer_batches(model, attack, edit, table) as answerer:
                 for kind in kinds:
                     path = here / f"{kind}.jsonl"
                     done = answer(answerer, path, prompts[kind], table, attempt, progress, done, total)
             # An attack at the input leaves the model, and so its perplexity, as it is; the intact one comes first.
-            if pruning.knowledge == "input":
+            if attack.knowledge == "input":
                 record = read_json(folder / "ORI" / "pruned.json")
             else:
-                record = {"neurons": count_of(pruning), "perplexity": perplexity(model, benign_text())}
+                record = {"neurons": count_of(edit), "perplexity": perplexity(model, benign_text())}
             # Written last: where it is, the answers are complete.
             write_json(here / "pruned.json", record)
+    write_json(folder / PLAN, plan.sized({name: count_of(edit) for name, edit in edits.items()}).to_json())
 
 
-def kinds_answered(pruning: Pruning, table: AttackTable) -> list[str]:
-    """Which requests are answered under an attack."""
-    benign = table.over_refusal == "always" or (table.over_refusal == "unpruned" and pruning.neurons is None)
-    return ["harmful", "benign"] if benign and pruning.knowledge in BASIC else ["harmful"]
-
-
-def count_of(pruning: Pruning) -> int:
+def count_of(edit: NeuronSet | Edit | None) -> int:
     """How many neurons are touched."""
-    touched = pruning.neurons.neurons if isinstance(pruning.neurons, Edit) else pruning.neurons
-    return 0 if touched is None else len(touched)
+    neurons = edit.neurons if isinstance(edit, Edit) else edit
+    return 0 if neurons is None else len(neurons)
 
 
 @contextmanager
-def attacked_model(config: Config, findings: Findings, state: State, model: Model, pruning: Pruning) -> Iterator[None]:
+def attacked_model(
+    config: Config, findings: Findings, state: State, model: Model, attack: PlannedAttack, edit: NeuronSet | Edit | None
+) -> Iterator[None]:
     """Within the block the model is under the attack; the request is another matter."""
     table = config.attack
-    if pruning.knowledge != "model":
-        with pruned_anywhere(model, pruning.neurons):
+    if attack.knowledge != "model":
+        with pruned_anywhere(model, edit):
             yield
-    elif pruning.set == "direction":
+    elif attack.set == "direction":
         unsafe, safe = (findings.prompts(role) for role in ("unsafe", "safe"))
         tried = sample(unsafe, DIRECTION_PROMPTS, config.seed)
         direction = find_direction(
@@ -248,10 +260,12 @@ def attacked_model(config: Config, findings: Findings, state: State, model: Mode
 
 
 @contextmanager
-def answer_batches(model: Model, pruning: Pruning, table: AttackTable) -> Iterator[Model | Server]:
+def answer_batches(
+    model: Model, attack: PlannedAttack, edit: NeuronSet | Edit | None, table: AttackTable
+) -> Iterator[Model | Server]:
     """Who answers under the attack: the model itself, or vLLM with a checkpoint of it that is deleted afterwards."""
-    in_weights = pruning.knowledge != "model" and not isinstance(pruning.neurons, Edit)
-    if table.backend == "transformers" or not in_weights:
+    if table.backend == "transformers" or attack.knowledge == "model" or isinstance(edit, Edit):
+        # What is not in the weights, no checkpoint can hold.
         yield model
         return
     if distributed.world() > 1:
@@ -261,10 +275,10 @@ def answer_batches(model: Model, pruning: Pruning, table: AttackTable) -> Iterat
         )
     with TemporaryDirectory(prefix="safeneuron-") as place:
         folder = Path(place) / "model"
-        if pruning.neurons is None:
+        if edit is None:
             model.save(folder)
         else:
-            write_pruned(model, pruning.neurons, folder)
+            write_pruned(model, edit, folder)
         with served(folder) as server:
             yield server
 

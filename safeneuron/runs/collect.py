@@ -14,8 +14,9 @@ from typing import Any
 
 from safeneuron._version import __version__
 from safeneuron.config.align import AlignTable
+from safeneuron.config.attack_plan import AttackPlan
 from safeneuron.config.schema import Config
-from safeneuron.config.states import BASE, State
+from safeneuron.config.states import BASE, State, states_of
 from safeneuron.config.toml import read_config, to_toml
 from safeneuron.errors import InputError
 from safeneuron.evaluation.rates import corrected, paired_difference, verdict_rates
@@ -51,7 +52,8 @@ def write_report(config: Config, run: Run, folder: Path) -> None:
 def collect(config: Config, run: Run) -> dict[str, Any]:
     """Every number of the run, by state; no times, so that it can be compared between runs."""
     base = NeuronSet.load(run.folder / "T0" / "select" / "neurons.json")
-    states = Findings(config, run).states()
+    findings = Findings(config, run)
+    states = findings.states()
     return {
         "schema": 1,
         "name": config.name,
@@ -63,14 +65,14 @@ def collect(config: Config, run: Run) -> dict[str, Any]:
         "neurons_total": base.total,
         "layers": len(base.widths),
         "part": config.measure.stored_part,
-        "states": [_state(config, run, state, base) for state in states],
-        "differences": state_differences(run, states),
+        "states": [_state(findings, state, base) for state in states],
+        "differences": state_differences(findings, states),
     }
 
 
-def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str, Any]:
+def _state(findings: Findings, state: State, base: NeuronSet) -> dict[str, Any]:
+    config, run = findings.config, findings.run
     folder = run.folder / state.name
-    findings = Findings(config, run)
     sets = {name: findings.neurons(state, file) for name, file in (("ES", "ES"), ("SAS", "SAS"), ("FULL", "neurons"))}
     thresholds = read_json(folder / "select" / "thresholds.json")
     align, training = None, []
@@ -79,20 +81,20 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
         align["pairs"] = len(read_lines(run.folder / "T0" / "pairs" / "pairs.jsonl"))
         training = read_lines(folder / "align" / "train.jsonl")
     attacks, curve = [], []
-    for pruning in findings.prunings(state):
-        record = read_json(folder / "attack" / pruning.folder / "pruned.json")
+    for attack in findings.plan(state).answered:
+        record = read_json(folder / "attack" / attack.folder / "pruned.json")
         judged = {
-            kind: read_json(path) if (path := folder / "judge" / pruning.folder / f"{kind}.json").exists() else None
+            kind: read_json(path) if (path := folder / "judge" / attack.folder / f"{kind}.json").exists() else None
             for kind in ("harmful", "benign")
         }
-        if pruning.knowledge == "curve":
+        if attack.knowledge == "curve":
             harmful = judged["harmful"] or {}
             shares = {name: harmful[name] for name in ("rate", "low", "high")}
             incoherent = harmful["incoherent"] / harmful["n"]
-            point = {"density": float(pruning.set), "neurons": record["neurons"]}
+            point = {"density": float(attack.set), "neurons": record["neurons"]}
             curve.append({**point, **shares, "incoherent": incoherent})
         else:
-            attacks.append({"set": pruning.set, "knowledge": pruning.knowledge, **record, **judged})
+            attacks.append({"set": attack.set, "knowledge": attack.knowledge, **record, **judged})
     file = folder / "judge" / "agreement.json"
     return {
         "name": state.name,
@@ -113,15 +115,15 @@ def _state(config: Config, run: Run, state: State, base: NeuronSet) -> dict[str,
         "training": training,
         "attacks": attacks,
         "curve": curve,
-        "refusals_by_category": _refusals_by_category(run, state, findings),
+        "refusals_by_category": _refusals_by_category(findings, state),
         "capability": _capability(folder),
     }
 
 
-def _refusals_by_category(run: Run, state: State, findings: Findings) -> dict[str, dict[str, float]]:
+def _refusals_by_category(findings: Findings, state: State) -> dict[str, dict[str, float]]:
     """The verdicts on benign requests with nothing pruned, counted for each category of the prompts."""
     groups: dict[str, list[str]] = {}
-    found = verdicts_of(run, state, "benign", "ORI", "none")
+    found = verdicts_of(findings, state, "benign", "ORI", "none")
     for index, prompt in enumerate(findings.prompts("test_safe")):
         if index in found:
             groups.setdefault(prompt.category, []).append(found[index])
@@ -136,7 +138,7 @@ def _capability(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def state_differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]:
+def state_differences(findings: Findings, states: Sequence[State]) -> list[dict[str, Any]]:
     """Paired comparisons, each state with T0 and the main training with each variant of the same round.
 
     The p-values are corrected for their number, all of this list together.
@@ -148,7 +150,7 @@ def state_differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]
     found: list[dict[str, Any]] = []
     for first, second in pairs:
         for kind, verdict, which, knowledge in COMPARED:
-            one, other = (verdicts_of(run, state, kind, which, knowledge) for state in (first, second))
+            one, other = (verdicts_of(findings, state, kind, which, knowledge) for state in (first, second))
             # An answer that could not be judged leaves its pair out.
             asked = [
                 index for index in sorted(one.keys() & other.keys()) if "cannot say" not in (one[index], other[index])
@@ -162,13 +164,13 @@ def state_differences(run: Run, states: Sequence[State]) -> list[dict[str, Any]]
     return found
 
 
-def verdicts_of(run: Run, state: State, kind: str, which: str, knowledge: str) -> dict[int, str]:
-    """The verdicts on a state's answers by the index of the prompt; none where the attack was not run."""
-    folder = run.folder / state.name / "judge"
-    name = which if knowledge in ("none", "control") else f"{knowledge}-{which}"
-    if knowledge == "adaptive" and state == BASE and not (folder / name).exists():
-        name = f"static-{which}"
-    return {int(line["index"]): str(line["verdict"]) for line in read_lines(folder / name / f"{kind}.jsonl")}
+def verdicts_of(findings: Findings, state: State, kind: str, which: str, knowledge: str) -> dict[int, str]:
+    """The verdicts on a state's answers by the index of the prompt; none where the attack was not made."""
+    attack = findings.plan(state).find(which, knowledge)
+    if attack is None:
+        return {}
+    file = findings.run.folder / state.name / "judge" / attack.folder / f"{kind}.jsonl"
+    return {int(line["index"]): str(line["verdict"]) for line in read_lines(file)}
 
 
 def label_of(config: Config, state: State) -> str:
@@ -199,12 +201,12 @@ def responses(config: Config, run: Run) -> list[dict[str, Any]]:
     findings = Findings(config, run)
     found = []
     for state in findings.states():
-        for pruning in findings.prunings(state):
+        for attack in findings.plan(state).answered:
             for kind in ("harmful", "benign"):
-                file = Path(pruning.folder) / f"{kind}.jsonl"
+                file = Path(attack.folder) / f"{kind}.jsonl"
                 verdicts = {v["index"]: v for v in read_lines(run.folder / state.name / "judge" / file)}
                 answers = {a["index"]: a for a in read_lines(run.folder / state.name / "attack" / file)}
-                what = {"state": state.name, "set": pruning.set, "knowledge": pruning.knowledge, "kind": kind}
+                what = {"state": state.name, "set": attack.set, "knowledge": attack.knowledge, "kind": kind}
                 found += [
                     {
                         **what,
@@ -224,10 +226,12 @@ def examples(config: Config, answers: Sequence[dict[str, Any]]) -> list[dict[str
     counts = {"harmful": config.report.examples, "benign": min(1, config.report.examples)}
     found: list[dict[str, Any]] = []
     taken: dict[tuple[str, str, str], int] = {}
+    plans = {state.name: AttackPlan.of(config.attack, state) for state in states_of(config)}
     for answer in answers:
-        own = "static" if answer["state"] == BASE.name and "static" in config.attack.knowledge else "adaptive"
+        pruned = plans[answer["state"]].find("FULL", "adaptive")
+        shown = [("ORI", "none"), *([] if pruned is None else [(pruned.set, pruned.knowledge)])]
         place = (answer["state"], answer["set"], answer["kind"])
-        if (answer["set"], answer["knowledge"]) not in (("ORI", "none"), ("FULL", own)):
+        if (answer["set"], answer["knowledge"]) not in shown:
             continue
         if taken.get(place, 0) < counts[answer["kind"]]:
             taken[place] = taken.get(place, 0) + 1
@@ -356,11 +360,9 @@ def verdicts(config: Config, run: Run) -> dict[Asked, dict[str, str]]:
     found: dict[Asked, dict[str, str]] = {}
     findings = Findings(config, run)
     for state in findings.states():
-        attacks = [(pruning.set, pruning.knowledge) for pruning in findings.prunings(state)]
-        attacks += [(which, "adaptive") for which, knowledge in attacks if state.round == 0 and knowledge == "static"]
-        for which, knowledge in dict.fromkeys(attacks):
+        for which, knowledge in [(attack.set, attack.knowledge) for attack in findings.plan(state).attacks]:
             for kind in ("harmful", "benign"):
-                judged = verdicts_of(run, state, kind, which, knowledge)
+                judged = verdicts_of(findings, state, kind, which, knowledge)
                 prompts = requests_of(run, state, kind)
                 by_text: dict[str, str] = {}
                 for index, verdict in judged.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from safeneuron.config.align import AlignTable
+from safeneuron.config.attack_plan import AttackPlan, PlannedAttack
 from safeneuron.config.schema import Config
-from safeneuron.config.states import BASE, State, selectors_for, states_of
+from safeneuron.config.states import BASE, State, states_of
 from safeneuron.data.types import Prompt
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -17,28 +17,8 @@ from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
 from safeneuron.selection.scores import Scores, choose, thresholds_for
 
-
-@dataclass(frozen=True)
-class Pruning:
-    """One attack on a state: which set of neurons is pruned, and what the attacker knew when finding it.
-
-    Beside the paper's attackers ``knowledge`` is ``rival`` (the set is named by its selector), ``operator`` (the FULL
-    set of the state itself, named by what becomes of it), ``transfer``, and ``model`` or ``input`` (an attempt without
-    pruning, by name).
-    """
-
-    set: str
-    knowledge: str
-    neurons: NeuronSet | Edit | None
-
-    @property
-    def folder(self) -> str:
-        """The attack's folder inside the state's attack stage."""
-        return self.set if self.knowledge in ("none", "control") else f"{self.knowledge}-{self.set}"
-
-
-CHANGES = ("direction", "fine-tune")
-"""The attempts that change the model; the others change the request, or how the answer begins."""
+PLAN = "plan.json"
+"""The file of the attack stage with its plan."""
 
 
 class Findings:
@@ -47,6 +27,7 @@ class Findings:
     def __init__(self, config: Config, run: Run) -> None:
         self.config = config
         self.run = run
+        self._plans: dict[State, AttackPlan] = {}
 
     def chain(self, state: State) -> list[State]:
         """T0 and the states of this training before ``state``: where neurons have been found so far."""
@@ -110,56 +91,66 @@ class Findings:
             return found.complement()
         return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
 
-    def prunings(self, state: State) -> list[Pruning]:
-        """Every attack on the state; T0's static and adaptive attackers are the same, so static stands for both."""
-        table = self.config.attack
-        attacks = [Pruning("ORI", "none", None)]
-        for knowledge in table.knowledge:
-            if knowledge == "iterated":
-                attacks.append(Pruning("FULL", knowledge, self.iterated(state)))
-                continue
-            if knowledge == "adaptive" and state == BASE and "static" in table.knowledge:
-                continue
-            attacked = BASE if knowledge == "static" else state
-            attacks += [
-                Pruning(name, knowledge, self.neurons(attacked, "neurons" if name == "FULL" else name))
-                for name in table.sets
-            ]
-        if table.random:
-            own = self.neurons(state)
-            attacks.append(Pruning("random", "control", own.random_like(self.config.seed, avoid=own)))
-        if table.curve:
-            scores = Scores.load(self.run.folder / state.name / "select" / "scores.safetensors")
-            attacks += [
-                Pruning(f"{density:g}", "curve", choose(scores, thresholds_for(scores, density)).union)
-                for density in table.curve
-            ]
-        return [*attacks, *self.further(state)]
+    def plan(self, state: State) -> AttackPlan:
+        """Every attack on the state, as its attack stage has written it, or will.
 
-    def further(self, state: State) -> list[Pruning]:
-        """The attacks beside the paper's: rival selectors, other operators, a sibling's neurons, other attempts."""
-        table = self.config.attack
+        Runs that were attacked before there was such a file have the same plan, from their config.
+        """
+        folder = self.run.folder / state.name / "attack"
+        if state not in self._plans:
+            file = folder / PLAN
+            plan = AttackPlan.from_json(read_json(file)) if file.exists() else self._plan(state)
+            if not (folder / "done.json").exists():
+                return plan
+            self._plans[state] = plan
+        return self._plans[state]
+
+    def _plan(self, state: State) -> AttackPlan:
+        """The plan from the config, with the sizes of the attacks that have been made."""
+        folder = self.run.folder / state.name / "attack"
+        plan = AttackPlan.of(self.config.attack, state)
+        tuning = plan.find("fine-tune", "model")
+        if tuning is not None and not self.demonstrations(state):
+            plan = plan.without(tuning)
+        files = {attack.folder: folder / attack.folder / "pruned.json" for attack in plan.answered}
+        return plan.sized({name: int(read_json(file)["neurons"]) for name, file in files.items() if file.exists()})
+
+    def attacked(self, state: State, attack: PlannedAttack) -> NeuronSet | Edit | None:
+        """What an attack prunes or edits on the state; None for one that leaves the neurons alone.
+
+        Raises:
+            InputError: If the neurons of a transfer are those of a model of another shape.
+        """
         folder = self.run.folder / state.name
-        found = [
-            Pruning(name, "rival", NeuronSet.load(folder / "rivals" / f"{name}.json"))
-            for name in selectors_for(self.config, state)
-        ]
-        if table.operators:
-            own, stats = self.neurons(state), ActivationStats.load(folder / "measure" / "stats.safetensors")
-            edits = {"mean": Edit.mean, "opposite": Edit.opposite}
-            found += [Pruning(name, "operator", edits[name](own, stats)) for name in table.operators]
-        if table.transfer:
-            own = self.neurons(state)
-            found.append(
-                Pruning("FULL", "transfer", NeuronSet.load(table.transfer).transferred(own.fingerprint, own.widths))
-            )
-        changes = [name for name in table.attempts if name in ("direction", "fine-tune")]
-        if "fine-tune" in changes and not self.demonstrations(state):
-            changes.remove("fine-tune")
-        found += [Pruning(name, "model", None) for name in changes]
-        return found + [
-            Pruning(name, "input", None) for name in table.attempts if name not in ("direction", "fine-tune")
-        ]
+        file = "neurons" if attack.set == "FULL" else attack.set
+        match attack.knowledge:
+            case "static":
+                return self.neurons(BASE, file)
+            case "adaptive":
+                return self.neurons(state, file)
+            case "iterated":
+                return self.iterated(state)
+            case "control":
+                neurons = self.neurons(state)
+                return neurons.random_like(self.config.seed, avoid=neurons)
+            case "curve":
+                scores = Scores.load(folder / "select" / "scores.safetensors")
+                return choose(scores, thresholds_for(scores, self._density(attack))).union
+            case "rival":
+                return NeuronSet.load(folder / "rivals" / f"{attack.set}.json")
+            case "operator":
+                edit = {"mean": Edit.mean, "opposite": Edit.opposite}[attack.set]
+                return edit(self.neurons(state), ActivationStats.load(folder / "measure" / "stats.safetensors"))
+            case "transfer":
+                neurons = self.neurons(state)
+                given = NeuronSet.load(self.config.attack.transfer)
+                return given.transferred(neurons.fingerprint, neurons.widths)
+            case _:
+                return None
+
+    def _density(self, attack: PlannedAttack) -> float:
+        """The share of neurons at a point of the curve, as the config has it: its name may be rounded."""
+        return next(density for density in self.config.attack.curve if f"{density:g}" == attack.set)
 
     def demonstrations(self, state: State) -> list[dict[str, Any]]:
         """What the fine-tuning attack on the state learns: records with ``request`` and ``answer``."""

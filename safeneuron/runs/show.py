@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safeneuron.config.attack_plan import AttackPlan
 from safeneuron.errors import InputError
 from safeneuron.reporting.terminal import Grid, grid_of, result_table
 from safeneuron.runtime.files import read_json, read_lines
@@ -155,6 +156,7 @@ def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
         "frozen.json": _frozen,
         "memory.json": _memory,
         "pruned.json": _pruned,
+        "plan.json": _plan,
         "record.json": _published,
         "results.json": lambda _: iter([]),
         "comparison.html": lambda _: iter(["Several runs side by side, to be opened in a browser."]),
@@ -248,6 +250,14 @@ def _pruned(path: Path) -> Iterator[str]:
     record = read_json(path)
     perplexity = f"perplexity of the benign text {record['perplexity']:.4g}"
     yield f"An attack that prunes {record['neurons']:,} neurons; {perplexity}."
+
+
+def _plan(path: Path) -> Iterator[str]:
+    plan = AttackPlan.from_json(read_json(path))
+    yield f"The plan of the {len(plan.answered)} attacks on the state, in order, with the neurons that each touches:"
+    for attack in plan.attacks:
+        same = f", the same as {attack.equal_to}" if attack.equal_to else ""
+        yield f"  {attack.set} ({attack.knowledge}): {attack.size:,}{same}"
 
 
 def _capability(path: Path) -> Iterator[str]:

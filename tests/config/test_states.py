@@ -23,5 +23,5 @@ def test_every_state_comes_after_the_one_it_is_trained_from():
 
 def test_nothing_contrasts_with_the_given_model_itself():
     config = parse_config(TEXT, "x")
-    assert selectors_for(config, BASE) == ["probe"]
-    assert selectors_for(config, State("dpo", 1)) == ["probe", "contrast"]
+    assert selectors_for(config.attack, BASE) == ["probe"]
+    assert selectors_for(config.attack, State("dpo", 1)) == ["probe", "contrast"]

@@ -9,13 +9,14 @@ import pytest
 
 from safeneuron.attacks.jailbreaks import input_attempts
 from safeneuron.config.attack import AttemptName
+from safeneuron.config.attack_plan import CHANGES
 from safeneuron.config.states import State
 from safeneuron.config.toml import read_config
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import RefusalPhrases
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.findings import CHANGES, Findings
+from safeneuron.runs.findings import Findings
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
 from tests.helpers.tiny_run import Watch, execute, results
@@ -71,14 +72,16 @@ def test_rivals_prune_as_many_neurons_as_the_paper(attacked):
     findings = Findings(settings, Run.open(folder))
     for state in (State("", 0), State("", 1)):
         own = findings.neurons(state)
-        sets = {p.set: p.neurons for p in findings.prunings(state) if p.knowledge == "rival"}
+        attacked = {
+            (attack.set, attack.knowledge): findings.attacked(state, attack) for attack in findings.plan(state).answered
+        }
+        sets = {name: neurons for (name, knowledge), neurons in attacked.items() if knowledge == "rival"}
         assert [len(neurons) for neurons in sets.values()] == [len(own)] * len(sets)
         for name in sets:
             assert read_json(folder / state.name / "attack" / f"rival-{name}" / "pruned.json")["neurons"] == len(own)
-        edits = {p.set: p.neurons for p in findings.prunings(state) if p.knowledge == "operator"}
+        edits = {name: edit for (name, knowledge), edit in attacked.items() if knowledge == "operator"}
         assert all(isinstance(edit, Edit) and edit.neurons == own for edit in edits.values())
-        (transferred,) = [p.neurons for p in findings.prunings(state) if p.knowledge == "transfer"]
-        assert transferred == findings.neurons(State("", 0))
+        assert attacked["FULL", "transfer"] == findings.neurons(State("", 0))
 
 
 def test_a_prefilled_answer_begins_with_its_opening(attacked):

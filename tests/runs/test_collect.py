@@ -10,6 +10,7 @@ from safeneuron.config.states import BASE, State, states_of
 from safeneuron.config.toml import read_config
 from safeneuron.evaluation.rates import corrected, mcnemar
 from safeneuron.runs.collect import state_differences
+from safeneuron.runs.findings import Findings
 from safeneuron.runs.run import Run
 
 
@@ -37,7 +38,7 @@ def verdicts(tmp_path):
 
 
 def test_states_are_compared_prompt_by_prompt(verdicts):
-    found = state_differences(Run(verdicts), [BASE, State("", 1), State("dpo", 1)])
+    found = state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE, State("", 1), State("dpo", 1)])
     names = [(record["first"], record["second"]) for record in found]
     # Each with T0 in three respects (nobody iterated), and the main training with the variant.
     assert names == [("T0", "T1")] * 3 + [("T0", "dpo-T1")] * 3 + [("dpo-T1", "T1")] * 3
@@ -53,12 +54,12 @@ def test_states_are_compared_prompt_by_prompt(verdicts):
 
 
 def test_a_run_with_one_state_compares_nothing(verdicts):
-    assert state_differences(Run(verdicts), [BASE]) == []
+    assert state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE]) == []
 
 
 def test_prompts_that_only_one_state_has_answered_are_left_out(verdicts):
     write(verdicts, "T1", "ORI", "c  c")
-    found = state_differences(Run(verdicts), [BASE, State("", 1)])
+    found = state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE, State("", 1)])
     assert (found[0]["n"], found[0]["gained"]) == (2, 2)
 
 
@@ -66,7 +67,7 @@ def test_results_of_a_run_hold_groups_and_comparisons(finished_run):
     folder, config, _ = finished_run
     results = json.loads((folder / "report" / "results.json").read_text())
     states = states_of(read_config(config))
-    assert results["differences"] == state_differences(Run(folder), states)
+    assert results["differences"] == state_differences(Findings(read_config(config), Run(folder)), states)
     iterated = [record for record in results["differences"] if record["knowledge"] == "iterated"]
     assert {record["second"] for record in iterated} == {state.name for state in states} - {"T0"}
     for state in results["states"]:

@@ -72,6 +72,7 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
         expected |= {f"{state}/iterate/search-{number}.json" for number in (1, 2)}
         expected |= {f"{state}/select/{name}" for name in ("ES.json", "SAS.json", "neurons.json", "thresholds.json")}
         expected |= {f"{state}/measure/stats.safetensors", f"{state}/select/scores.safetensors"}
+        expected.add(f"{state}/attack/plan.json")
         attacks = [*OWN, "iterated-FULL", *(() if state == "T0" else ("adaptive-ES", "adaptive-FULL"))]
         for attack in attacks:
             expected.add(f"{state}/attack/{attack}/pruned.json")
