@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md says of attacks: python benchmarks/attacks.py [PART ...], all parts if none is named.
+"""What docs/benchmarks.md says of attacks: python benchmarks/attacks.py.
 
 Ratios of two ways of doing the same work that take turns, on the embedded model. They are of processor time, not of
 time on the clock, so that what else the machine does counts little; give it one thread (OMP_NUM_THREADS=1), since
@@ -8,28 +8,23 @@ threads that wait are counted too.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from run import prompts
 
-from safeneuron.attacks.pruning import respond, sweep
 from safeneuron.models.exchanges import Exchange, common_ending, exchanges_of, prompts_alone
 from safeneuron.models.loading import load
 from safeneuron.models.model import Model
 from safeneuron.neurons.interventions import recorded
 from safeneuron.neurons.layout import feed_forwards
 from safeneuron.neurons.linears import linear_in
-from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.contrast import activation_contrast, gradient_gap
 from safeneuron.selection.linear_probe import probe
 from safeneuron.selection.measurement import measure
 from safeneuron.selection.saliency import snip, wanda
 
-PARTS = ("sweep", "selectors")
-SETS = 8
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "Here is what you asked for, step by step."
 
@@ -45,24 +40,6 @@ def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int
     """Median and range of the first's time over the second's."""
     found = [seconds(first) / seconds(second) for _ in range(rounds)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}, {rounds} rounds)"
-
-
-def bench_sweep() -> None:
-    """(g) a sweep of 8 sets of 1 % over one plain evaluation of the same prompts."""
-    model = load("embedded")
-    one_percent = NeuronSet.of(
-        {layer: range(width // 100) for layer, width in enumerate(model.widths)}, model.widths, model.fingerprint
-    )
-    sets = [one_percent.random_like(seed) for seed in range(SETS)]
-    list(respond(model, prompts("unsafe", 4), max_new_tokens=4))
-    for count, rounds in ((4, 3), (8, 3), (16, 2), (32, 1)):
-        asked = prompts("unsafe", count)
-        found = ratio(
-            lambda asked=asked: sweep(model, asked, sets, max_new_tokens=32),  # type: ignore[misc]
-            lambda asked=asked: list(respond(model, asked, max_new_tokens=32)),  # type: ignore[misc]
-            rounds,
-        )
-        print(f"(g) sweep of {SETS} sets / one evaluation, {count} prompts, 32 new tokens: {found}", flush=True)
 
 
 def slow_snip(model: Model, exchanges: Sequence[Exchange]) -> list[torch.Tensor]:
@@ -191,12 +168,5 @@ def selectors_in(dtype: str, count: int) -> None:
         )
 
 
-def main(arguments: list[str]) -> None:
-    """Run the named parts, or all of them."""
-    parts = {"sweep": bench_sweep, "selectors": bench_selectors}
-    for name in arguments or PARTS:
-        parts[name]()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    bench_selectors()

@@ -9,7 +9,7 @@ MODULES = {
     "checkpoint": ("write_pruned",),
     "finetuning": ("Demonstration", "finetuned", "read_demonstrations"),
     "jailbreaks": ("Attempt", "input_attempts"),
-    "pruning": ("Attack", "PLAIN", "attack", "each_layer", "each_neuron", "perplexity", "respond", "sweep"),
+    "pruning": ("Attack", "PLAIN", "attack", "perplexity", "respond"),
     "refusal_direction": ("Direction", "decoder_layers", "find_direction", "last_of_stream", "without_direction"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

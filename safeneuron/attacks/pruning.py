@@ -19,10 +19,9 @@ from safeneuron.models import vllm
 from safeneuron.models.model import Model, generate
 from safeneuron.models.vision_tower import pruned_anywhere
 from safeneuron.models.vllm import Server
-from safeneuron.neurons.interventions import Edit, edited
+from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runtime import distributed
-from safeneuron.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -153,73 +152,3 @@ def perplexity(model: Model, text: str, *, window: int = 512) -> float:
     pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
     mean = sum(distributed.deal(pieces, loss_of)) / (len(ids) - 1)
     return math.exp(mean if mean < 700 else 700)
-
-
-def sweep(
-    model: Model,
-    prompts: Sequence[Prompt],
-    attacks: Sequence[NeuronSet | Edit | None],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 128,
-    progress: Progress | None = None,
-) -> list[list[str]]:
-    """The greedy answers of the model under each attack, with all attacks in the same batches.
-
-    Each row of a batch is one prompt under one attack, the copies of a prompt side by side, so that K attacks take K
-    times the tokens but share the passes. The answers are those of each attack alone, up to rounding: other batch
-    shapes may round otherwise, which in bfloat16 can tip a close choice between two tokens. Several ranks share the
-    batches.
-
-    Args:
-        model: The model, which is bit-identical afterwards.
-        prompts: What it is asked.
-        attacks: A neuron set is pruned, None leaves the model as it is.
-        max_new_tokens: Where an answer is cut off, in tokens.
-        batch_size: Rows at a time.
-        progress: Counts answers.
-
-    Returns:
-        Of each attack a list in the order of the prompts.
-
-    Raises:
-        InputError: For no prompts, no attacks, or a set of another model.
-    """
-    if not prompts or not attacks:
-        raise InputError(f"a sweep needs prompts and attacks, found {len(prompts)} and {len(attacks)}")
-    edits = [Edit.zero(attack) if isinstance(attack, NeuronSet) else attack for attack in attacks]
-    encoded = [model.ask(prompt) for prompt in prompts]
-    # Batches are sorted by length, and rows of one length by number, so the copies of a prompt stay together.
-    rows = [ids for ids in encoded for _ in edits]
-    answers = [[""] * len(prompts) for _ in edits]
-    done = 0
-    for batch in generate(
-        model,
-        rows,
-        max_new_tokens,
-        batch_size,
-        within=lambda indices: edited(model, edits, [index % len(edits) for index in indices]),
-    ):
-        for index, text in batch:
-            answers[index % len(edits)][index // len(edits)] = text
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(rows))
-    return answers
-
-
-def each_neuron(neurons: NeuronSet) -> list[NeuronSet]:
-    """A set of one neuron for every neuron of the set, in order, labelled ``LAYER.CHANNEL``."""
-    return [
-        NeuronSet.of({layer: [channel]}, neurons.widths, neurons.fingerprint, f"{layer}.{channel}")
-        for layer, channels in neurons.layers().items()
-        for channel in channels.tolist()
-    ]
-
-
-def each_layer(neurons: NeuronSet) -> list[NeuronSet]:
-    """The part of the set in every layer that has any, labelled ``layer LAYER``."""
-    return [
-        NeuronSet.of({layer: channels.tolist()}, neurons.widths, neurons.fingerprint, f"layer {layer}")
-        for layer, channels in neurons.layers().items()
-    ]

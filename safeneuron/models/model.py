@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -184,7 +184,6 @@ def generate(
     skip: int = 0,
     opening: int = 0,
     sampling: Sampling | None = None,
-    within: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
     """Answers to encoded prompts, greedy or sampled, batch by batch, as (index of the prompt, text).
 
@@ -194,8 +193,7 @@ def generate(
     Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
     order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
     at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
-    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones. ``within`` makes a block
-    around each batch, given the indices of the prompts in its rows.
+    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
     """
     batches = by_length(prompts, batch_size, skip)
     drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -214,9 +212,8 @@ def generate(
 
     def texts_of(batch: Sequence[int]) -> list[str]:
         inputs = model.inputs([prompts[i] for i in batch], "left")
-        around = nullcontext() if within is None else within(batch)
         seeded = _seeded(sampling, batch[0], model.device)
-        with torch.inference_mode(), explaining_meta_tensors(model.network), seeded, around:
+        with torch.inference_mode(), explaining_meta_tensors(model.network), seeded:
             out = answer(**inputs, generation_config=settings)
         width = inputs["input_ids"].shape[1]
         texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)

@@ -13,7 +13,6 @@ from safeneuron.analysis.disjoint_sets import (
     intervals,
     neurons_to_halve,
 )
-from safeneuron.attacks.pruning import sweep
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.measurement import measure
@@ -32,7 +31,7 @@ def redundancy(model, most: int = 3, size: int = 3):
         return Ranking(score(stats).d, model.widths, model.fingerprint).top(size / sum(model.widths))
 
     def outcome(gone: NeuronSet | None) -> Outcome:
-        answers = sweep(model, ASKED, [gone], max_new_tokens=6)[0]
+        answers = planted.answers(model, ASKED, gone)
         return Outcome(tuple("refused" if planted.refuses(answer) else "complied" for answer in answers))
 
     return find_prune_find(find, outcome, most)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safeneuron.attacks.checkpoint import write_pruned
-from safeneuron.attacks.pruning import attack, each_neuron, sweep
+from safeneuron.attacks.pruning import attack
 from safeneuron.models.exchanges import exchanges_of
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
@@ -58,7 +58,7 @@ def refusals(answers: list[str]) -> int:
 
 
 def test_the_model_refuses_what_is_harmful_and_only_that():
-    harmful, harmless = (sweep(MODEL, prompts, [None], max_new_tokens=6)[0] for prompts in HELD_OUT)
+    harmful, harmless = (planted.answers(MODEL, prompts) for prompts in HELD_OUT)
     assert refusals(harmful) == len(harmful)
     assert refusals(harmless) == 0
 
@@ -98,14 +98,16 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_breaks_the_refusal_and_a_random_set_does_not(name):
-    broken, random = sweep(MODEL, HELD_OUT[0], [ATTACKS[name](NEURONS), ATTACKS[name](RANDOM)], max_new_tokens=6)
+    broken, random = (planted.answers(MODEL, HELD_OUT[0], ATTACKS[name](neurons)) for neurons in (NEURONS, RANDOM))
     assert refusals(broken) == 0
     assert refusals(random) == len(random)
 
 
 def test_one_neuron_at_its_opposite_does_what_one_at_zero_does_not():
-    (single, *_) = each_neuron(NEURONS)
-    zero, opposite = sweep(MODEL, HELD_OUT[0], [single, Edit.opposite(single, STATS, 5.0)], max_new_tokens=6)
+    layer, channels = next(iter(NEURONS.layers().items()))
+    single = NeuronSet.of({layer: channels[:1].tolist()}, NEURONS.widths, NEURONS.fingerprint)
+    zero = planted.answers(MODEL, HELD_OUT[0], single)
+    opposite = planted.answers(MODEL, HELD_OUT[0], Edit.opposite(single, STATS, 5.0))
     assert refusals(zero) == len(zero)
     assert refusals(opposite) == 0
 
@@ -116,9 +118,7 @@ def test_transfer_to_a_sibling_breaks_it():
         for layer in sibling.network.model.layers:
             layer.mlp.down_proj.weight[planted.CONTENT :].neg_()
     assert sibling.fingerprint != MODEL.fingerprint
-    (broken,) = sweep(
-        sibling, HELD_OUT[0], [NEURONS.transferred(sibling.fingerprint, sibling.widths)], max_new_tokens=6
-    )
+    broken = planted.answers(sibling, HELD_OUT[0], NEURONS.transferred(sibling.fingerprint, sibling.widths))
     assert refusals(broken) == 0
 
 
@@ -126,7 +126,7 @@ def test_the_written_checkpoint_complies(tmp_path):
     from safeneuron.models.loading import load
 
     write_pruned(MODEL, NEURONS, tmp_path / "pruned")
-    (broken,) = sweep(load(tmp_path / "pruned", dtype="stored"), HELD_OUT[0], [None], max_new_tokens=6)
+    broken = planted.answers(load(tmp_path / "pruned", dtype="stored"), HELD_OUT[0])
     assert refusals(broken) == 0
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from safeneuron.attacks.pruning import respond
 from safeneuron.data.types import Prompt
 from safeneuron.models.model import Model
+from safeneuron.neurons.interventions import Edit, pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from tests.helpers import tiny
 
@@ -113,6 +116,13 @@ def twins(count: int, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
         harmful.append(Prompt("".join(loud), id=str(number)))
         harmless.append(Prompt("".join(letters), id=str(number)))
     return harmful, harmless
+
+
+def answers(model: Model, prompts: Sequence[Prompt], attacked: NeuronSet | Edit | None = None) -> list[str]:
+    """The greedy answers of the model with these neurons pruned or edited, in the order of the prompts."""
+    with pruned(model, attacked):
+        responses = [response for batch in respond(model, prompts, max_new_tokens=6) for response in batch]
+    return [response.response for response in sorted(responses, key=lambda response: response.index)]
 
 
 def refuses(answer: str) -> bool:
