@@ -21,4 +21,4 @@ def test_the_examples_are_one_program_that_runs(monkeypatch, capsys):
     for example in examples:
         exec(compile(example, PAGE.name, "exec"), names)
     assert names["found"]["probe at its threshold"] == planted.neurons(names["model"])
-    assert "6 attacks on 4 prompts" in capsys.readouterr().out
+    assert "neurons pruned: 2 answers" in capsys.readouterr().out
