@@ -18,7 +18,7 @@ from safeneuron.runs.attackers import require_given
 from safeneuron.runs.context import RunContext
 from safeneuron.runs.run import Run
 from safeneuron.runs.runner import Runner, kind_of
-from safeneuron.runs.stages import VERBS, stages_of, verb_for
+from safeneuron.runs.stages import KINDS_OF_VERB, stages_of, verb_for
 from safeneuron.runtime.devices import reuse_memory
 from safeneuron.runtime.files import read_json, write_text
 from safeneuron.runtime.progress import Watcher
@@ -40,7 +40,7 @@ class Pipeline:
         self.config = config
         self.watcher = watcher
         self.run = run
-        self.runner = Runner(run, watcher, kinds=VERBS[verb] if verb else (), logs=True)
+        self.runner = Runner(run, watcher, kinds=KINDS_OF_VERB[verb] if verb else (), logs=True)
 
     def execute(self) -> None:
         """Do whatever is not done yet, in order.

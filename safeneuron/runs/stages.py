@@ -46,7 +46,7 @@ from safeneuron.training.settings import TrainingSettings
 PROMPTS = ("unsafe", "safe", "test_unsafe", "test_safe")
 """The roles of prompts: two classes on which neurons are found, and two that attacks are tested with."""
 
-VERBS = {
+KINDS_OF_VERB = {
     "measure": ("data", "measure"),
     "select": ("data", "select"),
     "attack": ("data", "iterate", "rivals", "attack", "judge", "capability"),
@@ -58,7 +58,7 @@ VERBS = {
 
 def verb_for(stage: str) -> str:
     """The verb of the command line that makes a stage, by the stage's name."""
-    return next(verb for verb, kinds in VERBS.items() if kind_of(stage) in kinds)
+    return next(verb for verb, kinds in KINDS_OF_VERB.items() if kind_of(stage) in kinds)
 
 
 def stages_of(context: RunContext) -> Iterator[StageSpec]:
