@@ -1,55 +1,22 @@
-"""The command line: quick help, one sentence for every mistake, exit codes, Ctrl-C, and a whole run from the shell."""
+"""The command line: quick help, one sentence for every mistake, and exit codes."""
 
-import io
-import json
-import os
 import re
 import resource
-import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import safeneuron
-from safeneuron.cli import app, console, run
-from safeneuron.config.toml import parse_config, presets, read_config
+from safeneuron.cli import run
 from safeneuron.errors import InputError
-from tests.helpers.tiny_run import results
+from tests.helpers.command_line import ENVIRONMENT, PROGRAM, invoke, program, refusal
 
 VERBS = (
     "run", "audit", "measure", "select", "align", "attack", "report", "publish", "redteam", "judge", "prune", "compare",
     "config", "plan", "show",
 )  # fmt: skip
-PROGRAM = [sys.executable, "-c", "from safeneuron.cli import main; main()"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(safeneuron.__file__).parents[1]), "COLUMNS": "100"}
-SMALL = [
-    *("--set", 'attack.sets=["FULL"]', "--set", 'attack.knowledge=["static"]', "--set", "attack.random=false"),
-    *("--set", "attack.curve=[]", "--set", "variants={}", "--set", "align.rounds=1"),
-]
-
-
-def invoke(*arguments: object) -> Result:
-    """The program in this process."""
-    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
-
-
-def program(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own."""
-    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT, **options)
-
-
-def refusal(result: Result) -> str:
-    """The one sentence on stderr of a program that ended with exit code 2."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 # -- help -------------------------------------------------------------------------------------------------------------
@@ -83,6 +50,18 @@ def test_help_of_a_verb_loads_nothing_heavy():
     code = "import sys\nfrom safeneuron.cli import app\ntry: app(['run', '--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'scipy', 'safeneuron.config.tables'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_verbs(shell):
+    """What the program answers to the script that ``--install-completion`` writes, here to ``safeneuron rep<Tab>``."""
+    asked = {"_SAFENEURON_COMPLETE": f"complete_{shell}", "COMP_WORDS": "safeneuron rep", "COMP_CWORD": "1"}
+    asked |= {"_TYPER_COMPLETE_ARGS": "safeneuron rep", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    code = "import sys; sys.argv = ['safeneuron']; from safeneuron.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT, **asked})
+    assert "report" in done.stdout
+    assert "redteam" not in done.stdout
+    assert "--install-completion" in invoke("--help").stdout
 
 
 def test_version():
@@ -150,19 +129,6 @@ def test_a_malformed_config_names_its_line(tmp_path):
     assert str(path) in message
 
 
-def test_an_audit_of_a_missing_model_says_so(finished_run, tmp_path):
-    config = finished_run[1]
-    prompts = [f"data.{role}=[{{path='{config.parent}/{role}.jsonl'}}]" for role in
-               ("unsafe", "safe", "test_unsafe", "test_safe")]  # fmt: skip
-    missing = tmp_path / "models" / "nothing here"
-    done = invoke("audit", missing, "--out", tmp_path / "run", *(part for one in prompts for part in ("--set", one)))
-    *warnings, error = done.stderr.splitlines()
-    assert done.exit_code == 2
-    assert error.startswith(f"error: the model {str(missing)!r} cannot be loaded")
-    assert all(line.startswith("warning: ") for line in warnings)
-    assert parse_config((tmp_path / "run" / "config.toml").read_text(), "").name == "audit-nothing-here"
-
-
 def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
@@ -207,163 +173,3 @@ def test_a_reader_that_goes_away_is_no_error():
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait() == 1
-
-
-# -- config -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", presets())
-def test_config_prints_the_preset(name):
-    done = invoke("config", name)
-    assert done.exit_code == 0
-    assert parse_config(done.stdout, "printed") == read_config(name)
-    assert "# " in done.stdout
-
-
-def test_config_without_a_name_prints_the_default():
-    assert tomllib.loads(invoke("config").stdout) == tomllib.loads(invoke("config", "default").stdout)
-
-
-# -- a run ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(finished_run, tmp_path_factory):
-    """A small run made by the program: ``(config, its folder, what it printed)``."""
-    folder = tmp_path_factory.mktemp("cli") / "run [1]"
-    done = invoke("run", finished_run[1], "--out", folder, *SMALL)
-    assert done.exit_code == 0, done.output
-    return finished_run[1], folder, done
-
-
-def test_a_run_prints_its_stages_its_table_and_its_files(finished):
-    _, folder, done = finished
-    lines = done.stdout.splitlines()
-    assert lines[0] == "data ..."
-    assert re.fullmatch(r"data: done in \d+\.\d s", lines[1])
-    assert any(line.startswith("T1/align: done in ") for line in lines)
-    table = lines.index("ASR in % of " + read_config(folder / "config.toml").model.name
-                        + ": harmful test prompts that are answered, by neurons pruned")  # fmt: skip
-    assert [line.split("  ")[0] for line in lines[table + 3 : table + 5]] == ["base model", "freeze"]
-    assert lines[-3:] == [f"wrote {folder}/report/{name}" for name in ("report.html", "report.md", "results.json")]
-    assert all(Path(line.removeprefix("wrote ")).is_file() for line in lines[-3:])
-    warnings = done.stderr.splitlines()
-    assert all(line.startswith("warning: ") for line in warnings)
-    assert len(warnings) == len(set(warnings)) > 0
-
-
-def test_run_again_skips_everything_in_one_line_each(finished):
-    config, folder, _ = finished
-    done = invoke("run", config, "--out", folder, *SMALL)
-    lines = done.stdout.splitlines()
-    stages = [line.removesuffix(": done before, skipped") for line in lines if line.endswith(": done before, skipped")]
-    assert stages == ["data", "T0/measure", "T0/select", "T0/attack", "T0/judge", "T0/pairs", "T1/align", "T1/measure",
-                      "T1/select", "T1/attack", "T1/judge", "report"]  # fmt: skip
-    assert lines[len(stages)] == ""
-    assert done.stderr == ""
-    assert "..." not in done.stdout
-
-
-def test_redo_and_verbs_take_the_folder_of_the_run(finished):
-    _, folder, _ = finished
-    expected = results(folder)
-    done = invoke("attack", folder, "--redo", "T1/judge")
-    assert done.exit_code == 0
-    assert "report: deleted, will be made again\nT1/judge: deleted, will be made again" in done.stdout
-    assert "T1/judge: done in" in done.stdout
-    assert "is not complete yet; continue with: safeneuron run" in done.stdout
-    assert invoke("report", folder).stdout.splitlines()[-1] == f"wrote {folder}/report/results.json"
-    assert results(folder) == expected
-
-
-def test_a_changed_setting_is_refused_with_its_name(finished):
-    config, folder, _ = finished
-    message = refusal(invoke("run", config, "--out", folder, *SMALL, "--set", "align.beta=0.5"))
-    assert "align.beta was 0.1 and is now 0.5" in message
-    assert invoke("report", folder).exit_code == 0, "the run still has its own config"
-
-
-def test_a_run_in_use_is_refused(finished):
-    from safeneuron.runs.run import Run
-
-    config, folder, _ = finished
-    with Run(folder).locked():
-        assert "another process is working on" in refusal(invoke("run", config, "--out", folder, *SMALL))
-
-
-def test_plan_prints_a_table_without_the_weights(finished_run, tmp_path):
-    """Of a model whose folder has nothing but its config."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text((finished_run[1].parent / "model" / "config.json").read_text())
-    changes = ("--set", f'model.name="{tmp_path / "model"}"', "--set", "variants={}")
-    done = invoke("plan", finished_run[1], *changes, "--device-memory", "24GB", "--devices", 2, "--replicated")
-    lines = done.stdout.splitlines()
-    assert lines[1] == "on each of 2 devices with 24.0 GB, each of which holds everything (DDP); figures in GB"
-    assert lines[3].split() == ["measure", "attack", "align"]
-    assert ["fits", "yes", "yes", "yes"] in [line.split() for line in lines]
-    assert lines[-3].startswith("align: fits with 1 pair at a time, up to ")
-    assert lines[-1].startswith("time: unknown")
-    timed = invoke("plan", finished_run[1], *changes, "--like", finished_run[0]).stdout.splitlines()
-    assert [line.split()[0] for line in timed[-10:-3]][-4:] == ["attack", "judge", "pairs", "align"]
-    assert "expects a size such as 80GB" in refusal(invoke("plan", "demo", "--device-memory", "huge"))
-
-
-def test_show_explains_the_run(finished):
-    _, folder, _ = finished
-    done = invoke("show", folder)
-    assert done.exit_code == 0
-    assert done.stdout.startswith("A run: 12 finished stages")
-    assert "ASR in %" in done.stdout
-    assert "Scores of 144 neurons" in invoke("show", folder / "T0" / "select" / "scores.safetensors").stdout
-
-
-def test_without_out_the_run_stands_under_its_name(finished_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = invoke("measure", finished_run[1], *SMALL)
-    assert done.exit_code == 0
-    assert (tmp_path / "runs" / "tiny" / "T0" / "measure" / "done.json").exists()
-
-
-# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
-
-
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(finished, tmp_path):
-    config, straight, _ = finished
-    arguments = ["run", str(config), "--out", str(tmp_path / "run"), *SMALL]
-    process = subprocess.Popen(
-        [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    for line in process.stdout:
-        if line.startswith("T1/align ..."):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped; what is finished is kept, and the same command goes on from here"
-    assert "Traceback" not in errors
-    assert not (tmp_path / "run" / "T1" / "align" / "done.json").exists()
-    done = invoke(*arguments)
-    assert done.exit_code == 0
-    assert "T0/attack: done before, skipped" in done.stdout
-    assert results(tmp_path / "run") == results(straight)
-    assert json.loads(results(straight))["states"][1]["align"]["steps"] == 4
-
-
-# -- on a terminal ----------------------------------------------------------------------------------------------------
-
-
-def test_a_bar_estimates_the_time_left_also_when_steps_are_slow(monkeypatch):
-    clock = [0.0]
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
-    monkeypatch.setattr(console, "out", terminal)
-    bars = console.Bars()
-    bars.bars.get_time = lambda: clock[0]
-    bars.began("T1/attack")
-    for step in (1, 2, 3):
-        clock[0] = 200.0 * step
-        bars.progress(step, 10)
-    (task,) = bars.bars.tasks
-    assert task.time_remaining == 7 * 200
-    bars.ended("T1/attack", 600.0, skipped=False)
-    assert bars.bars.tasks == []
-    assert "T1/attack: done in 600.0 s" in terminal.file.getvalue()

@@ -1,4 +1,4 @@
-"""The verbs ``compare``, ``prune`` and ``config``: what they print and write, and one sentence for every mistake."""
+"""The verbs ``prune``, ``config``, ``plan`` and ``doctor``: what they print and write, and a sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import jsonschema
 import pytest
 import torch
 
+from safeneuron.config.toml import parse_config, presets, read_config
 from safeneuron.models import loading
 from safeneuron.models.loading import load
 from safeneuron.neurons.interventions import Edit, pruned
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.selection.ranking import Ranking
-from tests.cli.test_app import invoke, refusal
 from tests.helpers import planted
+from tests.helpers.command_line import invoke, refusal
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a planted model, its neurons, others, a sibling's, another shape's, and two rankings."""
+    """A folder with a planted model, its neurons, a sibling's and another shape's."""
     folder = tmp_path_factory.mktemp("attacks")
     model = planted.model()
     model.save(folder / "model")
@@ -31,9 +31,6 @@ def world(tmp_path_factory):
     )
     neurons.transferred("0123456789abcdef").save(folder / "sibling.json")
     NeuronSet.of({0: [1]}, (8,), "0123456789abcdef").save(folder / "shape.json")
-    for seed in (0, 1):
-        values = torch.randn(144, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        Ranking(values, model.widths, model.fingerprint, f"r{seed}").save(folder / f"r{seed}.safetensors")
     return folder
 
 
@@ -41,34 +38,6 @@ def logits(model) -> torch.Tensor:
     ids = torch.tensor([model.encode([{"role": "user", "content": "what a l!!!oud r!equ!est"}])])
     with torch.no_grad():
         return model.network(input_ids=ids).logits
-
-
-def test_compare_prints_the_overlap(world):
-    done = invoke("compare", world / "planted.json", world / "other.json")
-    assert done.exit_code == 0, done.output
-    assert "first   planted: 5 of 144 neurons (3.47%)" in done.output
-    assert "in both 1; by chance 0.3; Jaccard 0.100" in done.output
-    assert "correlation" not in done.output
-
-
-def test_compare_with_rankings(world):
-    scores = ["--scores", world / "r0.safetensors", world / "r1.safetensors"]
-    done = invoke("compare", world / "planted.json", world / "planted.json", *scores)
-    assert done.exit_code == 0, done.output
-    assert "Jaccard 1.000" in done.output
-    assert "rank correlation of the scores" in done.output
-
-
-@pytest.mark.parametrize(
-    ("second", "said"),
-    [
-        ("sibling.json", "different models of one shape"),
-        ("shape.json", "the second of one with 1 layers and 8 neurons"),
-        ("nothing.json", "nothing.json"),
-    ],
-)
-def test_compare_refuses_what_cannot_be_compared(world, second, said):
-    assert said in refusal(invoke("compare", world / "planted.json", world / second))
 
 
 @pytest.mark.parametrize(("options", "operator"), [([], "zero"), (["--factor", "0.5"], "scale 0.5")])
@@ -144,3 +113,32 @@ def test_a_schema_of_nothing_is_refused():
     done = invoke("config", "--schema", "nothing")
     assert done.exit_code == 2
     assert "neurons" in done.output
+
+
+@pytest.mark.parametrize("name", presets())
+def test_config_prints_the_preset(name):
+    done = invoke("config", name)
+    assert done.exit_code == 0
+    assert parse_config(done.stdout, "printed") == read_config(name)
+    assert "# " in done.stdout
+
+
+def test_config_without_a_name_prints_the_default():
+    assert tomllib.loads(invoke("config").stdout) == tomllib.loads(invoke("config", "default").stdout)
+
+
+def test_plan_prints_a_table_without_the_weights(finished_run, tmp_path):
+    """Of a model whose folder has nothing but its config."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((finished_run[1].parent / "model" / "config.json").read_text())
+    changes = ("--set", f'model.name="{tmp_path / "model"}"', "--set", "variants={}")
+    done = invoke("plan", finished_run[1], *changes, "--device-memory", "24GB", "--devices", 2, "--replicated")
+    lines = done.stdout.splitlines()
+    assert lines[1] == "on each of 2 devices with 24.0 GB, each of which holds everything (DDP); figures in GB"
+    assert lines[3].split() == ["measure", "attack", "align"]
+    assert ["fits", "yes", "yes", "yes"] in [line.split() for line in lines]
+    assert lines[-3].startswith("align: fits with 1 pair at a time, up to ")
+    assert lines[-1].startswith("time: unknown")
+    timed = invoke("plan", finished_run[1], *changes, "--like", finished_run[0]).stdout.splitlines()
+    assert [line.split()[0] for line in timed[-10:-3]][-4:] == ["attack", "judge", "pairs", "align"]
+    assert "expects a size such as 80GB" in refusal(invoke("plan", "demo", "--device-memory", "huge"))

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from safeneuron.cli.app import app
 from safeneuron.data.images import opened
 from safeneuron.data.pairs import read_pairs
 from safeneuron.data.prompts import read_prompts
@@ -104,20 +102,3 @@ def test_a_source_draws_its_prompts_and_pairs(tmp_path: Path) -> None:
     (pair,) = read_pairs(Source(str(path), as_image=True, said="Look."))
     assert pair.prompt[0]["content"] == "Look."
     assert Image.open(BytesIO(pair.image)).size == (760, 760)
-
-
-def test_the_command_writes_a_file_of_prompts_with_images(tmp_path: Path) -> None:
-    path = tmp_path / "questions.csv"
-    path.write_text("goal,category\nWhat is 7 + 5?,sums\nWho was Ada?,people\n")
-    words = ["draw", str(path), "--out", str(tmp_path / "drawn"), "--size", "300", "--said", "Solve it."]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    assert "2 prompts" in result.output
-    found = read_prompts(tmp_path / "drawn" / "prompts.jsonl")
-    assert [(p.text, p.category, p.said) for p in found] == [
-        ("What is 7 + 5?", "sums", "Solve it."),
-        ("Who was Ada?", "people", "Solve it."),
-    ]
-    assert [opened(prompt.image).tobytes() for prompt in found] == [draw(p.text, 300).tobytes() for p in found]
-    (tmp_path / "drawn").rename(tmp_path / "moved")
-    assert len(read_prompts(tmp_path / "moved" / "prompts.jsonl")) == 2, "paths are relative to the file"

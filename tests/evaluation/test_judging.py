@@ -1,13 +1,11 @@
-"""Verdicts by one judge or several, on lists and on files, and the command that adds them to a file."""
+"""Verdicts by one judge or several, on lists and on files."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from safeneuron.cli.app import app
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import RefusalPhrases
 from safeneuron.evaluation.judging import judged, read_answers, verdict_lines
@@ -93,45 +91,3 @@ def test_the_usual_columns_are_found(tmp_path):
 def test_mistakes_in_a_file_are_placed(tmp_path, rows, said):
     with pytest.raises(InputError, match=said):
         read_answers(written(tmp_path / "a.jsonl", rows))
-
-
-def invoke(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return done.exit_code, done.output
-
-
-def test_the_command_adds_verdicts_to_a_file(tmp_path):
-    rows = [{"prompt": prompt, "response": response, "n": n} for n, (prompt, response) in enumerate(ANSWERS)]
-    path = written(tmp_path / "a.jsonl", rows)
-    before = path.read_bytes()
-    code, output = invoke("judge", path, "--judge", "refusal-phrases")
-    assert code == 0, output
-    assert "refusal-phrases: 4 answers, 1 refused, 1 complied, 2 incoherent" in output
-    found = [json.loads(line) for line in (tmp_path / "a.judged.jsonl").read_text().splitlines()]
-    assert [row["verdict"] for row in found] == ["refused", "complied", "incoherent", "incoherent"]
-    assert [row["n"] for row in found] == [0, 1, 2, 3]
-    assert path.read_bytes() == before
-    code, _ = invoke("judge", path, "--out", tmp_path / "b.jsonl")
-    assert code == 0
-    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.judged.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--judge", "refusal-phrase"], "judge.name"),
-        (["--judge", "refusal-phrases", "--judge", "refusal-phrases"], "name must hold different judges"),
-        (["--judge", "rubric"], "the judge rubric needs url and model"),
-        (["--rule", "most"], "judge.rule = 'most'"),
-        (["--prompt", "q"], "line 1: 'q' must be text, found nothing"),
-        (["--out", "a.jsonl"], "would be lost"),
-    ],
-)
-def test_mistakes_of_the_command_are_one_sentence(tmp_path, monkeypatch, options, said):
-    monkeypatch.chdir(tmp_path)
-    path = written(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}])
-    code, output = invoke("judge", path, *options)
-    assert code == 2
-    assert output.startswith("error: ")
-    assert said in output
-    assert sorted(tmp_path.iterdir()) == [path]
