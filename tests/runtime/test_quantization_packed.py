@@ -97,17 +97,17 @@ def test_fingerprints_of_packed_models_differ(packed):
 
 def test_what_needs_the_weights_is_refused(packed):
     pairs = [Pair(({"role": "user", "content": "hm"},), "yes", "no")]
-    with pytest.raises(InputError, match=r"the FFN weights are quantised \(PackedLinear in layer 0\)"):
+    with pytest.raises(InputError, match="PackedLinear"):
         Freeze(packed, some(packed))
     with (
-        pytest.raises(InputError, match=r"packed \(PackedLinear\), so single ones"),
+        pytest.raises(InputError, match="single ones"),
         with_edit_in_weights(packed, Edit.zero(some(packed))),
     ):
         pass
     for rank in (0, 4):
-        with pytest.raises(InputError, match=r"packed \(PackedLinear\).*FreezeNeurons in a trainer of your own"):
+        with pytest.raises(InputError, match="FreezeNeurons"):
             align(packed, pairs, None, TrainingSettings(lora_rank=rank))
-    with pytest.raises(InputError, match="SNIP and Wanda read FFNs of torch's linear layers"):
+    with pytest.raises(InputError, match="SNIP"):
         wanda(packed, exchanges_of(packed, [Prompt("a")] * 2, ["b", "c"]))
 
 
@@ -116,7 +116,7 @@ def test_adapters_beside_packed_attention_are_kept_apart(packed):
         layer.self_attn.q_proj = nn.Linear(tiny.HIDDEN, 32, bias=False)
     adapted = get_peft_model(packed.network, LoraConfig(r=2, target_modules=["q_proj"]))
     assert Freeze(adapted, some(packed)).slices == []
-    with pytest.raises(InputError, match=r"packed \(PackedLinear\).*keep them beside the model"):
+    with pytest.raises(InputError, match="beside the model"):
         merge_adapters(adapted)
 
 
@@ -198,9 +198,9 @@ def test_a_checkpoint_that_its_own_library_runs(method, tmp_path, monkeypatch):
     with torch.no_grad():
         assert (ours - plain.network(IDS).logits).abs().max() < 0.05
     assert any(not torch.equal(weight, before[name]) for name, weight in snapshot(plain.network).items())
-    with pytest.raises(InputError, match=r"packed .*, so single ones"), with_edit_in_weights(model, Edit.zero(neurons)):
+    with pytest.raises(InputError, match="single ones"), with_edit_in_weights(model, Edit.zero(neurons)):
         pass
-    with pytest.raises(InputError, match="the FFN weights are quantised"):
+    with pytest.raises(InputError, match="quantised"):
         Freeze(model, neurons)
     assert prove(model).unproved == ("the weights of layer 0 mlp, which are quantised or spread",)
 
@@ -222,7 +222,7 @@ def test_square_matrices_that_cannot_be_told_apart_are_refused(monkeypatch):
     model = tiny.model()
     for layer in model.network.model.layers:
         layer.mlp = Misleading(*(getattr(layer.mlp, f"{name}_proj") for name in ("down", "gate", "up")))
-    with pytest.raises(InputError, match="what was taken for its output projection runs before its other matrices"):
+    with pytest.raises(InputError, match="output projection"):
         prove(model)
 
 
