@@ -56,6 +56,24 @@ freeze = "none"
 """
 
 
+STATES = ("T0", "T1", "T2", "dpo-T1")
+"""The states of the config, in order."""
+SMALL = (
+    'attack.sets=["FULL"]', 'attack.knowledge=["static"]', "attack.random=false", "attack.curve=[]", "variants={}",
+    "align.rounds=1",
+)  # fmt: skip
+"""Changes that leave one round of one training, and one attack."""
+
+
+class AnswersJudge:
+    """A judge that finds every answer usable, but for the first two of a list, of which it cannot say anything."""
+
+    name = "answers"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        return ["cannot say", "cannot say", *["complied"] * (len(responses) - 2)]
+
+
 def write_world(folder: Path) -> Path:
     """Write a tiny model, prompts and pairs into ``folder``, and the config that uses them; the config's path."""
     tiny.model().save(folder / "model")
@@ -127,6 +145,11 @@ def execute(
         pipeline.execute()
         pipeline.require_work()
     return watch
+
+
+def stages_in(folder: Path) -> set[str]:
+    """The names of the finished stages of a run."""
+    return {str(marker.parent.relative_to(folder)) for marker in folder.rglob("done.json")}
 
 
 def results(folder: Path) -> bytes:

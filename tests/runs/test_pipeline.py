@@ -4,36 +4,23 @@ import json
 import mmap
 import resource
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from safeneuron.config.states import State, previous, states_of
 from safeneuron.config.toml import read_config
-from safeneuron.data.prompts import read_prompts
-from safeneuron.data.types import Pair, Prompt
 from safeneuron.errors import InputError
-from safeneuron.models.loading import load
 from safeneuron.models.model import Model
-from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.neurons.weights import owned_slices
 from safeneuron.runs import stages
-from safeneuron.runs.findings import Findings
 from safeneuron.runs.pipeline import prepare
 from safeneuron.runs.run import Run, Stage
 from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory
 from safeneuron.runtime.files import read_json, read_lines
-from tests.helpers.tiny_run import Watch, execute, results
+from tests.helpers.tiny_run import SMALL, STATES, Watch, execute, results, stages_in
 
-STATES = ("T0", "T1", "T2", "dpo-T1")
 OWN = ("ORI", "static-ES", "static-FULL", "random")
-SMALL = (
-    'attack.sets=["FULL"]', 'attack.knowledge=["static"]', "attack.random=false", "attack.curve=[]", "variants={}",
-    "align.rounds=1",
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -48,10 +35,6 @@ def sentence(error: pytest.ExceptionInfo[InputError]) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-def stages_in(folder: Path) -> set[str]:
-    return {str(marker.parent.relative_to(folder)) for marker in folder.rglob("done.json")}
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -95,15 +78,6 @@ def test_a_run_leaves_every_file_of_its_directory(finished_run):
     assert {"report/figures/attack.svg", "report/figures/layers.svg", "report/figures/training.svg"} <= figures
 
 
-def test_the_exact_records_are_kept(finished_run):
-    folder, config, _ = finished_run
-    for role in stages.PROMPTS:
-        given = [json.loads(line)["prompt"] for line in (config.parent / f"{role}.jsonl").read_text().splitlines()]
-        assert [record["text"] for record in read_lines(folder / "data" / f"{role}.jsonl")] == given
-    pairs = read_lines(folder / "T0" / "pairs" / "pairs.jsonl")
-    assert [pair["chosen"] for pair in pairs] == [f"No, not {i}." for i in range(6)]
-
-
 def test_stages_come_in_order_and_each_tells_its_progress(finished_run):
     _, _, watch = finished_run
     stages = ("measure", "select", "iterate", "attack", "judge")
@@ -135,52 +109,6 @@ def test_a_second_execution_skips_everything(world):
     assert stamps(folder) == before
 
 
-# -- what the loop must do --------------------------------------------------------------------------------------------
-
-
-def test_the_frozen_set_grows_and_what_it_freezes_stays(finished_run):
-    folder, config, _ = finished_run
-    findings = Findings(read_config(config), Run(folder))
-    first, second = (findings.found(findings.chain(State("", number))) for number in (1, 2))
-    assert len(first) < len(second)
-    assert first - second == NeuronSet.of({}, first.widths, first.fingerprint)
-    records = {state: read_json(folder / state / "align" / "frozen.json") for state in STATES[1:]}
-    assert [records[state]["frozen"] for state in STATES[1:]] == [len(first), len(second), 0]
-    assert all(record["frozen_identical"] and record["free_change"] > 0 for record in records.values())
-    models = {"T0": load(config.parent / "model", "float32")}
-    models |= {state: load(folder / state / "align" / "model", "float32") for state in STATES[1:]}
-
-    def slices(state: str, neurons: NeuronSet) -> list[torch.Tensor]:
-        return [one.parameter.index_select(one.dim, one.index) for one in owned_slices(models[state], neurons)]
-
-    def same(one: str, other: str, neurons: NeuronSet) -> list[bool]:
-        return [torch.equal(a, b) for a, b in zip(slices(one, neurons), slices(other, neurons), strict=True)]
-
-    assert all(same("T0", "T1", first))
-    assert all(same("T1", "T2", second))
-    assert all(same("T0", "T2", first)), "what T0's round froze stays frozen"
-    assert not any(same("T0", "dpo-T1", first)), "plain DPO moves them"
-    assert not any(same("T0", "T1", first.random_like(0, avoid=first))), "the others move"
-
-
-def test_states_and_what_they_are_made_from(finished_run):
-    _, config, _ = finished_run
-    states = states_of(read_config(config))
-    assert [state.name for state in states] == list(STATES)
-    assert [previous(state).name for state in states[1:]] == ["T0", "T1", "T0"]
-    assert [s.name for s in states_of(read_config("audit"))] == ["T0"]
-
-
-def test_random_freezing_freezes_as_many_others(finished_run, tmp_path):
-    folder, config, _ = finished_run
-    changes = [*SMALL, "align.freeze=random", "align.ablate=true", "align.ablate_share=0.5"]
-    execute(config, tmp_path, changes=changes)
-    record = read_json(tmp_path / "T1" / "align" / "frozen.json")
-    assert (record["freeze"], record["ablate"]) == ("random", True)
-    assert record["frozen"] == read_json(folder / "T1" / "align" / "frozen.json")["frozen"]
-    assert record["frozen_sha256"] != read_json(folder / "T1" / "align" / "frozen.json")["frozen_sha256"]
-
-
 def test_an_audit_trains_nothing(finished_run, tmp_path):
     _, config, _ = finished_run
     watch = execute(config, tmp_path, changes=[*SMALL, "align.rounds=0"])
@@ -188,94 +116,6 @@ def test_an_audit_trains_nothing(finished_run, tmp_path):
     assert [state["name"] for state in json.loads(results(tmp_path))["states"]] == ["T0"]
     with pytest.raises(InputError, match="nothing to train"):
         execute(config, tmp_path, changes=[*SMALL, "align.rounds=0"], verb="align")
-
-
-class Answers:
-    """A judge that finds every answer usable, but for the first two of a list, of which it cannot say anything."""
-
-    name = "answers"
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-        return ["cannot say", "cannot say", *["complied"] * (len(responses) - 2)]
-
-
-def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monkeypatch):
-    _, config, _ = finished_run
-    monkeypatch.setattr("safeneuron.runs.inputs.make_judge", lambda *_: Answers())
-    execute(config, tmp_path, changes=[*SMALL, "align.rounds=0"])
-    (state,) = json.loads(results(tmp_path))["states"]
-    for attack in state["attacks"]:
-        harmful = attack["harmful"]
-        assert (harmful["n"], harmful["cannot say"], harmful["complied"], harmful["rate"]) == (3, 2, 1, 1.0)
-        assert attack["benign"]["rate"] == 0.0
-    assert "annot say" in (tmp_path / "report" / "report.md").read_text()
-
-
-class Harmless(Answers):
-    """A judge that sees no harm in anything."""
-
-    name = "harmless"
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-        return ["harmless"] * len(responses)
-
-
-def test_several_judges_keep_their_own_verdicts_and_their_agreement(finished_run, tmp_path, monkeypatch):
-    _, config, _ = finished_run
-    made = {"refusal-phrases": Answers, "wildguard": Harmless}
-    monkeypatch.setattr("safeneuron.runs.inputs.make_judge", lambda name, *_: made[name]())
-    several = 'judge.name=["refusal-phrases", "wildguard"]'
-    execute(config, tmp_path, changes=[*SMALL, "align.rounds=0", several, 'judge.rule="any"'])
-    lines = read_lines(tmp_path / "T0/judge/ORI/harmful.jsonl")
-    assert [line["verdict"] for line in lines] == ["cannot say", "cannot say", "complied"]
-    assert lines[2]["judges"] == {"answers": "complied", "harmless": "harmless"}
-    assert all("incoherence" in line for line in lines)
-    (pair,) = read_json(tmp_path / "T0/judge/agreement.json")["pairs"]
-    assert pair["judges"] == ["answers", "harmless"]
-    assert pair["complied"]["agreement"] == 0
-    (state,) = json.loads(results(tmp_path))["states"]
-    assert state["agreement"] == [pair]
-    report = (tmp_path / "report" / "report.md").read_text()
-    assert "any of refusal-phrases, wildguard" in report
-    assert "the judges answers and harmless say the same of 0" in report
-
-
-def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
-    """Rows left out while pairs are read, and pairs left out of the training; the report repeats both."""
-    _, config, _ = finished_run
-    pairs = [{"prompt": f"how to do {i}", "chosen": f"No, not {i}.", "rejected": f"Yes, {i}."} for i in range(4)]
-    pairs += [{"prompt": "why " * 30, "chosen": "No.", "rejected": "Yes."}, pairs[0] | {"rejected": "No, not 0."}]
-    path = tmp_path / "more.jsonl"
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    changes = [*SMALL, f'pairs.safety=[{{path="{path}"}}]', "align.max_length=64"]
-    watch = execute(config, tmp_path / "run", changes=changes)
-    told = [f"{path}: 1 row was left out, 1 with equal answers; 5 pairs are used"]
-    told += ["1 of 5 pairs were not trained on: their prompt alone fills max_length = 64 tokens"]
-    assert [text for text in watch.of("warned") if text in told] == told
-    report = (tmp_path / "run/report/report.md").read_text().replace("\\", "")
-    assert all(text in report for text in told)
-
-
-def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, tmp_path, monkeypatch):
-    _, config, _ = finished_run
-    monkeypatch.setattr("safeneuron.runs.inputs.make_judge", lambda *_: Answers())
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"prompt": "why " * 30}) + "\n")
-    leaky = [
-        f"pairs.{kind}=[{{path='{config.parent}/test_{kind}.jsonl'}}, {{path='{long}'}}]" for kind in ("unsafe", "safe")
-    ]
-    twice = f"data.test_unsafe=[{', '.join([f'''{{path='{config.parent}/test_unsafe.jsonl'}}'''] * 2)}]"
-    changes = [*SMALL, "pairs.safety=on-policy", "pairs.max_new_tokens=2", "align.max_length=64", *leaky, twice]
-    watch = execute(config, tmp_path / "run", changes=changes)
-    warnings = [str(text) for text in watch.of("warned")]
-    assert len(warnings) == len(set(warnings)), warnings
-    assert sum("repeat an earlier one" in text for text in warnings) == 1
-    assert sum("'pairs' and 'test_unsafe' share" in text for text in warnings) == 1, warnings
-    told = "1 of 4 {} prompts of on-policy pairs were left out: they alone fill align.max_length = 64 tokens"
-    assert {told.format("harmful"), told.format("harmless")} <= set(warnings)
-    sources = [record["source"] for record in read_lines(tmp_path / "run/T0" / "pairs" / "pairs.jsonl")]
-    assert sorted(set(sources)) == ["on-policy:safe", "on-policy:unsafe"]
-    assert execute(config, tmp_path / "run", changes=changes).of("warned") == []
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------
@@ -521,91 +361,6 @@ def test_a_mistake_in_the_config_can_be_corrected_before_anything_is_finished(fi
         execute(config, tmp_path, changes=[*changes, "select={effect_size=1e9, shift=1e9}"])
     execute(config, tmp_path, changes=changes)
     assert (tmp_path / "report" / "done.json").exists()
-
-
-# -- variants, rounds and attackers -----------------------------------------------------------------------------------
-
-
-def test_the_iterated_attacker_starts_where_the_adaptive_one_ends(finished_run):
-    folder, config, _ = finished_run
-    findings = Findings(read_config(config), Run.open(folder))
-    for state in (State("", 0), State("", 2)):
-        first, second = (NeuronSet.load(folder / state.name / "iterate" / f"search-{n}.json") for n in (1, 2))
-        assert first == findings.neurons(state)
-        assert len(second - first) > 0
-        assert len(first - second) == 0
-        record = read_json(folder / state.name / "attack" / "iterated-FULL" / "pruned.json")
-        assert record["neurons"] == len(second)
-
-
-@pytest.mark.parametrize(("when", "kinds"), [("unpruned", {"ORI"}), ("never", set())])
-def test_over_refusal_is_measured_when_asked_for(when, kinds, finished_run, tmp_path):
-    _, config, _ = finished_run
-    changes = (*SMALL, f"attack.over_refusal={when}", "align.rounds=0")
-    totals = [event[2] for event in execute(config, tmp_path, changes=changes).events if event[0] == "progress"]
-    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/benign.json")} == kinds
-    assert {path.parent.name for path in tmp_path.glob("T0/judge/*/harmful.json")} == {"ORI", "static-FULL"}
-    assert 6 + 3 * len(kinds) in totals
-
-
-def test_variants_train_what_they_say(finished_run, tmp_path):
-    _, config, _ = finished_run
-    changes = (
-        *SMALL[:-2],
-        "align.rounds=0",
-        'variants={refresh={freeze="none", refresh=2, refresh_prompts=3, refresh_searches=2, rounds=1}, '
-        'only={freeze="all-but-safety", rounds=1}, both={ablate=true, ablate_reference=true, rounds=1}}',
-    )
-    execute(config, tmp_path, changes=changes)
-    base = load(config.parent / "model", dtype="float32", device="cpu")
-    found = NeuronSet.load(tmp_path / "T0" / "select" / "neurons.json")
-    labels = {state["variant"]: state["label"] for state in json.loads(results(tmp_path))["states"]}
-    assert labels["refresh"] == "refresh"
-    assert labels["only"] == "safety only"
-    assert labels["both"] == "freeze + ablate, reference too"
-    record = read_json(tmp_path / "refresh-T1" / "align" / "frozen.json")
-    assert (record["freeze"], record["refresh"], record["frozen"]) == ("none", 2, 0)
-    only = load(tmp_path / "only-T1" / "align" / "model", dtype="float32", device="cpu")
-    masks = {piece.name: (piece.dim, piece.index) for piece in owned_slices(base, found)}
-    assert read_json(tmp_path / "only-T1" / "align" / "frozen.json")["frozen"] == found.total - len(found)
-    for name, before in base.network.named_parameters():
-        after = only.network.get_parameter(name)
-        trained = torch.zeros(before.shape, dtype=torch.bool)
-        if name in masks:
-            trained.index_fill_(*masks[name], True)
-        assert torch.equal(after[~trained], before[~trained]), name
-        assert not trained.any() or not torch.equal(after[trained], before[trained]), name
-
-
-def test_rounds_end_when_the_attack_gains_nothing(finished_run, tmp_path):
-    """A tiny random model is never refused by the judge's phrases, so the attack has nothing to gain."""
-    _, config, _ = finished_run
-    changes = (*SMALL[:2], *SMALL[3:-1], 'attack.knowledge=["adaptive"]', "align.rounds=3", "align.stop_early=true")
-    watch = execute(config, tmp_path, changes=changes)
-    assert [name for name in watch.of("began") if str(name).endswith("align")] == ["T1/align"]
-    assert [state["name"] for state in json.loads(results(tmp_path))["states"]] == ["T0", "T1"]
-    assert set(execute(config, tmp_path, changes=changes).of("skipped")) == stages_in(tmp_path)
-    going_on = execute(config, tmp_path, changes=[*changes[:-1], "align.stop_early=false"], redo=["report"])
-    assert "T3/judge" in going_on.of("ended")
-
-
-def test_general_pairs_can_be_made_on_policy(finished_run, tmp_path, monkeypatch):
-    """The safety pairs are read, pairs of the model's own answers to harmless prompts are mixed in."""
-    _, config, _ = finished_run
-
-    def answered(model: Model, unsafe: list[Prompt], safe: list[Prompt], *rest: object, **settings: object):
-        assert unsafe == []
-        return [Pair(({"role": "user", "content": one.text},), "Gladly.", "No.", "on-policy:safe") for one in safe]
-
-    monkeypatch.setattr("safeneuron.runs.inputs.on_policy_pairs", answered)
-    own = f'pairs.safe=[{{path="{config.parent}/safe.jsonl", every=2}}]'
-    changes = (*SMALL, 'pairs.general="on-policy"', "pairs.safety_share=0.5", own)
-    execute(config, tmp_path, changes=changes)
-    pairs = read_lines(tmp_path / "T0" / "pairs" / "pairs.jsonl")
-    assert sorted(pair["source"] == "on-policy:safe" for pair in pairs) == [False] * 4 + [True] * 3
-    asked = {pair["prompt"][0]["content"] for pair in pairs if pair["source"] == "on-policy:safe"}
-    given = [prompt.text for prompt in read_prompts(config.parent / "safe.jsonl")]
-    assert asked == set(given[::2])
 
 
 # -- one verb at a time -----------------------------------------------------------------------------------------------
