@@ -64,20 +64,38 @@ AnalysedPart = tuple[PartRecord, Tables, Figures]
 
 
 class Analyser:
-    """The parts of the analysis of one run; ``others`` are runs that depth and scale hold beside it.
+    """The parts of the analysis of one run, each a stage of it.
 
-    ``state`` is the one that topics, stability and neurons look at; ``only`` limits states and redundancy to some.
-    ``also`` names files of twins, or languages of the bundled ones, with which stability measures again.
+    Args:
+        config: The run's config.
+        run: The run, of which at least the stages up to ``select`` are done.
+        watcher: Is told of the parts and of their progress.
+        others: Runs that ``depth`` and ``scale`` hold beside it, with their configs.
+        state: The state that ``topics``, ``stability``, ``methods`` and ``neurons`` look at.
+        only: Limits ``depth``, ``states`` and ``redundancy`` to these states; all if empty.
+        effort: How much work it may be.
+        also: Files of twins, or languages of the bundled ones, with which ``stability`` measures again.
+
+    Raises:
+        InputError: For a run on neurons of a vision tower, and for a state whose neurons have not been found.
     """
 
     def __init__(
-        self, config: Config, run: Run, watcher: Watcher, others: Sequence[tuple[Config, Run]] = (),
-        state: str = "T0", only: Sequence[str] = (), effort: Effort | None = None, also: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        run: Run,
+        watcher: Watcher,
+        *,
+        others: Sequence[tuple[Config, Run]] = (),
+        state: str = "T0",
+        only: Sequence[str] = (),
+        effort: Effort | None = None,
+        also: Sequence[str] = (),
+    ) -> None:
         if config.measure.part != "text":
             raise InputError(
-                f"an analysis looks into the text decoder, but {run.folder} is a run on the neurons of the eyes "
-                "(measure.part); analyse a run on those of the text"
+                f"an analysis looks into the text decoder, but {run.folder} is a run on the neurons of the vision "
+                "tower (measure.part); analyse a run on those of the text"
             )
         self.config, self.run, self.watcher, self.others = config, run, watcher, list(others)
         self.findings = Findings(config, run)

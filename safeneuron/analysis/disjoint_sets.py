@@ -150,6 +150,7 @@ def intervals(redundancy: Redundancy, draws: int = _RESAMPLES, seed: int = 0) ->
     """
     if not redundancy.measurable:
         return None
+    # Not ``bootstrap_interval``, which is of a mean: these are counts of one sample, some of them beyond all bounds.
     draw, n = np.random.default_rng(seed), len(redundancy.intact.verdicts)
     resamples = [redundancy.drawn(draw.integers(n, size=n).tolist()) for _ in range(draws)]
     counted = [resample.numbers for resample in resamples if resample.measurable]

@@ -206,6 +206,7 @@ def chance_overlaps(sets: Sequence[NeuronSet], draws: int = 200, seed: int = 0) 
 
 def expected_core(sets: Sequence[NeuronSet]) -> float:
     """How many neurons random sets of the same sizes by layer have in common on average: sum of w prod(s / w)."""
+    # ``expected_overlap`` for any number of sets; for two the same but for the order of the floating-point operations.
     counts = np.array([neurons.counts for neurons in sets], dtype=np.float64)
     widths = np.array(sets[0].widths, dtype=np.float64)
     return float((widths * (counts / widths).prod(axis=0)).sum())

@@ -64,10 +64,12 @@ def analyse_command(
     bars = Bars()
     with opened.locked():
         effort = Effort(prompts=prompts, sets=sets)
-        analyser = Analyser(config, opened, bars, others, state, only or [], effort, also or [])
+        analyser = Analyser(
+            config, opened, bars, others=others, state=state, only=only or [], effort=effort, also=also or []
+        )
         with bars.bars:
-            found = analyser.analyse(parts or ANALYSIS_PARTS, redo or ())
-    for title, header, rows in analysis_tables(found, show_text):
+            records = analyser.analyse(parts or ANALYSIS_PARTS, redo or ())
+    for title, header, rows in analysis_tables(records, show_text):
         print_table(title, header, rows)
     console.out.print(f"wrote {opened.folder / 'analysis'}")
 
