@@ -24,7 +24,7 @@ from typing import Any
 
 from safeneuron.analysis import figures
 from safeneuron.analysis.depth import DepthRecord, depth_record
-from safeneuron.analysis.drift import StateRecord, StatesRecord, movements, observe, state_record, weights_in
+from safeneuron.analysis.drift import StateRecord, StatesRecord, movements, observe, parameter_reader, state_record
 from safeneuron.analysis.methods import MethodsRecord, agreements, discoveries, volcano
 from safeneuron.analysis.portraits import PortraitsRecord, portraits_record
 from safeneuron.analysis.records import PartRecord, TableRow, finite
@@ -198,7 +198,7 @@ class Analyser:
                 observed = base if state == BASE else observe(model, (unsafe, safe), neurons)
                 # A name on the Hub is no folder to read weights from.
                 moved = (
-                    movements(self.models.load(state, "stored"), weights_in(source), first)
+                    movements(self.models.load(state, "stored"), parameter_reader(source), first)
                     if state != BASE and source.is_dir()
                     else None
                 )

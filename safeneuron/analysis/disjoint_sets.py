@@ -174,10 +174,17 @@ def find_prune_find(
 ) -> Redundancy:
     """Find a set, note what pruning it does, find again with all found so far pruned, ``most`` times.
 
-    ``find(pruned)`` gives the set found on the model with these neurons pruned; what it holds of them is left out, so
-    that sets are disjoint. ``outcome(pruned)`` counts the answers. It goes on where refusal is broken already, since
-    what has led to it may still tell harm; it ends early where nothing new is found. ``keep`` is called with each set;
-    ``known`` and ``intact`` are what is known already of an interrupted search.
+    It goes on where refusal is broken already, since what has led to it may still tell harm; it ends early where
+    nothing new is found.
+
+    Args:
+        find: Gives the set found on the model with these neurons pruned, None being none; what it holds of them is left
+            out, so that sets are disjoint.
+        outcome: Counts the answers with these neurons pruned.
+        most: How many sets are looked for.
+        keep: Is called with each new set.
+        known: The sets that an interrupted search has found already.
+        intact: The outcome of the intact model, if it is known already.
     """
     intact = outcome(None) if intact is None else intact
     result = Redundancy(intact, tuple(known))

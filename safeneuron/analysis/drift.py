@@ -119,8 +119,16 @@ def turnover(before: NeuronSet, after: NeuronSet) -> Turnover:
 def movements(after: Model, before: Callable[[str], Tensor], neurons: NeuronSet) -> list[Movement]:
     """How far the weights that neurons own (gate and up rows, biases, down columns) moved, layer by layer.
 
-    ``before(name)`` gives the parameter of that name as it was; see ``weights_in``. Raises ``InputError`` for a neuron
-    set of another model.
+    Args:
+        after: The trained model.
+        before: Gives the parameter of a name as it was; see ``parameter_reader``.
+        neurons: The set.
+
+    Returns:
+        One movement a layer.
+
+    Raises:
+        InputError: For a neuron set of another model.
     """
     neurons.require(after.fingerprint, after.widths)
     moved = []
@@ -138,10 +146,17 @@ def movements(after: Model, before: Callable[[str], Tensor], neurons: NeuronSet)
     return moved
 
 
-def weights_in(folder: Path) -> Callable[[str], Tensor]:
+def parameter_reader(folder: Path) -> Callable[[str], Tensor]:
     """A reader of single parameters from a folder's safetensors; nothing is read but what is asked for.
 
-    Raises ``InputError`` for a folder without safetensors, and when asked for a parameter that it does not hold.
+    Args:
+        folder: A checkpoint in Hugging Face form.
+
+    Returns:
+        From a parameter's name to its values.
+
+    Raises:
+        InputError: For a folder without safetensors, and when asked for a parameter that it does not hold.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():

@@ -285,8 +285,8 @@ def redundancy_figure(record: RedundancyRecord) -> Figure:
         if state.sets:
             sets, points, name = state.sets, state.curve, state.state
             places = np.arange(1, len(sets) + 1) + (index - (len(states) - 1) / 2) * 0.7 / len(states)
-            _refused(alone, places.tolist(), [found.alone for found in sets], index, name, "none")
-            left = [state.intact, *(found.together for found in sets)]
+            _refused(alone, places.tolist(), [pruned.alone for pruned in sets], index, name, "none")
+            left = [state.intact, *(pruned.together for pruned in sets)]
             _refused(together, range(len(sets) + 1), left, index, name)
             _refused(curve, [point.neurons for point in points], points, index, name)
     for axes, title, label in (

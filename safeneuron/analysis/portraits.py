@@ -84,8 +84,15 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
 
         U (g * w),   w = the neuron's column of the output projection, g = scale of the final norm
 
-    The size of the stream that the norm divides by is left out: it changes no order. Raises ``InputError`` for a model
-    without an output embedding or a final norm.
+    The size of the stream that the norm divides by is left out: it changes no order.
+
+    Args:
+        model: A Llama-like model.
+        layer: The neurons' layer.
+        channels: Their places in the layer, ``[neuron]``.
+
+    Raises:
+        InputError: For a model without an output embedding or a final norm.
     """
     network = network_of(model)
     block = feed_forwards(model)[layer]
@@ -112,7 +119,16 @@ def token_effects(model: Model, layer: int, channels: Tensor) -> Tensor:
 def portraits(
     model: Model, neurons: NeuronSet, prompts: Sequence[Prompt], activations: Tensor, tokens: int = 8, examples: int = 3
 ) -> list[Portrait]:
-    """A portrait of each neuron of the set, in its order; ``activations`` is ``[prompt, neuron]`` of these neurons."""
+    """A portrait of each neuron of the set, in its order.
+
+    Args:
+        model: The model.
+        neurons: The set.
+        prompts: Prompts with their categories.
+        activations: Of these prompts and neurons, ``[prompt, neuron]``.
+        tokens: How many promoted and suppressed tokens are named.
+        examples: How many prompts are named.
+    """
     if activations.shape != (len(prompts), len(neurons)):
         raise ValueError(
             f"activations of shape {tuple(activations.shape)} for {len(prompts)} prompts and {len(neurons)} neurons"

@@ -113,11 +113,11 @@ class RedundancyRecord(PartRecord):
     def tables(self) -> dict[str, list[TableRow]]:
         """One row a state, and one a set that was found."""
         sets = [
-            {"state": state.state, "set": number, "neurons": found.neurons}
-            | {f"{share} alone": value for share, value in asdict(found.alone).items()}
-            | {f"{share} together": value for share, value in asdict(found.together).items()}
+            {"state": state.state, "set": number, "neurons": each.neurons}
+            | {f"{share} alone": value for share, value in asdict(each.alone).items()}
+            | {f"{share} together": value for share, value in asdict(each.together).items()}
             for state in self.states
-            for number, found in enumerate(state.sets, start=1)
+            for number, each in enumerate(state.sets, start=1)
         ]
         return {"redundancy": [state.row() for state in self.states], "sets": sets}
 
@@ -170,9 +170,7 @@ def redundancy_record(
         intact=_record_of(result.intact),
         **result.numbers,
         intervals=intervals(result, seed=config.seed),
-        sets=[
-            SetRecord(len(found.neurons), _record_of(found.alone), _record_of(found.together)) for found in result.sets
-        ],
+        sets=[SetRecord(len(each.neurons), _record_of(each.alone), _record_of(each.together)) for each in result.sets],
         curve=[
             CurvePoint(neurons=count, **asdict(_record_of(left))) for count, left in [(0, result.intact), *result.curve]
         ],

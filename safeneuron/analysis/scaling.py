@@ -65,7 +65,7 @@ class RoundRecord:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> RoundRecord:
         """The record of a row."""
-        own = ("state", "neurons", "frozen")
+        named = ("state", "neurons", "frozen")
         return cls(
             state=row["state"],
             neurons=row["neurons"],
@@ -73,7 +73,7 @@ class RoundRecord:
             rates={key.removeprefix(_RATE): value for key, value in row.items() if key.startswith(_RATE)},
             complied={key.removeprefix(_COUNT): value for key, value in row.items() if key.startswith(_COUNT)},
             capability={
-                key: value for key, value in row.items() if key not in own and not key.startswith((_RATE, _COUNT))
+                key: value for key, value in row.items() if key not in named and not key.startswith((_RATE, _COUNT))
             },
         )
 

@@ -76,7 +76,7 @@ class ThresholdRecord:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class SetSimilarity:
     """Jaccard of two sets, and Spearman's correlation of the effect sizes behind them."""
 
     jaccard: Number
@@ -105,8 +105,8 @@ class AlsoRecord:
     jaccard: Number
     correlation: Number
     same_requests: int
-    wording: Likeness
-    fewer: Likeness
+    wording: SetSimilarity
+    fewer: SetSimilarity
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,14 @@ def also_record(
     """
     find = finder(config)
 
-    def alike(first: ActivationStats, second: ActivationStats) -> Likeness:
+    def alike(first: ActivationStats, second: ActivationStats) -> SetSimilarity:
         correlation = rank_correlation(criteria(first).d, criteria(second).d)
-        return Likeness(find(first).jaccard(find(second)), correlation)
+        return SetSimilarity(find(first).jaccard(find(second)), correlation)
 
     of_all = alike(whole, _measured(config, model, others))
     ids = [{prompt.id for prompt in prompts if prompt.id} for prompts in (*classes, *others)]
     same = set.intersection(*ids)
-    wording = fewer = Likeness(math.nan, math.nan)
+    wording = fewer = SetSimilarity(math.nan, math.nan)
     if len(same) >= LEAST:
         as_run, reworded = (
             _measured(config, model, (_with_ids(unsafe, same), _with_ids(safe, same)))

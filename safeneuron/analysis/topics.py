@@ -128,7 +128,8 @@ def sets_of(stats: TopicStats, settings: SelectionSettings) -> list[NeuronSet]:
 def patterns(sets: Sequence[NeuronSet]) -> NDArray[np.int64]:
     """The pattern of each neuron, ``[neuron]``: bit k is set where set k holds it.
 
-    Raises ``InputError`` for fewer than 2 or more than ``MOST_TOPICS`` sets, or sets of different models.
+    Raises:
+        InputError: For fewer than 2 or more than ``MOST_TOPICS`` sets, or sets of different models.
     """
     if not 2 <= len(sets) <= MOST_TOPICS:
         raise InputError(f"overlap needs 2 to {MOST_TOPICS} topics, found {len(sets)}; choose that many")
@@ -237,9 +238,17 @@ def topic_names(prompts: Sequence[Prompt]) -> list[str]:
 def topic_stats(
     config: Config, model: Model, classes: Classes, labels: Sequence[str], progress: Progress | None = None
 ) -> TopicStats:
-    """Statistics by topic, where ``labels`` are the topics of the unsafe prompts; one streaming pass a class.
+    """Statistics by topic; one streaming pass a class.
 
-    Raises ``InputError`` where fewer than two topics have enough prompts.
+    Args:
+        config: The run's config, for how activations are measured.
+        model: The model.
+        classes: The unsafe and safe prompts.
+        labels: The topic of each unsafe prompt; those with fewer than ``LEAST`` prompts are left out.
+        progress: Counts unsafe prompts.
+
+    Raises:
+        InputError: Where fewer than two topics have enough prompts.
     """
     unsafe, safe = classes
     names = topic_names([Prompt(prompt.text, label) for prompt, label in zip(unsafe, labels, strict=True)])

@@ -18,7 +18,7 @@ from safeneuron.errors import InputError, did_you_mean
 from safeneuron.models.model import Model
 from safeneuron.models.vllm import Server
 
-Block = Callable[[Model], AbstractContextManager[object]]
+ModelContext = Callable[[Model], AbstractContextManager[object]]
 PLACE = "{request}"
 """Where a template takes the request in."""
 
@@ -47,7 +47,7 @@ class Attempt:
     """
 
     name: str
-    block: Block = _untouched
+    block: ModelContext = _untouched
     template: str = PLACE
     encoding: str = ""
     opening: str = ""

@@ -14,10 +14,10 @@ from safeneuron.analysis.drift import (
     mean_cosine,
     mean_directions,
     movements,
+    parameter_reader,
     projections,
     separability,
     turnover,
-    weights_in,
 )
 from safeneuron.errors import InputError
 from safeneuron.neurons.interventions import pruned
@@ -41,7 +41,7 @@ def test_what_moved_by_a_tenth_has_moved_by_a_tenth_and_the_rest_has_not(tmp_pat
         for piece in owned_slices(model, moved):
             values = piece.parameter.index_select(piece.dim, piece.index)
             piece.parameter.index_copy_(piece.dim, piece.index, values * 1.1)
-    found = movements(model, weights_in(tmp_path / "before"), moved)
+    found = movements(model, parameter_reader(tmp_path / "before"), moved)
     assert [one.layer for one in found] == [0, 1, 2]
     assert found[1].inside == pytest.approx(0.1, rel=1e-4)
     assert found[1].outside == 0
@@ -51,10 +51,10 @@ def test_what_moved_by_a_tenth_has_moved_by_a_tenth_and_the_rest_has_not(tmp_pat
 
 def test_only_what_is_there_is_read(tmp_path):
     with pytest.raises(InputError, match="holds no safetensors"):
-        weights_in(tmp_path)
+        parameter_reader(tmp_path)
     model = tiny.model()
     model.network.save_pretrained(tmp_path, max_shard_size="20KB")
-    read = weights_in(tmp_path)
+    read = parameter_reader(tmp_path)
     name = "model.layers.2.mlp.down_proj.weight"
     assert torch.equal(read(name), model.network.get_parameter(name))
     with pytest.raises(InputError, match="has no parameter nothing"):

@@ -26,7 +26,7 @@ from safeneuron.analysis.figures import (
     states_figure,
     topics_figure,
 )
-from safeneuron.analysis.stability import Likeness
+from safeneuron.analysis.stability import SetSimilarity
 from safeneuron.reporting.figures import STYLE
 from tests.helpers import hand_made
 
@@ -121,7 +121,7 @@ def test_a_translation_stands_beside_the_other_ways_to_measure() -> None:
     assert bars["pooling mean"].get_width() == 0.31
     assert bars["prompts of de"].get_width() == 0.12
     assert bars["the same requests"].get_width() == 0.2
-    unknown = replace(record.also[0], wording=Likeness(math.nan, math.nan))
+    unknown = replace(record.also[0], wording=SetSimilarity(math.nan, math.nan))
     *_, right = made(lambda: stability_figure(replace(record, also=[unknown]))).axes
     assert len(right.patches) == 5
 

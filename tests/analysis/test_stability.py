@@ -10,7 +10,7 @@ import torch
 
 from safeneuron.analysis.resampling import Resampled, Spread
 from safeneuron.analysis.settings import finder
-from safeneuron.analysis.stability import Likeness, also_record, bootstrap_record
+from safeneuron.analysis.stability import SetSimilarity, also_record, bootstrap_record
 from safeneuron.config.toml import read_config
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.selection.measurement import measure
@@ -24,8 +24,8 @@ WHOLE = measure(MODEL, *CLASSES)
 
 def test_the_same_requests_in_the_same_words_give_the_same_set():
     record = also_record(CONFIG, MODEL, CLASSES, WHOLE, "again", CLASSES)
-    same = Likeness(1, pytest.approx(1))
-    assert Likeness(record.jaccard, record.correlation) == record.wording == record.fewer
+    same = SetSimilarity(1, pytest.approx(1))
+    assert SetSimilarity(record.jaccard, record.correlation) == record.wording == record.fewer
     assert record.wording == same
     assert (record.prompts_of, record.prompts, record.same_requests) == ("again", [24, 24], 24)
 

@@ -18,8 +18,8 @@ from safeneuron.analysis.scaling import RoundRecord, ScalePoint
 from safeneuron.analysis.stability import (
     AlsoRecord,
     BootstrapRecord,
-    Likeness,
     SampleRecord,
+    SetSimilarity,
     StabilityRecord,
     VariantRecord,
 )
@@ -72,7 +72,7 @@ def stability(*sizes: int) -> StabilityRecord:
         for size, mean in zip(sizes, jaccards, strict=True)
     ]
     variants = (("pooling mean", 0.31), ("pooling max", 0.2), ("no chat template", 0.15), ("bfloat16", 0.97))
-    also = AlsoRecord("de", [300, 300], 0.12, 0.5, 9, wording=Likeness(0.2, 0.5), fewer=Likeness(0.4, 0.8))
+    also = AlsoRecord("de", [300, 300], 0.12, 0.5, 9, wording=SetSimilarity(0.2, 0.5), fewer=SetSimilarity(0.4, 0.8))
     spread = Spread(0.6, 0.5, 0.7, 20)
     frequencies = [400, 140, 90, 70, 60, 50, 50, 60, 90, 190]
     return StabilityRecord(
