@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safeneuron.errors import InputError
 
@@ -91,20 +92,9 @@ def _one_line(text: str) -> str:
 
 
 UNKNOWN = "unknown"
+LICENCE_ID = r"[a-z0-9][a-z0-9.+-]*"
 FILES = ("license", "licence", "copying", "notice", "use_policy")
 """How the names of files begin that have to go with a model, in lower case."""
-
-TEXTS = {
-    "apache license version 2.0": "apache-2.0",
-    "permission is hereby granted free of charge": "mit",
-    "llama 3.3 community license": "llama3.3",
-    "llama 3.2 community license": "llama3.2",
-    "llama 3.1 community license": "llama3.1",
-    "meta llama 3 community license": "llama3",
-    "llama 2 community license": "llama2",
-    "gemma terms of use": "gemma",
-}
-"""What stands near the beginning of a licence's text, in lower case and without commas, and the licence's id."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ class Licence:
 def licence_named(text: str) -> Licence:
     """The licence that the user names. Raises ``InputError`` for what cannot be an id of the Hub."""
     name = text.strip().lower()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+    if not re.fullmatch(LICENCE_ID, name):
         raise InputError(
             f"--license expects the Hub's id of a licence, such as apache-2.0 or llama3.1, but found {text!r}"
         )
@@ -132,31 +122,31 @@ def licence_named(text: str) -> Licence:
 
 
 def licence_in(folder: Path) -> Licence:
-    """The licence of the model in a folder, from the model card there, or else from a licence file; or unknown."""
-    licence = licence_of_card(_text(folder / "README.md"))
+    """The licence of the model in a folder: what its card says, or else the licence file beside it, unread."""
+    licence = licence_of_card(folder / "README.md")
     if licence.known:
         return licence
     texts = [path for path in legal_files(folder) if not path.name.lower().startswith(("notice", "use_policy"))]
-    for path in texts:
-        beginning = " ".join(_text(path)[:3000].lower().replace(",", " ").split())
-        found = [name for sign, name in TEXTS.items() if sign in beginning]
-        if found:
-            return Licence(found[0])
     return Licence("other", "license-of-the-base-model", texts[0].name) if texts else Licence(UNKNOWN)
 
 
-def licence_of_card(text: str) -> Licence:
-    """The licence in the metadata of a model card; unknown if it has none."""
-    front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    fields = {
-        key: match[1]
-        if front and (match := re.search(rf"^{key}:[ \t]*[\"']?([^\s\"']+)", front[1], re.MULTILINE))
-        else ""
-        for key in ("license", "license_name", "license_link")
-    }
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", fields["license"]):
+def licence_of_card(path: Path) -> Licence:
+    """The licence in the metadata of a model card; unknown if there is no card, or it has none."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        fields = metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):
         return Licence(UNKNOWN)
-    return Licence(fields["license"], fields["license_name"], fields["license_link"])
+    return _licence_of(fields.get("license"), fields.get("license_name"), fields.get("license_link"))
+
+
+def _licence_of(name: Any, title: Any, link: Any) -> Licence:
+    """The licence that metadata name; unknown for what is no id."""
+    if not isinstance(name, str) or not re.fullmatch(LICENCE_ID, name):
+        return Licence(UNKNOWN)
+    return Licence(name, str(title or ""), str(link or ""))
 
 
 def licence_on_hub(name: str, revision: str = "") -> Licence:
@@ -168,19 +158,9 @@ def licence_on_hub(name: str, revision: str = "") -> Licence:
         data = HfApi().model_info(name, revision=revision or None, timeout=20).card_data
     except (HTTPError, OSError, ValueError):
         return Licence(UNKNOWN)
-    if data is None or not isinstance(data.license, str):
-        return Licence(UNKNOWN)
-    return Licence(data.license, data.license_name or "", data.license_link or "")
+    return Licence(UNKNOWN) if data is None else _licence_of(data.license, data.license_name, data.license_link)
 
 
 def legal_files(folder: Path) -> list[Path]:
     """The licence, notice and use policy in a model's folder."""
     return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.lower().startswith(FILES)]
-
-
-def _text(path: Path) -> str:
-    """What stands in a file that may be missing or hold other things than text."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

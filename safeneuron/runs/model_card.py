@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -23,7 +23,7 @@ from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
 from safeneuron.config.tables import DataTable, PairSourceTable, SourceTable
 from safeneuron.reporting.rendering import escaped, fenced, table_escaped
-from safeneuron.reporting.results import attack_of, columns_of, joined_words
+from safeneuron.reporting.results import COMPARED, attack_of, attack_title, columns_of, joined_words, judged_share
 from safeneuron.reporting.summary import (
     Point,
     coherence_caveat,
@@ -41,6 +41,7 @@ from safeneuron.runs.hub import Licence
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
 
+METRICS = {"harmful": "Harmful requests complied with", "benign": "Harmless requests refused"}
 TAGS = ["safeneuron", "safety", "alignment", "dpo"]
 AnySource = SourceTable | PairSourceTable
 
@@ -70,8 +71,11 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    data = metadata(config, base, hub or f"{config.name}-{state.name}", scores(config, results, state))
     return environment.get_template("model_card.md").render(
-        metadata=Markup(metadata(config, base).to_yaml()),
+        metadata=Markup(
+            metadata(config, base, hub or f"{config.name}-{state.name}", scores(config, results, state)).to_yaml()
+        ),
         base=base,
         label=label_of(config, state),
         state=state,
@@ -100,8 +104,8 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
     )
 
 
-def metadata(config: Config, base: Base) -> ModelCardData:
-    """What the Hub wants to know of a model."""
+def metadata(config: Config, base: Base, name: str = "", results: Sequence[EvalResult] = ()) -> ModelCardData:
+    """What the Hub wants to know of a model; its scores under the model's ``name``, if there are any."""
     licence = base.licence
     named = [source.path.removeprefix("hub:") for source in training_sources(config) if source.path.startswith("hub:")]
     datasets = ["/".join(name.split("/")[:2]) for name in named]
@@ -115,7 +119,34 @@ def metadata(config: Config, base: Base) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
+        model_name=name if results else None,
+        eval_results=list(results) or None,
     )
+
+
+def scores(config: Config, results: dict[str, Any] | None, state: State) -> list[EvalResult]:
+    """The rates that the Hub shows of a model: those in which states are compared, with their intervals."""
+    record = next((found for found in (results or {"states": []})["states"] if found["name"] == state.name), None)
+    entries = []
+    for kind, verdict, which, knowledge in COMPARED:
+        share = judged_share(attack_of(record, which, knowledge), kind, verdict) if record else None
+        if share is None:
+            continue
+        role = "test_unsafe" if kind == "harmful" else "test_safe"
+        sources = [source.path for source in getattr(config.data, role)]
+        on_hub = [path.removeprefix("hub:") for path in sources if path.startswith("hub:")]
+        entries.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=on_hub[0] if len(on_hub) == len(sources) == 1 else "custom",
+                dataset_name=", ".join(_unplaced(path) for path in sources),
+                metric_type="attack_success_rate" if kind == "harmful" else "over_refusal_rate",
+                metric_name=f"{METRICS[kind]}, {attack_title(which, knowledge)}",
+                metric_value=round(share.rate, 4),
+                metric_args={"low": round(share.low, 4), "high": round(share.high, 4), "answers": share.total},
+            )
+        )
+    return entries
 
 
 def finished_results(run: Run, state: State) -> dict[str, Any] | None:

@@ -195,7 +195,7 @@ def test_a_card_that_the_hub_refuses(hub, folder):
 
 SCRIPT = """
 import sys
-from safeneuron.cli import app
+from safeneuron.cli.app import app
 try:
     app(sys.argv[1:])
 except SystemExit as end:

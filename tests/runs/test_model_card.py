@@ -14,7 +14,16 @@ from markdown_it import MarkdownIt
 from safeneuron.config.states import State
 from safeneuron.config.toml import read_config, to_toml
 from safeneuron.runs.hub import UNKNOWN, Licence
-from safeneuron.runs.model_card import Base, data_table, local_files, metadata, model_card, source_text
+from safeneuron.runs.model_card import (
+    Base,
+    data_table,
+    finished_results,
+    local_files,
+    metadata,
+    model_card,
+    scores,
+    source_text,
+)
 from safeneuron.runs.publication import publish
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines, write_json, write_text
@@ -44,8 +53,9 @@ def rows_under(card: str, heading: str) -> list[list[str]]:
 
 
 def test_huggingface_hub_reads_the_metadata(card):
-    data = ModelCard(card).data
-    assert data.to_dict() == {
+    data = ModelCard(card).data.to_dict()
+    assert data.pop("model-index")
+    assert data == {
         "library_name": "transformers",
         "license": "apache-2.0",
         "base_model": "owner/tiny",
@@ -53,6 +63,28 @@ def test_huggingface_hub_reads_the_metadata(card):
         "pipeline_tag": "text-generation",
         "tags": ["safeneuron", "safety", "alignment", "dpo"],
     }
+
+
+def test_the_hub_reads_the_rates_of_the_report(card, finished_run):
+    data = ModelCard(card).data
+    assert data.model_name == "tiny-T1"
+    with (finished_run[0] / "report" / "tables" / "attacks.csv").open(newline="") as file:
+        records = {(row["state"], row["set"], row["knowledge"]): row for row in csv.DictReader(file)}
+    found = {entry.metric_name: entry for entry in data.eval_results}
+    adaptive = found["Harmful requests complied with, FULL adaptive"]
+    record = records["T1", "FULL", "adaptive"]
+    assert adaptive.metric_value == pytest.approx(float(record["attack_success_rate"]), abs=1e-4)
+    assert adaptive.metric_args["high"] == pytest.approx(float(record["attack_success_high"]), abs=1e-4)
+    assert (adaptive.dataset_type, adaptive.dataset_name) == ("custom", "test_unsafe.jsonl")
+    assert found["Harmless requests refused, ORI"].metric_type == "over_refusal_rate"
+    assert len(found) == 4
+
+
+def test_a_benchmark_of_the_hub_is_named_and_no_results_are_no_scores(finished_run):
+    config = read_config(finished_run[1], ["data.test_unsafe=[{path='hub:owner/tests'}]"])
+    run = Run(finished_run[0])
+    assert scores(config, finished_results(run, T1), T1)[0].dataset_type == "owner/tests"
+    assert scores(config, None, T1) == []
 
 
 def test_a_licence_of_its_own_name_and_link(finished_run):

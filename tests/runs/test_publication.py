@@ -149,7 +149,7 @@ def test_the_licence_of_the_base_goes_with_it(run):
     with_config(run, f"model.name={copy}")
     result = publish(run, "T1")
     assert {"LICENSE", "NOTICE"} <= set(result.files)
-    assert read_json(result.folder / "reproduce" / "record.json")["base"]["license"] == "apache-2.0"
+    assert read_json(result.folder / "reproduce" / "record.json")["base"]["license"] == "other"
     assert not any("the licence of" in warning for warning in result.warnings)
 
 
