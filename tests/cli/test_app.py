@@ -47,7 +47,7 @@ def test_every_verb_explains_itself(verb):
 
 
 def test_help_of_a_verb_loads_nothing_heavy():
-    code = "import sys\nfrom safeneuron.cli import app\ntry: app(['run', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom safeneuron.cli.app import app\ntry: app(['run', '--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'scipy', 'safeneuron.config.tables'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
 

@@ -1,4 +1,4 @@
-"""The verbs ``prune``, ``config``, ``plan`` and ``doctor``: what they print and write, and a sentence for every mistake."""
+"""The verbs ``prune``, ``config``, ``plan`` and ``doctor``: what they print and write, and mistakes in a sentence."""
 
 from __future__ import annotations
 
