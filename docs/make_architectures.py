@@ -89,7 +89,7 @@ def walk(title: str) -> list[Result]:
     names, mapping = KINDS[title]
     found: dict[str, Result] = {}
     for name in names:
-        own = mapping[CONFIG_MAPPING[name]]
+        own: Any = mapping[CONFIG_MAPPING[name]]
         for one in own if isinstance(own, list | tuple) else [own]:
             if one.__name__ not in found:
                 found[one.__name__] = tried(name, one)

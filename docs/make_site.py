@@ -20,7 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/decisions/*.md", "examples/README.md")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
-PACKAGES = ("neurons", "models", "selection", "attacks", "training", "evaluation", "data", "config", "reporting")
+PACKAGES: tuple[str, ...] = (
+    "neurons",
+    "models",
+    "selection",
+    "attacks",
+    "training",
+    "evaluation",
+    "data",
+    "config",
+    "reporting",
+)
 PACKAGES += ("planning", "runs", "analysis", "runtime", "cli")
 
 
