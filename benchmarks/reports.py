@@ -13,14 +13,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from safeneuron.reporting.report import Details, render
+from safeneuron.reporting.details import Details, JudgedAnswer, StrongNeuron
+from safeneuron.reporting.report import render_report
 from safeneuron.reporting.results import COLUMNS
 from tests.helpers.browser import Chromium, installed
-from tests.reporting.test_report import sample_provenance, sample_results, sample_state
+from tests.helpers.sample_results import sample_provenance, sample_results, sample_state, typed
 
 ANSWERS = 20_000
 OPENINGS = 7
@@ -31,19 +31,29 @@ WORDS = (
 )
 
 
-def answers() -> list[dict[str, Any]]:
+def answers() -> list[JudgedAnswer]:
     """Answers to 400 prompts, each of 60 to 120 words."""
     draw = random.Random(0)
     found = []
     for number in range(ANSWERS):
         which, knowledge = COLUMNS[number // 400 % 10 % len(COLUMNS)]
-        where = {"state": f"T{number // 4000}", "set": which, "knowledge": knowledge}
         start, length = draw.randrange(len(WORDS)), draw.randrange(60, 120)
         text = " ".join((WORDS * 2)[start : start + length])
         prompt = f"Request {number % 400}: {' '.join(WORDS[number % 400 : number % 400 + 9])}?"
         verdict = draw.choice(("refused", "complied", "harmless", "incoherent"))
         kind = "harmful" if number % 400 < 200 else "benign"
-        found.append({**where, "kind": kind, "prompt": prompt, "response": text, "verdict": verdict})
+        found.append(
+            JudgedAnswer(
+                state=f"T{number // 4000}",
+                set=which,
+                knowledge=knowledge,
+                kind=kind,
+                index=number % 400,
+                prompt=prompt,
+                response=text,
+                verdict=verdict,
+            )
+        )
     return found
 
 
@@ -53,11 +63,13 @@ def main() -> None:
         sys.exit("no Chromium or Chrome is installed")
     states = [sample_state(f"T{index}", 40 - 6 * index) for index in range(5)]
     rows = answers()
-    neurons = {f"T{index}": [[i % 30, i, 1536, 0.9, 2.1, 1 + i % 3] for i in range(400)] for index in range(5)}
+    neurons = {
+        f"T{index}": [StrongNeuron(i % 30, i, 1536, 0.9, 2.1, 1 + i % 3) for i in range(400)] for index in range(5)
+    }
     began = time.monotonic()
-    files = render(sample_results(*states), [], sample_provenance(), True, Details(rows, neurons))
+    files = render_report(typed(sample_results(*states)), [], sample_provenance(), True, Details(rows, neurons))
     print(f"rendering: {time.monotonic() - began:.1f} s")
-    characters = statistics.mean(len(row["response"]) for row in rows)
+    characters = statistics.mean(len(row.response) for row in rows)
     print(f"{len(rows):,} answers of {characters:.0f} characters: {len(files['report.html'].encode()) / 1e6:.1f} MB")
     with tempfile.TemporaryDirectory() as folder, Chromium() as browser:
         page = Path(folder) / "report.html"

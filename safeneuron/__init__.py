@@ -29,7 +29,7 @@ MODULES = {
     "neurons.neuron_set": ("NeuronSet",),
     "neurons.statistics": ("ActivationStats",),
     "neurons.weights": ("owned_slices",),
-    "reporting.report": ("render",),
+    "reporting.report": ("render_report",),
     "runs.run": ("Run",),
     "selection.measurement": ("measure",),
     "selection.ranking": ("Ranking", "compare"),

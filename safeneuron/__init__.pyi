@@ -33,7 +33,7 @@ from safeneuron.neurons.interventions import recorded as recorded
 from safeneuron.neurons.neuron_set import NeuronSet as NeuronSet
 from safeneuron.neurons.statistics import ActivationStats as ActivationStats
 from safeneuron.neurons.weights import owned_slices as owned_slices
-from safeneuron.reporting.report import render as render
+from safeneuron.reporting.report import render_report as render_report
 from safeneuron.runs.run import Run as Run
 from safeneuron.selection.measurement import measure as measure
 from safeneuron.selection.ranking import Ranking as Ranking

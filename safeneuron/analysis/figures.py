@@ -21,7 +21,7 @@ from safeneuron.analysis.redundancy import OutcomeRecord, RedundancyRecord, Stat
 from safeneuron.analysis.scaling import RoundRecord, ScalePoint
 from safeneuron.analysis.stability import StabilityRecord
 from safeneuron.analysis.topics import TopicsRecord
-from safeneuron.reporting.figures import (
+from safeneuron.reporting.style import (
     BLUE,
     COLOURS,
     FAINT,

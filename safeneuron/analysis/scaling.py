@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from safeneuron.analysis.records import Number, PartRecord, TableRow, finite, rows_of
-from safeneuron.config.attack_plan import stands_for
 from safeneuron.errors import InputError
-from safeneuron.runtime.files import read_json
+from safeneuron.reporting.results import Counts, RunResults, StateResults
 
 ATTACKS = (("ORI", "none"), ("FULL", "static"), ("FULL", "adaptive"), ("FULL", "iterated"))
 """The attacks of the tables: the set and what the attacker knew."""
@@ -101,15 +101,15 @@ class ScaleRecord(PartRecord):
         return {"scale": rows_of(self.scale), "iterations": [state.row() for state in self.iterations]}
 
 
-def required_results(folder: Path) -> dict[str, Any]:
+def required_results(folder: Path) -> RunResults:
     """The results of a finished run; ``InputError`` for a folder without them."""
     path = folder / "report" / "results.json"
     if not path.exists():
         raise InputError(f"{folder} has no report yet; finish it first with: safeneuron run {folder}/config.toml")
-    return read_json(path)
+    return RunResults.load(path)
 
 
-def data_scale(results: Sequence[dict[str, Any]]) -> list[ScalePoint]:
+def data_scale(results: Sequence[RunResults]) -> list[ScalePoint]:
     """Attack success of each trained state under each attack of each run, with its interval, by its pairs (Fig. 6).
 
     Args:
@@ -118,31 +118,36 @@ def data_scale(results: Sequence[dict[str, Any]]) -> list[ScalePoint]:
     Returns:
         The points by label, attack, pairs and run.
     """
-    trained = [(run, state) for run in results for state in run["states"] if state["align"] is not None]
-    attacked = [(run, state, attack, counts) for run, state in trained for attack, counts in _harmful(state).items()]
+    attacked = [
+        (run, state, state.align.pairs, attack, counts)
+        for run in results
+        for state in run.states
+        if state.align is not None
+        for attack, counts in _harmful(state).items()
+    ]
     most: dict[str, int] = {}
-    for _, state, _, _ in attacked:
-        most[state["label"]] = max(most.get(state["label"], 0), state["align"]["pairs"])
+    for _, state, pairs, _, _ in attacked:
+        most[state.label] = max(most.get(state.label, 0), pairs)
     points = [
         ScalePoint(
-            run=run["name"],
-            state=state["name"],
-            label=state["label"],
-            pairs=state["align"]["pairs"],
+            run=run.name,
+            state=state.name,
+            label=state.label,
+            pairs=pairs,
             set=name,
             knowledge=knowledge,
-            rate=counts["rate"],
-            low=counts["low"],
-            high=counts["high"],
-            n=counts["n"],
-            share=state["align"]["pairs"] / most[state["label"]],
+            rate=math.nan if counts.rate is None else counts.rate,
+            low=math.nan if counts.low is None else counts.low,
+            high=math.nan if counts.high is None else counts.high,
+            n=counts.n,
+            share=pairs / most[state.label],
         )
-        for run, state, (name, knowledge), counts in attacked
+        for run, state, pairs, (name, knowledge), counts in attacked
     ]
     return sorted(points, key=lambda point: (point.label, point.set, point.knowledge, point.pairs, point.run))
 
 
-def iterations(results: dict[str, Any]) -> list[RoundRecord]:
+def iterations(results: RunResults) -> list[RoundRecord]:
     """The iteration table (Table 2): each round of the main training with its neurons, attacks and capability.
 
     ``frozen`` counts the neurons that its training kept, which grow from round to round; the rates have the counts
@@ -152,28 +157,25 @@ def iterations(results: dict[str, Any]) -> list[RoundRecord]:
         results: The results of one run.
     """
     rounds = []
-    for state in results["states"]:
-        if state["variant"]:
+    for state in results.states:
+        if state.variant or state.neurons is None:
             continue
-        harmful = _harmful(state)
-        attacks = {}
-        for name, knowledge in ATTACKS:
-            stand_in = harmful.get((name, stands_for(knowledge, state["round"])))
-            attacks[f"{name} {knowledge}".replace(" none", "")] = harmful.get((name, knowledge), stand_in)
+        attacks = {" ".join(attack).replace(" none", ""): state.attack(*attack) for attack in ATTACKS}
+        counts = {name: attack.harmful if attack else None for name, attack in attacks.items()}
         rounds.append(
             RoundRecord(
-                state=state["name"],
-                neurons=state["neurons"]["FULL"],
-                frozen=None if state["align"] is None else state["align"]["frozen"],
-                rates={name: counts["rate"] if counts else None for name, counts in attacks.items()},
-                complied={name: counts["complied"] if counts else None for name, counts in attacks.items()},
-                capability={task: score["value"] for task, score in state["capability"].get("ORI", {}).items()},
+                state=state.name,
+                neurons=state.neurons.full,
+                frozen=None if state.align is None else state.align.frozen,
+                rates={name: harmful.rate if harmful else None for name, harmful in counts.items()},
+                complied={name: harmful.complied if harmful else None for name, harmful in counts.items()},
+                capability={task: score.value for task, score in state.scores().items()},
             )
         )
     return rounds
 
 
-def _harmful(state: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def _harmful(state: StateResults) -> dict[tuple[str, str], Counts]:
     """The counts on harmful prompts under those of ``ATTACKS`` that were run."""
-    counts = {(attack["set"], attack["knowledge"]): attack["harmful"] for attack in state["attacks"]}
-    return {attack: counts[attack] for attack in ATTACKS if counts.get(attack)}
+    counts = {(attack.set, attack.knowledge): attack.harmful for attack in state.attacks}
+    return {attack: known for attack in ATTACKS if (known := counts.get(attack)) is not None}

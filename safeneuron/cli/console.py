@@ -92,9 +92,9 @@ def print_grid(path: Path) -> None:
     """A run's result table, drawn to the width of the terminal."""
     from rich.table import Table
 
-    from safeneuron.runs.show import grid
+    from safeneuron.runs.show import result_grid
 
-    shown = grid(path)
+    shown = result_grid(path)
     if shown is not None:
         drawn = Table(title=shown.title, caption=shown.note, title_justify="left", caption_justify="left", box=SIMPLE)
         for index, name in enumerate(shown.header):

@@ -81,7 +81,7 @@ def report_command(
         return
     if changes or redo:
         raise InputError("--set and --redo belong to one run; give them with one run, and compare afterwards")
-    from safeneuron.runs.collect import write_comparison
+    from safeneuron.runs.compare import write_comparison
 
     target = out_folder or run_folders[0].resolve().parent / "comparison"
     files = write_comparison(run_folders, target)
@@ -127,18 +127,17 @@ def _execute(settings: Config, folder: Path | None, names: list[str], verb: str 
 
 def _tell(opened: Run) -> None:
     """Name the files of a finished run and print the opening lines of its result table."""
-    from safeneuron.runtime.files import read_json
-
     results = opened.folder / "report" / "results.json"
     if not (opened.folder / "report" / "done.json").exists():
         command = shlex.join(["safeneuron", "run", str(opened.folder / "config.toml"), "--out", str(opened.folder)])
         print_lines(["", f"{opened.folder} is not complete yet; continue with: {command}"])
         return
-    from safeneuron.reporting.terminal import result_table
+    from safeneuron.reporting.results import RunResults
+    from safeneuron.reporting.terminal import result_lines
 
     files = [opened.folder / "report" / name for name in ("report.html", "report.md", "results.json")]
     if console.out.is_terminal:
         print_grid(opened.folder)
     else:
-        print_lines(["", *result_table(read_json(results))])
+        print_lines(["", *result_lines(RunResults.load(results))])
     print_lines(["", *(f"wrote {path}" for path in files)])

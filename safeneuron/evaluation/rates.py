@@ -147,6 +147,16 @@ class Rate:
     low: float
     high: float
 
+    def overlaps(self, other: Rate) -> bool:
+        """Whether the two intervals have a point in common."""
+        return self.low <= other.high and other.low <= self.high
+
+    def compared_with(self, other: Rate) -> str:
+        """``lower`` or ``higher`` than ``other``; ``unclear`` where the intervals overlap."""
+        if self.overlaps(other):
+            return "unclear"
+        return "lower" if self.rate < other.rate else "higher"
+
 
 def wilson(count: int, n: int) -> Rate:
     """``count`` of ``n`` with the Wilson score interval at 95 %."""

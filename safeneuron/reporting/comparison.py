@@ -6,40 +6,36 @@ both were asked; runs whose settings differ in nothing but the seed are also put
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from safeneuron.evaluation.rates import bootstrap_interval, corrected, paired_difference
-from safeneuron.reporting.charts import attack_chart, curve_chart, scatter_chart
-from safeneuron.reporting.figures import scatter, themed
+from safeneuron.reporting.charts import Bounded, ScatterPoint, attack_chart, curve_chart, scatter_chart
+from safeneuron.reporting.figures import draw_figures
+from safeneuron.reporting.formatting import Table, attack_title, joined_words, percent, with_interval
+from safeneuron.reporting.records import StateDifference
 from safeneuron.reporting.rendering import as_page, escaped, table_escaped, tabled
-from safeneuron.reporting.results import (
-    COMPARED,
-    attack_of,
-    attack_title,
-    columns_of,
-    joined_words,
-    judged_share,
-    percent,
-    refusal_of,
-    success_of,
-)
+from safeneuron.reporting.results import ADAPTIVE, COMPARED, INTACT, RunResults, StateResults
+from safeneuron.reporting.style import themed
 from safeneuron.reporting.tables import (
-    Table,
     as_csv,
     attack_records,
     attack_table,
     capability_table,
-    cells_of,
+    difference_points,
+    difference_records,
+    difference_table,
     further_table,
-    p_value,
+    refusal_cells,
     state_records,
     state_table,
+    success_cells,
 )
 
-Asked = tuple[str, str, str, str]
+JudgedAttack = tuple[str, str, str, str]
 """State, kind of request, set and knowledge of the attacker."""
+Request = TypeVar("Request", int, str)
 
 
 @dataclass(frozen=True)
@@ -50,64 +46,118 @@ class Compared:
     """
 
     name: str
-    results: dict[str, Any]
+    results: RunResults
     settings: str
-    verdicts: Mapping[Asked, Mapping[str, str]]
+    verdicts: Mapping[JudgedAttack, Mapping[str, str]]
 
 
-def merge(runs: Sequence[Compared]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class SeedMean:
+    """The attack success rate of one state under one attack over several seeds, with its bootstrap interval."""
+
+    runs: str
+    state: str
+    set: str
+    knowledge: str
+    seeds: int
+    n: int
+    """Requests that every seed was asked."""
+    rate: float
+    low: float
+    high: float
+    lowest_seed: float
+    highest_seed: float
+
+
+def difference_of(
+    names: tuple[str, str, str | None],
+    compared: tuple[str, str, str, str],
+    first: Mapping[Request, str],
+    second: Mapping[Request, str],
+) -> StateDifference | None:
+    """Two states on the requests that both were asked.
+
+    Args:
+        names: Those of both states; or those of two runs, and the state.
+        compared: One of ``COMPARED``.
+        first: The verdicts on the answers of the first by their request.
+        second: The same of the second.
+
+    Returns:
+        The difference, its p-value not corrected yet; None without a request on which both could be judged.
+    """
+    kind, verdict, which, knowledge = compared
+    # An answer that could not be judged leaves its pair out.
+    both = [key for key in first if key in second and "cannot say" not in (first[key], second[key])]
+    result = paired_difference([first[key] == verdict for key in both], [second[key] == verdict for key in both])
+    if result is None:
+        return None
+    return StateDifference(
+        first=names[0],
+        second=names[1],
+        state=names[2],
+        kind=kind,
+        verdict=verdict,
+        set=which,
+        knowledge=knowledge,
+        **asdict(result),
+    )
+
+
+def holm_corrected(differences: Iterable[StateDifference | None]) -> tuple[StateDifference, ...]:
+    """Those differences that there are, their p-values corrected for the number of them."""
+    known = [difference for difference in differences if difference is not None]
+    p_values = corrected([difference.p for difference in known])
+    return tuple(replace(difference, p_corrected=p) for difference, p in zip(known, p_values, strict=True))
+
+
+def merge(runs: Sequence[Compared]) -> RunResults:
     """The results of all runs as those of one, a state's name with the name of its run before it."""
     states = [
-        {**state, "name": f"{run.name}: {state['name']}", "label": f"{state['label']}, seed {run.results['seed']}"}
+        replace(state, name=f"{run.name}: {state.name}", label=f"{state.label}, seed {run.results.seed}")
         for run in runs
-        for state in run.results["states"]
+        for state in run.results.states
     ]
-    return {**runs[0].results, "states": states, "layers": max(run.results["layers"] for run in runs)}
+    return replace(runs[0].results, states=tuple(states), layers=max(run.results.layers for run in runs))
 
 
-def run_differences(runs: Sequence[Compared]) -> list[dict[str, Any]]:
+def run_differences(runs: Sequence[Compared]) -> tuple[StateDifference, ...]:
     """Every other run against the first: states of one name, on the requests that both were asked."""
     first, *others = runs
-    found: list[dict[str, Any]] = []
-    for second in others:
-        names = [state["name"] for state in second.results["states"]]
-        for state in (state["name"] for state in first.results["states"] if state["name"] in names):
-            for kind, verdict, which, knowledge in COMPARED:
-                asked = (state, kind, which, knowledge)
-                one, other = (run.verdicts.get(asked, {}) for run in (first, second))
-                # An answer that could not be judged leaves its pair out.
-                both = [p for p in one if p in other and "cannot say" not in (one[p], other[p])]
-                result = paired_difference([one[p] == verdict for p in both], [other[p] == verdict for p in both])
-                if result is not None:
-                    what = {"kind": kind, "verdict": verdict, "set": which, "knowledge": knowledge}
-                    names_of = {"first": first.name, "second": second.name, "state": state}
-                    found.append({**names_of, **what, **result.to_record()})
-    for record, p in zip(found, corrected([record["p"] for record in found]), strict=True):
-        record["p_corrected"] = p
-    return found
+    return holm_corrected(
+        difference_of(
+            (first.name, second.name, state.name),
+            compared,
+            *(run.verdicts.get((state.name, compared[0], *compared[2:]), {}) for run in (first, second)),
+        )
+        for second in others
+        for state in first.results.states
+        if second.results.state(state.name)
+        for compared in COMPARED
+    )
 
 
-def over_seeds(runs: Sequence[Compared]) -> list[dict[str, Any]]:
+def over_seeds(runs: Sequence[Compared]) -> list[SeedMean]:
     """Mean attack success rate over the seeds of one setting, with the bootstrap interval of both kinds of chance."""
-    found = []
+    means = []
     for group in groups_of(runs):
-        for state in (state["name"] for state in group[0].results["states"]):
-            for which, knowledge in columns_of(group[0].results):
-                kept = [run.verdicts.get((state, "harmful", which, knowledge), {}) for run in group]
-                prompts = [p for p in kept[0] if all(v.get(p, "cannot say") != "cannot say" for v in kept)]
+        for state in group[0].results.states:
+            for which, knowledge in group[0].results.columns():
+                verdicts = [run.verdicts.get((state.name, "harmful", which, knowledge), {}) for run in group]
+                prompts = [p for p in verdicts[0] if all(v.get(p, "cannot say") != "cannot say" for v in verdicts)]
                 if prompts:
-                    found.append(
-                        {
-                            "runs": joined_words(run.name for run in group),
-                            "state": state,
-                            "set": which,
-                            "knowledge": knowledge,
-                            "seeds": len(group),
-                            "n": len(prompts),
-                            **_mean([[v[p] == "complied" for p in prompts] for v in kept]),
-                        }
+                    means.append(
+                        SeedMean(
+                            runs=joined_words(run.name for run in group),
+                            state=state.name,
+                            set=which,
+                            knowledge=knowledge,
+                            seeds=len(group),
+                            n=len(prompts),
+                            **_mean([[v[p] == "complied" for p in prompts] for v in verdicts]),
+                        )
                     )
-    return found
+    return means
 
 
 def _mean(values: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -124,48 +174,37 @@ def groups_of(runs: Sequence[Compared]) -> Iterator[list[Compared]]:
     """Runs that differ in the seed alone, where there are at least two of them."""
     for settings in dict.fromkeys(run.settings for run in runs):
         group = [run for run in runs if run.settings == settings]
-        if len({run.results["seed"] for run in group}) > 1:
+        if len({run.results.seed for run in group}) > 1:
             yield group
 
 
-def scatter_points(merged: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+def scatter_points(merged: RunResults) -> tuple[list[ScatterPoint], str]:
     """Robustness and capability of each state with their intervals, and what stands for capability.
 
     That is the mean score of the benchmarks that every state has, with 1.96 standard errors; without such, the share of
     harmless requests that are not refused.
     """
-    states = merged["states"]
-    scores = [(state.get("capability") or {}).get("ORI", {}) for state in states]
-    tasks = [task for task in scores[0] if all(task in found for found in scores)]
-    found = []
-    for state, own in zip(states, scores, strict=True):
-        robust = judged_share(under_attack(state), "harmful", "refused")
-        refused = refusal_of(attack_of(state, "ORI", "none"))
-        if robust is None or (not tasks and refused is None):
-            continue
-        interval = wilson_interval(robust.hits, robust.total)
-        if tasks:
-            mean = sum(own[task]["value"] for task in tasks) / len(tasks)
-            half = 1.96 * sum(own[task]["stderr"] ** 2 for task in tasks) ** 0.5 / len(tasks)
-            up = (mean, max(0.0, mean - half), min(1.0, mean + half))
-        else:
-            assert refused is not None
-            up = (1 - refused.rate, 1 - refused.high, 1 - refused.low)
-        found.append({"name": state["name"], "x": (robust.hits / robust.total, *interval), "y": up})
-    return found, f"mean of {joined_words(tasks)}" if tasks else "harmless requests not refused"
+    tasks = [task for task in merged.base.scores() if all(task in state.scores() for state in merged.states)]
+    points = []
+    for state in merged.states:
+        attack = state.attack(*ADAPTIVE)
+        robust = attack.robustness if attack else None
+        capability = _mean_score(state, tasks) if tasks else _not_refused(state)
+        if robust is not None and capability is not None:
+            points.append(ScatterPoint(state.name, Bounded(robust.rate, robust.low, robust.high), capability))
+    return points, f"mean of {joined_words(tasks)}" if tasks else "harmless requests not refused"
 
 
-def under_attack(state: dict[str, Any]) -> dict[str, Any] | None:
-    """The adaptive FULL attack on a state."""
-    return attack_of(state, "FULL", "adaptive")
+def _mean_score(state: StateResults, tasks: Sequence[str]) -> Bounded:
+    scores = [state.scores()[task] for task in tasks]
+    mean = sum(score.value for score in scores) / len(scores)
+    half = 1.96 * sum(score.stderr**2 for score in scores) ** 0.5 / len(scores)
+    return Bounded(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share, whose counts alone are in the results."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def _not_refused(state: StateResults) -> Bounded | None:
+    refused = state.over_refusal(*INTACT)
+    return Bounded(1 - refused.rate, 1 - refused.high, 1 - refused.low) if refused else None
 
 
 _NOTES = {
@@ -182,27 +221,23 @@ _NOTES = {
 def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
     """Relative path and content of every file of the comparison."""
     merged = merge(runs)
-    found = run_differences(runs)
+    differences = run_differences(runs)
     seeds = over_seeds(runs)
     points, capability = scatter_points(merged)
-    axes = ("robustness (refused under FULL adaptive)", capability)
-    figures = {"scatter": scatter(points, *axes)} if points else {}
-    charts = {
-        "attack": attack_chart(merged),
-        "curve": curve_chart(merged["states"]),
-        "scatter": scatter_chart(points, *axes),
-    }
-    charts = {name: chart for name, chart in charts.items() if chart["panels"]}
+    scatter = scatter_chart(points, "robustness (refused under FULL adaptive)", capability)
+    figures = draw_figures({"scatter": scatter}) if points else {}
+    described = {"attack": attack_chart(merged), "curve": curve_chart(merged.states), "scatter": scatter}
+    charts = {name: chart.to_json() for name, chart in described.items() if chart.panels}
     values = {
-        "runs": [run.results | {"name": run.name} for run in runs],
-        "said": summary(runs, found, seeds),
-        "successes": cells_of(merged, success_of),
-        "refusals": cells_of(merged, refusal_of),
-        "iterated": ("FULL", "iterated") in columns_of(merged),
+        "runs": runs,
+        "sentences": comparison_summary(runs, differences, seeds),
+        "successes": success_cells(merged),
+        "refusals": refusal_cells(merged),
+        "iterated": ("FULL", "iterated") in merged.columns(),
         "further": further_table(merged),
         "capability": capability_table(merged),
         "states": state_table(merged),
-        "differences": run_difference_table(found),
+        "differences": difference_table(differences),
         "seeds": seed_table(seeds),
         "charts": charts,
         "figures": {name: themed(text) for name, text in figures.items()},
@@ -213,10 +248,10 @@ def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
         },
         "notes": _NOTES,
     }
-    tables = {"differences": found, "seeds": seeds}
+    tables = {"differences": difference_records(differences), "seeds": [asdict(mean) for mean in seeds]}
     return {
         "comparison.html": as_page("comparison.html", values, {"charts": charts}),
-        "comparison.md": comparison_markdown(runs, merged, found, seeds, bool(points)),
+        "comparison.md": comparison_markdown(runs, merged, differences, seeds, bool(points)),
         "tables/attacks.csv": as_csv(attack_records(merged)),
         "tables/states.csv": as_csv(state_records(merged)),
         **{f"tables/{name}.csv": as_csv(records) for name, records in tables.items() if records},
@@ -224,83 +259,66 @@ def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
     }
 
 
-def summary(runs: Sequence[Compared], found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]]) -> list[str]:
+def comparison_summary(
+    runs: Sequence[Compared], differences: Sequence[StateDifference], seeds: Sequence[SeedMean]
+) -> list[str]:
     """What the comparison says, in sentences that follow the numbers."""
-    said = [f"{len(runs)} runs: {joined_words(run.name for run in runs)}; differences are those from {runs[0].name}."]
-    models = dict.fromkeys(run.results["model"] for run in runs)
+    sentences = [
+        f"{len(runs)} runs: {joined_words(run.name for run in runs)}; differences are those from {runs[0].name}."
+    ]
+    models = dict.fromkeys(run.results.model for run in runs)
     if len(models) > 1:
-        said.append(f"They are of different models ({joined_words(models)}), so their neurons are not the same ones.")
-    judges = dict.fromkeys(run.results["judge"] for run in runs)
+        sentences.append(
+            f"They are of different models ({joined_words(models)}), so their neurons are not the same ones."
+        )
+    judges = dict.fromkeys(run.results.judge for run in runs)
     if len(judges) > 1:
-        said.append(
+        sentences.append(
             f"They were judged by different judges ({joined_words(judges)}): a difference may be one of the judges."
         )
-    clear = [record for record in found if record["p_corrected"] < 0.05]
-    if not found:
-        said.append("No state was asked the same requests in two runs, so there are no paired differences.")
+    clear = [record for record in differences if record.p_corrected < 0.05]
+    if not differences:
+        sentences.append("No state was asked the same requests in two runs, so there are no paired differences.")
     elif not clear:
-        said.append(f"None of the {len(found)} paired differences is significant after correction.")
+        sentences.append(f"None of the {len(differences)} paired differences is significant after correction.")
     for record in clear:
-        said.append(
-            f"{record['state']} ({attack_title(record['set'], record['knowledge'])}) "
-            f"{'complies with' if record['verdict'] == 'complied' else 'refuses'} {percent(record['second_rate'])} of "
-            f"{record['kind']} requests in {record['second']}, {percent(record['first_rate'])} in {record['first']}: "
-            f"{points_of(record)} points."
+        sentences.append(
+            f"{record.state} ({attack_title(record.set, record.knowledge)}) "
+            f"{'complies with' if record.verdict == 'complied' else 'refuses'} {percent(record.second_rate)} of "
+            f"{record.kind} requests in {record.second}, {percent(record.first_rate)} in {record.first}: "
+            f"{difference_points(record)} points."
         )
     if not seeds:
-        said.append("No two of them differ in the seed alone: no spread over seeds is known.")
-    return said
+        sentences.append("No two of them differ in the seed alone: no spread over seeds is known.")
+    return sentences
 
 
-def points_of(record: Mapping[str, Any]) -> str:
-    """A difference with its interval, in points."""
-    value, low, high = (f"{100 * record[key]:+.0f}" for key in ("difference", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def run_difference_table(found: Sequence[dict[str, Any]]) -> Table:
-    """The paired differences, one row each."""
-    header = ["state", "compared", "share of requests", "n", "first", "second", "difference (points)"]
-    rows = []
-    for record in found:
-        names = [record["state"], f"{record['first']}, {record['second']}"]
-        share = f"{record['verdict']}, {attack_title(record['set'], record['knowledge'])}"
-        numbers = [f"{record['n']:,}", percent(record["first_rate"]), percent(record["second_rate"]), points_of(record)]
-        tests = [f"{record['lost']:,}", f"{record['gained']:,}", p_value(record["p"]), p_value(record["p_corrected"])]
-        rows.append([*names, share, *numbers, *tests])
-    return [*header, "only first", "only second", "p", "p, corrected"], rows
-
-
-def seed_table(seeds: Sequence[dict[str, Any]]) -> Table:
+def seed_table(seeds: Sequence[SeedMean]) -> Table:
     """Means over seeds, one row a state and attack."""
     rows = []
-    for record in seeds:
-        rate, low, high, least, most = (
-            percent(record[k]) for k in ("rate", "low", "high", "lowest_seed", "highest_seed")
-        )
-        title = attack_title(record["set"], record["knowledge"])
-        counts = [str(record["seeds"]), f"{record['n']:,}"]
-        rows.append(
-            [record["state"], title, record["runs"], *counts, f"{rate} ({low} to {high})", f"{least} to {most}"]
-        )
-    return ["state", "attack", "runs", "seeds", "n", "mean", "lowest and highest seed"], rows
+    for mean in seeds:
+        title = attack_title(mean.set, mean.knowledge)
+        rate = with_interval(mean.rate, mean.low, mean.high)
+        ends = f"{percent(mean.lowest_seed)} to {percent(mean.highest_seed)}"
+        rows.append([mean.state, title, mean.runs, str(mean.seeds), f"{mean.n:,}", rate, ends])
+    return Table(["state", "attack", "runs", "seeds", "n", "mean", "lowest and highest seed"], rows)
 
 
 def comparison_markdown(
     runs: Sequence[Compared],
-    merged: dict[str, Any],
-    found: Sequence[dict[str, Any]],
-    seeds: Sequence[dict[str, Any]],
+    merged: RunResults,
+    differences: Sequence[StateDifference],
+    seeds: Sequence[SeedMean],
     pictured: bool,
 ) -> str:
     """The comparison for a release note or a pull request."""
     blocks = [f"# {escaped(joined_words(run.name for run in runs))} side by side"]
-    blocks.append("\n".join(f"- {escaped(text)}" for text in summary(runs, found, seeds)))
+    blocks.append("\n".join(f"- {escaped(text)}" for text in comparison_summary(runs, differences, seeds)))
     blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
     blocks.append(table_escaped(attack_table(merged)))
     blocks += tabled("Other attacks", "Success with its interval; refused, incoherent.", further_table(merged))
     blocks += tabled("Over seeds", _NOTES["seeds"], seed_table(seeds))
-    blocks += tabled("Differences", _NOTES["differences"], run_difference_table(found))
+    blocks += tabled("Differences", _NOTES["differences"], difference_table(differences))
     if pictured:
         blocks += ["## Capability against robustness", _NOTES["scatter"], "![scatter](figures/scatter.svg)"]
     blocks += tabled("Capability", "Score in per cent ± its standard error.", capability_table(merged))

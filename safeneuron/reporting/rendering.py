@@ -12,13 +12,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from safeneuron.reporting.results import attack_title, decimal, percent
-from safeneuron.reporting.tables import Table
+from safeneuron.reporting.details import JudgedAnswer
+from safeneuron.reporting.formatting import Table, attack_title, decimal, interval, percent
 
 TEMPLATES = Path(__file__).with_name("templates")
 SCRIPTS = ("charts.js", "page.js")
@@ -34,15 +34,16 @@ def as_page(template: str, values: Mapping[str, Any], data: Mapping[str, Any]) -
         lstrip_blocks=True,
     )
     script = script_text()
-    own = {
+    shared = {
         "style": Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "data": {name: embedded(value) for name, value in data.items()},
         "percent": percent,
         "decimal": decimal,
+        "interval": interval,
     }
-    return environment.get_template(template).render({**values, **own})
+    return environment.get_template(template).render({**values, **shared})
 
 
 def script_text() -> str:
@@ -80,21 +81,29 @@ def masked(text: str) -> tuple[str, int]:
     return opening, len(text) - len(opening)
 
 
-def examples_shown(examples: Iterable[dict[str, Any]], show_text: bool) -> dict[str, list[dict[str, Any]]]:
+class ShownAnswer(NamedTuple):
+    """An answer as a reader may see it: its text, and the number of characters that were held back."""
+
+    answer: JudgedAnswer
+    text: str
+    hidden: int
+
+
+def examples_shown(examples: Iterable[JudgedAnswer], show_text: bool) -> dict[str, list[ShownAnswer]]:
     """Examples by state and attack as a reader may see them.
 
     Without ``show_text`` the response is cut here, before any template sees it.
     """
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for example in examples:
-        opening, hidden = (example["response"], 0) if show_text else masked(example["response"])
-        title = f"{example['state']}, {attack_title(example['set'], example['knowledge'])}, {example['kind']}"
-        kept.setdefault(title, []).append({**example, "response": opening, "hidden": hidden})
-    return kept
+    groups: dict[str, list[ShownAnswer]] = {}
+    for answer in examples:
+        text, hidden = (answer.response, 0) if show_text else masked(answer.response)
+        title = f"{answer.state}, {attack_title(answer.set, answer.knowledge)}, {answer.kind}"
+        groups.setdefault(title, []).append(ShownAnswer(answer, text, hidden))
+    return groups
 
 
-def compressed(responses: Sequence[dict[str, Any]], show_text: bool) -> dict[str, Any]:
-    """The answers for the browser: lists of names and prompts, each once, and rows that point into them.
+def compressed(responses: Sequence[JudgedAnswer], show_text: bool) -> dict[str, Any]:
+    """The answers for the browser, as JSON: lists of names and prompts, each once, and rows that point into them.
 
     A row is state, attack, kind, verdict, prompt (all indices), text, and the number of characters that are not there:
     those masked without ``show_text``, or cut where all answers would not find room.
@@ -107,29 +116,29 @@ def compressed(responses: Sequence[dict[str, Any]], show_text: bool) -> dict[str
     cut = _cut_to(limit_of(responses)) if show_text else masked
     rows = [
         [
-            place("states", response["state"]),
-            place("attacks", attack_title(response["set"], response["knowledge"])),
-            place("kinds", response["kind"]),
-            place("verdicts", response["verdict"]),
-            place("prompts", _asked(response)),
-            *cut(response["response"]),
+            place("states", answer.state),
+            place("attacks", attack_title(answer.set, answer.knowledge)),
+            place("kinds", answer.kind),
+            place("verdicts", answer.verdict),
+            place("prompts", _request(answer)),
+            *cut(answer.response),
         ]
-        for response in responses
+        for answer in responses
     ]
-    return {**{key: list(found) for key, found in names.items()}, "whole": show_text, "rows": rows}
+    return {**{key: list(indices) for key, indices in names.items()}, "whole": show_text, "rows": rows}
 
 
-def _asked(response: dict[str, Any]) -> str:
+def _request(answer: JudgedAnswer) -> str:
     """The request, with the name of its image if it had one."""
-    return f"{response['prompt']} [image: {response['image']}]" if response.get("image") else str(response["prompt"])
+    return f"{answer.prompt} [image: {answer.image}]" if answer.image else answer.prompt
 
 
-def limit_of(responses: Sequence[dict[str, Any]]) -> int:
+def limit_of(responses: Sequence[JudgedAnswer]) -> int:
     """Characters of one answer for which there is room, the same for all of them."""
-    size = sum(len(response["response"].encode()) for response in responses)
+    size = sum(len(response.response.encode()) for response in responses)
     if size <= ROOM:
         return LONGEST
-    characters = sum(len(response["response"]) for response in responses)
+    characters = sum(len(response.response) for response in responses)
     return min(LONGEST, int(ROOM / len(responses) * characters / size))
 
 
@@ -139,7 +148,7 @@ def _cut_to(limit: int) -> Callable[[str], tuple[str, int]]:
 
 def tabled(title: str, note: str, table: Table) -> list[str]:
     """A section with a table, or nothing if the table has no rows."""
-    return [f"## {title}", note, table_escaped(table)] if table[1] else []
+    return [f"## {title}", note, table_escaped(table)] if table.rows else []
 
 
 def escaped(text: object) -> str:
@@ -151,8 +160,7 @@ def escaped(text: object) -> str:
 
 def table_escaped(table: Table) -> str:
     """A Markdown table."""
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
     return "\n".join(f"| {' | '.join(cell if cell == '---' else escaped(cell) for cell in line)} |" for line in lines)
 
 

@@ -1,19 +1,19 @@
 """The report of a run: one self-contained page, the same in Markdown, the tables as CSV and the figures as SVG.
 
-Values in, values out: ``render`` takes the results and returns the content of every file. Whatever a model said is text
-from a stranger: it is masked unless asked for, and escaped in any case.
+Values in, values out: ``render_report`` takes the results and returns the content of every file. Whatever a model said
+is text from a stranger: it is masked unless asked for, and escaped in any case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from safeneuron.errors import InputError
 from safeneuron.reporting.charts import charts_of
-from safeneuron.reporting.figures import draw_figures, themed
+from safeneuron.reporting.details import Details, JudgedAnswer, Provenance
+from safeneuron.reporting.figures import draw_figures
+from safeneuron.reporting.formatting import attack_title
 from safeneuron.reporting.rendering import (
+    ShownAnswer,
     as_image,
     as_page,
     compressed,
@@ -23,29 +23,28 @@ from safeneuron.reporting.rendering import (
     table_escaped,
     tabled,
 )
-from safeneuron.reporting.results import attack_title, columns_of, refusal_of, success_of
+from safeneuron.reporting.results import OUTCOMES, RunResults
+from safeneuron.reporting.style import themed
 from safeneuron.reporting.summary import READING, headline, limits, methods, points
 from safeneuron.reporting.tables import (
-    OUTCOMES,
     as_csv,
     attack_records,
     attack_table,
     capability_table,
     category_table,
-    cells_of,
+    difference_records,
     difference_table,
     further_table,
     neuron_records,
     outcome_table,
+    refusal_cells,
     refusal_table,
     stage_table,
     state_records,
     state_table,
+    success_cells,
 )
 
-__all__ = ["Details", "attack_table", "render"]
-
-REPORT_SCHEMA = 1
 BRACKETS = "Brackets hold 95 % Wilson intervals."
 DIFFERENCES = (
     "Two states on the same requests: the share of each, the paired difference with its 95 % interval (Newcombe), the "
@@ -75,59 +74,52 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Details:
-    """What the page shows beside the results: all answers, the strongest neurons of each state, further figures.
-
-    ``responses`` are like examples, ``neurons`` as ``charts.neuron_chart`` takes them, ``analysis`` SVG text by title.
-    """
-
-    responses: Sequence[dict[str, Any]] = ()
-    neurons: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
-    analysis: Mapping[str, str] = field(default_factory=dict)
-
-
-def render(
-    results: dict[str, Any],
-    examples: Sequence[dict[str, Any]],
-    provenance: dict[str, Any],
+def render_report(
+    results: RunResults,
+    examples: Sequence[JudgedAnswer],
+    provenance: Provenance,
     show_text: bool = False,
     details: Details | None = None,
 ) -> dict[str, str]:
-    """Relative path and content of every file of the report; ``pictures`` makes those that are not text.
+    """Every file of the report but the pictures, which are not text (``as_pictures``).
 
-    A figure for which there are no numbers is left out. Without ``show_text`` only the first words of each response are
-    in any of the files. Raises ``InputError`` for results of another schema or without a state.
+    A figure for which there are no numbers is left out. Nothing is written.
+
+    Args:
+        results: Every number of the run.
+        examples: The answers that ``report.md`` quotes.
+        provenance: How the results were made.
+        show_text: Whether answers stand in the files; without it only the first words of each are in any of them.
+        details: What the page shows beside: all answers, the strongest neurons, figures of the analysis.
+
+    Returns:
+        The content of each file by its path in the folder of the report.
     """
     details = details or Details()
-    if results.get("schema") != REPORT_SCHEMA or not results.get("states"):
-        raise InputError(
-            f"the report needs results of schema {REPORT_SCHEMA} with at least one state, but got schema "
-            f"{results.get('schema')!r} with {len(results.get('states') or [])} states; run the stages again"
-        )
-    drawn = draw_figures(results)
+    differences = results.differences or ()
+    drawn = draw_figures(charts_of(results))
     return {
         "report.md": report_markdown(results, examples, provenance, show_text, drawn),
         "report.html": as_report_page(results, examples, provenance, show_text, details, drawn),
         "tables/attacks.csv": as_csv(attack_records(results)),
         "tables/states.csv": as_csv(state_records(results)),
-        **({"tables/differences.csv": as_csv(results["differences"])} if results.get("differences") else {}),
+        **({"tables/differences.csv": as_csv(difference_records(differences))} if differences else {}),
         **({"tables/neurons.csv": as_csv(neuron_records(details.neurons))} if details.neurons else {}),
         **{f"figures/{name}.svg": text for name, text in drawn.items()},
     }
 
 
 def as_report_page(
-    results: dict[str, Any],
-    examples: Sequence[dict[str, Any]],
-    provenance: dict[str, Any],
+    results: RunResults,
+    examples: Sequence[JudgedAnswer],
+    provenance: Provenance,
     show_text: bool,
     details: Details,
-    drawn: dict[str, str],
+    drawn: Mapping[str, str],
 ) -> str:
-    """The page: matplotlib's figures stand in it for readers without its script, which draws live ones instead."""
+    """The page: printed figures stand in it for readers without its script, which draws live ones instead."""
     browsed = details.responses or examples
-    charts = charts_of(results, details.neurons)
+    charts = {name: chart.to_json() for name, chart in charts_of(results, details.neurons).items()}
     values = {
         "results": results,
         "provenance": provenance,
@@ -135,15 +127,15 @@ def as_report_page(
         "points": points(results),
         "methods": methods(results),
         "limits": limits(results),
-        "successes": cells_of(results, success_of),
-        "refusals": cells_of(results, refusal_of),
-        "iterated": ("FULL", "iterated") in columns_of(results),
+        "successes": success_cells(results),
+        "refusals": refusal_cells(results),
+        "iterated": ("FULL", "iterated") in results.columns(),
         "outcomes": OUTCOMES,
         "attack_title": attack_title,
         "state_table": state_table(results),
         "further": further_table(results),
         "further_note": _FURTHER,
-        "differences": difference_table(results),
+        "differences": difference_table(results.differences or ()),
         "difference_note": DIFFERENCES,
         "categories": category_table(results),
         "capability": capability_table(results),
@@ -162,17 +154,17 @@ def as_report_page(
 
 
 def report_markdown(
-    results: dict[str, Any],
-    examples: Sequence[dict[str, Any]],
-    provenance: dict[str, Any],
+    results: RunResults,
+    examples: Sequence[JudgedAnswer],
+    provenance: Provenance,
     show_text: bool,
-    drawn: dict[str, str],
+    drawn: Mapping[str, str],
 ) -> str:
     """The same report for a release note or a pull request; the figures are links to the files beside it."""
-    blocks = [f"# Safety neurons of {escaped(results['model'])}", f"**{escaped(headline(results))}**"]
+    blocks = [f"# Safety neurons of {escaped(results.model)}", f"**{escaped(headline(results))}**"]
     blocks.append("\n".join(f"- **{escaped(topic)}.** {escaped(text)}" for topic, text in points(results)))
     blocks.append(BRACKETS)
-    blocks += [f"> **Warning.** {escaped(warning)}" for warning in provenance["warnings"]]
+    blocks += [f"> **Warning.** {escaped(warning)}" for warning in provenance.warnings]
     blocks += ["## Attack success", "Harmful requests complied with: rate, 95 % Wilson interval, counts."]
     blocks += [table_escaped(attack_table(results)), *pictures(drawn, "attack")]
     blocks += tabled("Other attacks", _FURTHER, further_table(results))
@@ -181,7 +173,7 @@ def report_markdown(
     blocks.append(table_escaped(refusal_table(results)))
     blocks += tabled("Over-refusal by category", "Benign requests refused, nothing pruned.", category_table(results))
     blocks += tabled("Capability", CAPABILITY, capability_table(results))
-    blocks += tabled("Differences between states", DIFFERENCES, difference_table(results))
+    blocks += tabled("Differences between states", DIFFERENCES, difference_table(results.differences or ()))
     if "curve" in drawn:
         blocks += ["## As more neurons are pruned", *pictures(drawn, "curve")]
     blocks += [
@@ -195,24 +187,25 @@ def report_markdown(
         blocks += [f"### {escaped(title)}", *(example_quoted(example) for example in group)]
     blocks += ["## Method", "\n".join(f"- {escaped(text)}" for text in methods(results))]
     blocks += ["## Limits", "\n".join(f"- {escaped(text)}" for text in limits(results)), "## How it was made"]
-    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
     blocks.append(
-        f"safeneuron {escaped(provenance['version'])}, {escaped(provenance['created'])}. "
-        f"Model fingerprint {escaped(results['fingerprint'])}, judge {escaped(results['judge'])}, "
-        f"seed {results['seed']}. {escaped(versions)}."
+        f"safeneuron {escaped(provenance.version)}, {escaped(provenance.created)}. "
+        f"Model fingerprint {escaped(results.fingerprint)}, judge {escaped(results.judge)}, "
+        f"seed {results.seed}. {escaped(versions)}."
     )
-    blocks += [fenced(provenance["command"]), table_escaped(stage_table(provenance)), fenced(provenance["config_toml"])]
+    blocks += [fenced(provenance.command), table_escaped(stage_table(provenance)), fenced(provenance.config_toml)]
     return "\n\n".join(blocks) + "\n"
 
 
-def example_quoted(example: dict[str, Any]) -> str:
+def example_quoted(shown: ShownAnswer) -> str:
     """Prompt and verdict of one example, and its response as a quotation."""
-    hidden = f" ▒▒▒▒ ({example['hidden']:,} characters hidden)" if example["hidden"] else ""
-    response = "\n> ".join(escaped(line) for line in (example["response"] + hidden).splitlines() or [""])
-    image = f" [image: {escaped(example['image'])}]" if example.get("image") else ""
-    return f"{escaped(example['prompt'])}{image} *({escaped(example['verdict'])})*\n\n> {response}"
+    answer = shown.answer
+    hidden = f" ▒▒▒▒ ({shown.hidden:,} characters hidden)" if shown.hidden else ""
+    response = "\n> ".join(escaped(line) for line in (shown.text + hidden).splitlines() or [""])
+    image = f" [image: {escaped(answer.image)}]" if answer.image else ""
+    return f"{escaped(answer.prompt)}{image} *({escaped(answer.verdict)})*\n\n> {response}"
 
 
-def pictures(drawn: dict[str, str], *names: str) -> list[str]:
+def pictures(drawn: Mapping[str, str], *names: str) -> list[str]:
     """Links to the figures that there are, each with its caption."""
     return [f"![{CAPTIONS[name]}](figures/{name}.svg)" for name in names if name in drawn]

@@ -1,57 +1,63 @@
-"""The result table of a run for a terminal: as lines for a pipe, or as a grid to be drawn to the terminal's width."""
+"""The result table of a run for a terminal: as lines for a pipe, or as a table to be drawn to the terminal's width."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
-from safeneuron.reporting.results import attack_of, attack_title, columns_of, further_of, number, success_of
-
-
-class Grid(NamedTuple):
-    """A table for a terminal, which knows its own width: what it shows, its header and rows, and a last remark."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str
+from safeneuron.reporting.formatting import Table, attack_title, number
+from safeneuron.reporting.results import RunResults
 
 
-def grid_of(results: dict[str, Any]) -> Grid:
-    """The result table of a run with its intervals, one row an attack."""
-    states = results["states"]
+def terminal_table(results: RunResults) -> Table:
+    """The result table of a run with its intervals.
+
+    Args:
+        results: The results of a run.
+
+    Returns:
+        A row for each attack that any state was under, a column for each state, with a title and a note.
+    """
     rows = []
-    for column in [*columns_of(results), *further_of(results)]:
-        shares = [success_of(attack_of(state, *column)) for state in states]
-        cells = ["-" if s is None else f"{number(s.rate)} ({number(s.low)}-{number(s.high)})" for s in shares]
-        if any(shares):
+    for column in [*results.columns(), *results.further()]:
+        rates = [state.success(*column) for state in results.states]
+        cells = ["-" if r is None else f"{number(r.rate)} ({number(r.low)}-{number(r.high)})" for r in rates]
+        if any(rates):
             rows.append([attack_title(*column), *cells])
-    title = f"Attack success of {results['model']}: harmful requests complied with, in %, and 95 % intervals"
-    note = "; ".join(f"{state['name']}: {state['label']}" for state in states)
+    title = f"Attack success of {results.model}: harmful requests complied with, in %, and 95 % intervals"
+    note = "; ".join(f"{state.name}: {state.label}" for state in results.states)
     note += ". Over-refusal, incoherent answers and perplexity stand in the report."
-    return Grid(title, ["pruned", *(state["name"] for state in states)], rows, note)
+    return Table(["pruned", *(state.name for state in results.states)], rows, title, note)
 
 
-def result_table(results: dict[str, Any]) -> Iterator[str]:
-    """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state."""
-    columns = columns_of(results)
+def result_lines(results: RunResults) -> Iterator[str]:
+    """The attack table of a run, in lines that fit a terminal: ASR in per cent, one line a state.
+
+    Args:
+        results: The results of a run.
+
+    Yields:
+        Each line, without its end.
+    """
+    columns, states = results.columns(), results.states
     titles = {"iterated": "iterated", "control": "random"}
-    names = [state["label"] for state in results["states"]]
-    width = max(map(len, names)) + 2
-    yield f"ASR in % of {results['model']}: harmful test prompts that are answered, by neurons pruned"
+    width = max(len(state.label) for state in states) + 2
+
+    def rates(attack: tuple[str, str]) -> list[str]:
+        known = (state.success(*attack) for state in states)
+        return ["-" if rate is None else f"{100 * rate.rate:.0f}" for rate in known]
+
+    yield f"ASR in % of {results.model}: harmful test prompts that are answered, by neurons pruned"
     yield f"{'':<{width}}{'':>9}{'static':^27}{'adaptive':^27}"
-    yield f"{'':<{width}}" + "".join(f"{titles.get(knowledge, name):>9}" for name, knowledge in columns)
-    for name, state in zip(names, results["states"], strict=True):
-        cells = []
-        for column in columns:
-            share = success_of(attack_of(state, *column))
-            cells.append(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}")
-        yield f"{name:<{width}}" + "".join(cells)
-    others = further_of(results)
+    yield _line("", width, [titles.get(knowledge, name) for name, knowledge in columns])
+    for state, cells in zip(states, zip(*map(rates, columns), strict=True), strict=True):
+        yield _line(state.label, width, cells)
+    others = results.further()
     if others:
         yield "other attacks, in the order of the states above"
-    for column in others:
-        shares = [success_of(attack_of(state, *column)) for state in results["states"]]
-        rates = "".join(f"{'-' if share is None else format(100 * share.rate, '.0f'):>9}" for share in shares)
-        yield f"{attack_title(*column):<{max(width, 56)}}{rates}"
+    for attack in others:
+        yield _line(attack_title(*attack), max(width, 56), rates(attack))
     yield "intervals, over-refusal, incoherent answers and perplexity stand in the report"
+
+
+def _line(name: str, width: int, cells: Iterable[str]) -> str:
+    return f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells)

@@ -7,7 +7,7 @@ from safeneuron._lazy import face
 
 MODULES = {
     "attackers": ("sample",),
-    "collect": ("write_comparison",),
+    "compare": ("write_comparison",),
     "context": ("StateModels",),
     "findings": ("Findings",),
     "hub": ("check_repository", "push"),
@@ -17,6 +17,6 @@ MODULES = {
     "redteam": ("RedTeam", "prepare_redteam", "red_team", "table"),
     "run": ("Run",),
     "runner": ("Runner", "StageSpec"),
-    "show": ("explain", "grid"),
+    "show": ("explain", "result_grid"),
 }
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

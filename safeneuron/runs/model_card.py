@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from safeneuron._version import __version__
 from safeneuron.config.schema import Config
 from safeneuron.config.states import BASE, State
 from safeneuron.config.tables import DataTable, PairSourceTable, SourceTable
+from safeneuron.reporting.formatting import Table, attack_title, joined_words
 from safeneuron.reporting.rendering import escaped, fenced, table_escaped
-from safeneuron.reporting.results import COMPARED, attack_of, attack_title, columns_of, joined_words, judged_share
+from safeneuron.reporting.results import COMPARED, INTACT, RunResults
 from safeneuron.reporting.summary import (
     Point,
     coherence_caveat,
@@ -34,7 +35,7 @@ from safeneuron.reporting.summary import (
     random_control,
     resistance,
 )
-from safeneuron.reporting.tables import Table, attack_table, outcome_table, refusal_table
+from safeneuron.reporting.tables import attack_table, outcome_table, refusal_table
 from safeneuron.runs.collect import label_of
 from safeneuron.runs.findings import Findings
 from safeneuron.runs.hub import Licence
@@ -124,13 +125,14 @@ def metadata(config: Config, base: Base, name: str = "", results: Sequence[EvalR
     )
 
 
-def scores(config: Config, results: dict[str, Any] | None, state: State) -> list[EvalResult]:
+def scores(config: Config, results: RunResults | None, state: State) -> list[EvalResult]:
     """The rates that the Hub shows of a model: those in which states are compared, with their intervals."""
-    record = next((found for found in (results or {"states": []})["states"] if found["name"] == state.name), None)
+    record = results.state(state.name) if results else None
     entries = []
-    for kind, verdict, which, knowledge in COMPARED:
-        share = judged_share(attack_of(record, which, knowledge), kind, verdict) if record else None
-        if share is None:
+    for kind, _, which, knowledge in COMPARED:
+        attack = record.attack(which, knowledge) if record else None
+        rate = (attack.success if kind == "harmful" else attack.over_refusal) if attack else None
+        if rate is None:
             continue
         role = "test_unsafe" if kind == "harmful" else "test_safe"
         sources = [source.path for source in getattr(config.data, role)]
@@ -142,37 +144,37 @@ def scores(config: Config, results: dict[str, Any] | None, state: State) -> list
                 dataset_name=", ".join(_unplaced(path) for path in sources),
                 metric_type="attack_success_rate" if kind == "harmful" else "over_refusal_rate",
                 metric_name=f"{METRICS[kind]}, {attack_title(which, knowledge)}",
-                metric_value=round(share.rate, 4),
-                metric_args={"low": round(share.low, 4), "high": round(share.high, 4), "answers": share.total},
+                metric_value=round(rate.rate, 4),
+                metric_args={"low": round(rate.low, 4), "high": round(rate.high, 4), "answers": rate.n},
             )
         )
     return entries
 
 
-def finished_results(run: Run, state: State) -> dict[str, Any] | None:
+def finished_results(run: Run, state: State) -> RunResults | None:
     """The results of the run's finished report, if it knows the state."""
     report = run.folder / "report"
     if not (report / "done.json").exists():
         return None
-    results = read_json(report / "results.json")
-    return results if state.name in [found["name"] for found in results["states"]] else None
+    results = RunResults.load(report / "results.json")
+    return results if results.state(state.name) else None
 
 
-def result_variables(results: dict[str, Any] | None, state: State) -> dict[str, Any]:
+def result_variables(results: RunResults | None, state: State) -> dict[str, Any]:
     """The variables of the template that need results."""
-    if results is None:
+    own = results.state(state.name) if results else None
+    if results is None or own is None:
         return {"results": None}
-    base = results["states"][0]
-    own = next(found for found in results["states"] if found["name"] == state.name)
+    base = results.base
     pair = [base, own]
     return {
         "results": results,
-        "judge": results["judge"],
-        "iterated": ("FULL", "iterated") in columns_of(results),
-        "legend": "; ".join(f"{found['name']}, {found['label']}" for found in results["states"]),
+        "judge": results.judge,
+        "iterated": ("FULL", "iterated") in results.columns(),
+        "legend": "; ".join(f"{known.name}, {known.label}" for known in results.states),
         "attack_table": _table(_marked(attack_table(results), state)),
         "refusal_table": _table(_marked(refusal_table(results), state)),
-        "outcome_table": _table(outcome_table({**results, "states": [own]})),
+        "outcome_table": _table(outcome_table(replace(results, states=(own,)))),
         "points": [
             Point("Resistance", resistance(own, base) + coherence_caveat(own, base)),
             Point("Random control", random_control([own])),
@@ -231,12 +233,12 @@ def data_table(config: Config, run: Run) -> Table:
     rows += [["preference pairs", _unplaced(name), f"{count:,}"] for name, count in counts.items()]
     if asked := "; ".join(source_text(source) for source in asked_for_pairs(config)):
         rows.append(["prompts of the on-policy pairs, answered by the base model itself", asked, ""])
-    return ["what", "source", "count"], rows
+    return Table(["what", "source", "count"], rows)
 
 
 def settings_table(settings: dict[str, Any]) -> Table:
     """The settings that a training was made with, as the stage has recorded them."""
-    return ["setting", "value"], [[name, json.dumps(value).strip('"')] for name, value in settings.items()]
+    return Table(["setting", "value"], [[name, json.dumps(value).strip('"')] for name, value in settings.items()])
 
 
 def source_text(source: AnySource) -> str:
@@ -269,14 +271,14 @@ def local_files(config: Config) -> list[str]:
     return list(dict.fromkeys([*folder, *files]))
 
 
-def sample_size_lines(results: dict[str, Any] | None, state: State) -> list[str]:
+def sample_size_lines(results: RunResults | None, state: State) -> list[str]:
     """How many requests the rates rest on, as a limit of them."""
-    own = next((found for found in (results or {"states": []})["states"] if found["name"] == state.name), None)
-    attack = attack_of(own, "ORI", "none") if own else None
+    own = results.state(state.name) if results else None
+    attack = own.attack(*INTACT) if own else None
     if attack is None:
         return []
-    counts = [f"{attack[kind]['n']:,} {name}" for kind, name in (("harmful", "harmful"), ("benign", "harmless"))
-              if attack[kind]]  # fmt: skip
+    kinds = ((attack.harmful, "harmful"), (attack.benign, "harmless"))
+    counts = [f"{answers.n:,} {kind}" for answers, kind in kinds if answers]
     return [
         f"Every rate rests on {joined_words(counts)} requests.",
         "Of the model's abilities only perplexity and over-refusal were measured.",
@@ -298,8 +300,8 @@ def _table(table: Table) -> Markup:
 
 def _marked(table: Table, state: State) -> Table:
     """The table with this model's row pointed out."""
-    header, rows = table
-    return header, [[f"{row[0]} (this model)" if row[0] == state.name else row[0], *row[1:]] for row in rows]
+    rows = [[f"{row[0]} (this model)" if row[0] == state.name else row[0], *row[1:]] for row in table.rows]
+    return table._replace(rows=rows)
 
 
 def _unplaced(path: str) -> str:

@@ -7,52 +7,53 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safeneuron.config.attack_plan import AttackPlan
 from safeneuron.errors import InputError
-from safeneuron.reporting.terminal import Grid, grid_of, result_table
+from safeneuron.reporting.formatting import Table
+from safeneuron.reporting.results import RunResults
+from safeneuron.reporting.terminal import result_lines, terminal_table
 from safeneuron.runtime.files import read_json, read_lines
 
 
-def results_at(path: Path) -> dict[str, Any] | None:
+def results_at(path: Path) -> RunResults | None:
     """The results of the run at ``path``, or those in the file itself; None where there are none yet."""
     if path.name == "results.json" and path.is_file():
-        return read_json(path)
+        return RunResults.load(path)
     if (path / "run.json").exists() and (path / "report" / "done.json").exists():
-        return read_json(path / "report" / "results.json")
+        return RunResults.load(path / "report" / "results.json")
     return None
 
 
 def explain(path: Path, table: bool = True) -> Iterator[str]:
     """Lines that say what the file or folder at ``path`` is. Raises ``InputError`` if it is nothing of ours.
 
-    Without ``table`` a run's result table is left to ``grid``.
+    Without ``table`` a run's result table is left to ``result_grid``.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run, the folder of a stage, or a file in one")
-    teller = _folder if path.is_dir() else _teller(path)
-    if teller is None:
+    explainer = _folder if path.is_dir() else _explainer(path)
+    if explainer is None:
         raise InputError(
             f"{path} is not an artefact of safeneuron; show explains runs, and the folders and files that a run writes"
         )
-    with _damage_told(path):
-        yield from teller(path)
+    with _damage_as_input_error(path):
+        yield from explainer(path)
         results = results_at(path)
         if table and results is not None:
             yield from ([""] if path.is_dir() else [])
-            yield from result_table(results)
+            yield from result_lines(results)
 
 
-def grid(path: Path) -> Grid | None:
+def result_grid(path: Path) -> Table | None:
     """The result table of the run at ``path``; None where there is none yet. Raises ``InputError`` like ``explain``."""
-    with _damage_told(path):
+    with _damage_as_input_error(path):
         results = results_at(path)
-        return None if results is None else grid_of(results)
+        return None if results is None else terminal_table(results)
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -76,12 +77,14 @@ def _folder(path: Path) -> Iterator[str]:
         for marker in sorted(path.glob("*/done.json")):
             yield f"  {marker.parent.name}: {read_json(marker)['seconds']} s"
     else:
-        known = [(file, teller) for file in sorted(path.iterdir()) if file.is_file() and (teller := _teller(file))]
+        known = [
+            (file, explainer) for file in sorted(path.iterdir()) if file.is_file() and (explainer := _explainer(file))
+        ]
         if not known:
             raise InputError(f"{path} is neither a run, nor a stage, nor a model; show explains those and their files")
-        for file, teller in known:
+        for file, explainer in known:
             yield f"{file.name}:"
-            yield from (f"  {line}" for line in teller(file))
+            yield from (f"  {line}" for line in explainer(file))
 
 
 def _run(path: Path) -> Iterator[str]:
@@ -134,7 +137,7 @@ def _at_once(pairs: int) -> str:
     return f"{pairs} pairs of a micro-batch at once" if pairs else "All pairs of a micro-batch at once"
 
 
-def _teller(path: Path) -> Callable[[Path], Iterator[str]] | None:
+def _explainer(path: Path) -> Callable[[Path], Iterator[str]] | None:
     if path.suffix == ".safetensors":
         return _tensors
     if path.suffix == ".json" and path.absolute().parent.parent.name == "capability":

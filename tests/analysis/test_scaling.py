@@ -6,24 +6,28 @@ import pytest
 
 from safeneuron.analysis.scaling import RoundRecord, ScaleRecord, data_scale, iterations, required_results
 from safeneuron.errors import InputError
+from tests.helpers.sample_results import attack, counts, sample_results, sample_state, typed
 
 
 def state(name: str, pairs: int | None, **rates: float):
+    """A state whose attacks succeeded on so many of ten requests."""
+    made = sample_state(name, 20)
     attacks = [
-        {"set": key.split("_")[0], "knowledge": key.split("_")[1],
-         "harmful": {"rate": rate, "low": rate, "high": rate, "n": 10, "complied": round(10 * rate)}}
-        for key, rate in rates.items()
-    ]  # fmt: skip
-    align = None if pairs is None else {"pairs": pairs, "frozen": 7}
-    return {"name": name, "label": "dpo", "round": int(name[1:]), "variant": "", "align": align, "attacks": attacks,
-            "neurons": {"FULL": 5}, "capability": {"ORI": {"gsm8k": {"value": 0.4}}}}  # fmt: skip
+        {**attack(*key.split("_"), 0, 0, 0), "harmful": counts(10, round(10 * rate))} for key, rate in rates.items()
+    ]
+    align = made["align"] and {**made["align"], "pairs": pairs, "frozen": 7}
+    capability = {"ORI": {"gsm8k": {"value": 0.4, "stderr": 0.1, "n": 10}}}
+    neurons = {**made["neurons"], "FULL": 5}
+    made |= {"label": "dpo", "align": align, "attacks": attacks, "neurons": neurons, "capability": capability}
+    return made
 
 
-SMALL = {
-    "name": "small",
-    "states": [state("T0", None, ORI_none=0.9, FULL_static=0.8), state("T1", 5, ORI_none=0.5)],
-}
-LARGE = {"name": "large", "states": [state("T1", 20, ORI_none=0.1)]}
+def run(name: str, *states):
+    return typed({**sample_results(*states), "name": name})
+
+
+SMALL = run("small", state("T0", None, ORI_none=0.9, FULL_static=0.8), state("T1", 5, ORI_none=0.5))
+LARGE = run("large", state("T1", 20, ORI_none=0.1))
 
 
 def test_data_scale_by_hand():
@@ -36,14 +40,14 @@ def test_data_scale_by_hand():
 
 def test_a_share_is_of_the_most_pairs_of_its_label():
     other = state("T1", 80, ORI_none=0.3)
-    points = data_scale([SMALL, {"name": "other", "states": [{**other, "label": "freeze"}]}])
+    points = data_scale([SMALL, run("other", {**other, "label": "freeze"})])
     assert {point.label: point.share for point in points} == {"dpo": 1, "freeze": 1}
 
 
 def test_an_attack_that_was_not_run_is_no_point():
     trained = state("T1", 5, ORI_none=0.5, FULL_static=0.4, other_set=0.2)
     trained["attacks"][1]["harmful"] = None
-    (point,) = data_scale([{"name": "run", "states": [trained]}])
+    (point,) = data_scale([run("run", trained)])
     assert (point.set, point.knowledge, point.n) == ("ORI", "none", 10)
 
 
@@ -57,7 +61,7 @@ def test_rounds_by_hand():
 
 def test_variants_are_no_rounds():
     variant = {**state("T1", 5, ORI_none=0.5), "variant": "dpo"}
-    assert [each.state for each in iterations({"states": [*SMALL["states"], variant]})] == ["T0", "T1"]
+    assert [each.state for each in iterations(run("run", state("T0", None), variant))] == ["T0"]
 
 
 def test_a_round_is_one_row_and_read_back():

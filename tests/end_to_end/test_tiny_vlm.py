@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from safeneuron.models.vision_tower import fingerprint_of_towers, measure_towers
 from safeneuron.neurons.interventions import Edit
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import ActivationStats
+from safeneuron.reporting.rendering import ShownAnswer
 from safeneuron.reporting.report import example_quoted
 from safeneuron.runs.run import Run
 from safeneuron.runs.show import explain
@@ -36,6 +38,7 @@ from safeneuron.selection.scores import Scores
 from safeneuron.training.on_policy import on_policy_pairs
 from tests import ROOT
 from tests.helpers import tiny_run
+from tests.helpers.sample_results import sample_examples
 from tests.helpers.tiny_run import Watch, execute
 from tests.programs.ranks_program import Judge
 from tests.runtime.test_distributed import ENVIRONMENT, TORCHRUN
@@ -115,8 +118,8 @@ def test_the_report_names_the_images(finished: Path) -> None:
 
 
 def test_the_names_of_images_are_escaped_in_the_report() -> None:
-    example = {"prompt": "q", "response": "r", "verdict": "refused", "hidden": 0, "image": "<b>*a*</b>.png"}
-    assert "<b>" not in example_quoted(example)
+    answer = replace(sample_examples()[0], image="<b>*a*</b>.png")
+    assert "<b>" not in example_quoted(ShownAnswer(answer, "r", 0))
 
 
 EYES = [

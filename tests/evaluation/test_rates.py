@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeneuron.evaluation.rates import bootstrap_interval, corrected, mcnemar, paired_difference, paired_interval
+from safeneuron.evaluation.rates import Rate, bootstrap_interval, corrected, mcnemar, paired_difference, paired_interval
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,3 +108,10 @@ def test_the_bootstrap_knows_the_chance_of_seeds_and_of_prompts():
     # Three seeds that say the same of 80 prompts leave the chance of 80 prompts, not of 240.
     low, high = bootstrap_interval(prompts, draws=2000)
     assert high - low == pytest.approx(2 * 1.96 * prompts[0].std() / math.sqrt(80), rel=0.15)
+
+
+def test_touching_intervals_overlap():
+    left, right = Rate(1, 4, 0.25, 0.1, 0.4), Rate(2, 4, 0.5, 0.4, 0.6)
+    assert left.compared_with(right) == right.compared_with(left) == "unclear"
+    apart = Rate(2, 4, 0.5, 0.41, 0.6)
+    assert (left.compared_with(apart), apart.compared_with(left)) == ("lower", "higher")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from safeneuron.reporting.comparison import Compared, render_comparison
-from safeneuron.reporting.report import Details, render
+from safeneuron.reporting.details import Details, JudgedAnswer, StrongNeuron
+from safeneuron.reporting.report import render_report
 from tests.helpers.browser import Chromium, installed
+from tests.helpers.sample_results import SCRIPT, SECRET, sample_provenance, sample_results, sample_state, typed
 from tests.reporting.test_comparison import ASKED, verdicts
-from tests.reporting.test_report import SCRIPT, SECRET, sample_provenance, sample_results, sample_state
 
 pytestmark = pytest.mark.skipif(
     installed() is None, reason="no Chromium or Chrome is installed (on Debian: apt-get install chromium)"
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 PLANTED = "</script><script>document.title = 'broken out'</script><img src=x onerror=\"document.title='broken out'\">"
 
 
-def answers() -> list[dict[str, Any]]:
+def answers() -> list[JudgedAnswer]:
     """Three hundred answers, one in ten of them with markup in it."""
     found = []
     for number in range(300):
@@ -29,8 +29,18 @@ def answers() -> list[dict[str, Any]]:
         which = ("ORI", "none") if number % 3 else ("FULL", "static")
         verdict = ("refused", "complied", "incoherent")[number % 3]
         text = PLANTED if number % 10 == 0 else f"{SECRET} Number {number}."
-        what = {"state": state, "set": which[0], "knowledge": which[1], "kind": kind, "verdict": verdict}
-        found.append({**what, "prompt": f"{SCRIPT} request {number // 4}", "response": text})
+        found.append(
+            JudgedAnswer(
+                state=state,
+                set=which[0],
+                knowledge=which[1],
+                kind=kind,
+                index=number // 4,
+                prompt=f"{SCRIPT} request {number // 4}",
+                response=text,
+                verdict=verdict,
+            )
+        )
     return found
 
 
@@ -44,10 +54,10 @@ def browser() -> Iterator[Chromium]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same report, masked and with the text in it."""
     folder = tmp_path_factory.mktemp("pages")
-    neurons = {"T0": [[layer, 5, 100, layer / 10, 2.0, 1 + layer % 3] for layer in range(30)]}
+    neurons = {"T0": [StrongNeuron(layer, 5, 100, layer / 10, 2.0, 1 + layer % 3) for layer in range(30)]}
     found = {}
     for name, show_text in (("masked", False), ("whole", True)):
-        files = render(sample_results(), [], sample_provenance(), show_text, Details(answers(), neurons))
+        files = render_report(typed(sample_results()), [], sample_provenance(), show_text, Details(answers(), neurons))
         found[name] = folder / f"{name}.html"
         found[name].write_text(files["report.html"], encoding="utf-8")
     return found

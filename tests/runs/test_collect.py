@@ -9,6 +9,7 @@ import pytest
 from safeneuron.config.states import BASE, State, states_of
 from safeneuron.config.toml import read_config
 from safeneuron.evaluation.rates import corrected, mcnemar
+from safeneuron.reporting.results import RunResults
 from safeneuron.runs.collect import state_differences
 from safeneuron.runs.findings import Findings
 from safeneuron.runs.run import Run
@@ -39,37 +40,38 @@ def verdicts(tmp_path):
 
 def test_states_are_compared_prompt_by_prompt(verdicts):
     found = state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE, State("", 1), State("dpo", 1)])
-    names = [(record["first"], record["second"]) for record in found]
+    names = [(record.first, record.second) for record in found]
     # Each with T0 in three respects (nobody iterated), and the main training with the variant.
     assert names == [("T0", "T1")] * 3 + [("T0", "dpo-T1")] * 3 + [("dpo-T1", "T1")] * 3
     intact, attacked, benign = found[:3]
-    assert (intact["n"], intact["gained"], intact["lost"], intact["p"]) == (5, 0, 0, 1.0), "one was not judged"
-    assert (attacked["n"], attacked["gained"], attacked["lost"]) == (6, 0, 5)
-    assert (attacked["set"], attacked["knowledge"], attacked["verdict"]) == ("FULL", "adaptive", "complied")
-    assert attacked["difference"] == pytest.approx(-5 / 6)
-    assert (benign["kind"], benign["verdict"], benign["gained"], benign["p"]) == ("benign", "refused", 3, mcnemar(3, 0))
+    assert (intact.n, intact.gained, intact.lost, intact.p) == (5, 0, 0, 1.0), "one was not judged"
+    assert (attacked.n, attacked.gained, attacked.lost) == (6, 0, 5)
+    assert (attacked.set, attacked.knowledge, attacked.verdict) == ("FULL", "adaptive", "complied")
+    assert attacked.difference == pytest.approx(-5 / 6)
+    assert (benign.kind, benign.verdict, benign.gained, benign.p) == ("benign", "refused", 3, mcnemar(3, 0))
     # Incoherent is not complied: the variant lost two prompts to T0, and T1 wins one from it and loses four.
-    assert (found[4]["lost"], found[7]["gained"], found[7]["lost"]) == (2, 1, 4)
-    assert [record["p_corrected"] for record in found] == corrected([record["p"] for record in found])
+    assert (found[4].lost, found[7].gained, found[7].lost) == (2, 1, 4)
+    assert [record.p_corrected for record in found] == corrected([record.p for record in found])
 
 
 def test_a_run_with_one_state_compares_nothing(verdicts):
-    assert state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE]) == []
+    assert state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE]) == ()
 
 
 def test_prompts_that_only_one_state_has_answered_are_left_out(verdicts):
     write(verdicts, "T1", "ORI", "c  c")
     found = state_differences(Findings(read_config("demo"), Run(verdicts)), [BASE, State("", 1)])
-    assert (found[0]["n"], found[0]["gained"]) == (2, 2)
+    assert (found[0].n, found[0].gained) == (2, 2)
 
 
 def test_results_of_a_run_hold_groups_and_comparisons(finished_run):
     folder, config, _ = finished_run
-    results = json.loads((folder / "report" / "results.json").read_text())
+    results = RunResults.load(folder / "report" / "results.json")
     states = states_of(read_config(config))
-    assert results["differences"] == state_differences(Findings(read_config(config), Run(folder)), states)
-    iterated = [record for record in results["differences"] if record["knowledge"] == "iterated"]
-    assert {record["second"] for record in iterated} == {state.name for state in states} - {"T0"}
-    for state in results["states"]:
-        assert sum(counts["n"] for counts in state["refusals_by_category"].values()) == 3
-        assert state["capability"] == {}
+    assert results.differences == state_differences(Findings(read_config(config), Run(folder)), states)
+    iterated = [record for record in (results.differences or ()) if record.knowledge == "iterated"]
+    assert {record.second for record in iterated} == {state.name for state in states} - {"T0"}
+    for state in results.states:
+        assert state.refusals_by_category is not None
+        assert sum(counts.n for counts in state.refusals_by_category.values()) == 3
+        assert state.capability == {}

@@ -8,7 +8,6 @@ import pytest
 
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.reporting.terminal import result_table
 from safeneuron.runs.show import explain
 from safeneuron.runtime.files import read_json, read_lines, write_json, write_lines
 
@@ -107,27 +106,6 @@ def test_damaged_artefacts_are_one_sentence(finished_run, tmp_path, name, damage
     else:
         pytest.skip("not damage for this kind of file")
     assert str(path) in message_of(path)
-
-
-def test_the_result_table_puts_every_attack_in_its_column():
-    def attack(name: str, knowledge: str, complied: int) -> dict[str, object]:
-        counts = {"refused": 10 - complied, "complied": complied, "harmless": 0, "incoherent": 0, "cannot say": 0}
-        return {"set": name, "knowledge": knowledge, "neurons": 1, "perplexity": 1.0, "benign": None,
-                "harmful": {"n": 10, **counts, "rate": complied / 10, "low": 0.0, "high": 1.0}}  # fmt: skip
-
-    static = [attack("ES", "static", 2), attack("SAS", "static", 3), attack("FULL", "static", 4)]
-    base = [attack("ORI", "none", 1), *static]
-    aligned = [attack("ORI", "none", 0), attack("FULL", "static", 5), attack("FULL", "adaptive", 6),
-               attack("random", "control", 7)]  # fmt: skip
-    states = [{"label": "base model", "round": 0, "attacks": base}, {"label": "mine", "round": 1, "attacks": aligned}]
-    lines = list(result_table({"model": "tiny", "states": states}))
-    assert "ASR in % of tiny" in lines[0]
-    columns = ["ORI", "ES", "SAS", "FULL", "ES", "SAS", "FULL", "random"]
-    assert lines[2].split() == columns
-    assert lines[4].split() == ["mine", "0", "-", "-", "50", "-", "-", "60", "70"]
-    assert lines[3].split()[:6] == ["base", "model", "10", "20", "30", "40"]
-    assert {len(line) for line in lines[2:5]} == {len(lines[2])}, "numbers stand under their heading"
-    assert max(map(len, lines)) <= 100
 
 
 def test_a_file_of_json_lines_of_other_things_is_counted(tmp_path):

@@ -203,7 +203,7 @@ function legend(spec, hidden, redraw) {
   });
   for (const note of spec.notes ?? []) {
     const item = element("span", { class: "note" }, note.text);
-    item.prepend(element("span", { class: `swatch ${note.class ?? ""}`, style: note.colour === undefined ? "" : `background: ${paint(note.colour)}` }));
+    item.prepend(element("span", { class: `swatch ${note.look ?? ""}`, style: note.colour === undefined ? "" : `background: ${paint(note.colour)}` }));
     row.append(item);
   }
   return row;
@@ -237,7 +237,7 @@ function figures() {
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const chart = charts[figure.dataset.chart];
     if (!chart) continue;
-    const holder = element("div", { class: `panels ${chart.panels.length > 1 && !chart.choose ? "many" : ""} ${chart.panels.length % 2 ? "" : "even"}` });
+    const holder = element("div", { class: `panels ${chart.panels.length > 1 && !chart.choose && !chart.stacked ? "many" : ""} ${chart.panels.length % 2 ? "" : "even"}` });
     const put = (specs) => {
       holder.replaceChildren();
       specs.forEach((spec, index) => {

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from safeneuron.cli.app import app
 from safeneuron.errors import InputError
-from safeneuron.runs.collect import compared_run, run_names, write_comparison
+from safeneuron.runs.compare import compared_run, run_names, write_comparison
 
 
 @pytest.fixture
@@ -33,15 +33,16 @@ def test_runs_that_differ_in_the_seed_alone_share_a_key_and_all_verdicts_are_rea
     first, second = (compared_run(folder, folder.name) for folder in runs)
     assert first.settings == second.settings
     assert first.verdicts == second.verdicts
-    states = {state["name"]: state for state in first.results["states"]}
+    states = {state.name: state for state in first.results.states}
     assert states
     for (state, kind, which, knowledge), found in first.verdicts.items():
         if kind != "harmful" or knowledge == "curve":
             continue
-        wanted = "static" if state == "T0" and knowledge == "adaptive" else knowledge
-        (attack,) = (a for a in states[state]["attacks"] if (a["set"], a["knowledge"]) == (which, wanted))
-        assert list(found.values()).count("complied") == attack["harmful"]["complied"]
-        assert len(found) == attack["harmful"]["n"]
+        attack = states[state].attack(which, knowledge)
+        assert attack is not None
+        assert attack.harmful is not None
+        assert list(found.values()).count("complied") == attack.harmful.complied
+        assert len(found) == attack.harmful.n
 
 
 def test_the_command_writes_the_comparison_beside_the_runs(runs) -> None:
