@@ -83,9 +83,9 @@ def respond(
     pictures = [prompt.image for prompt in prompts]
     encoded, opening = attempt.encode(model, [prompt.written for prompt in prompts], pictures)
     if isinstance(model, Server):
-        batches = vllm.server_generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+        batches = vllm.server_generate(model, encoded, max_new_tokens, batch_size, skip=skip, opening=opening)
     else:
-        batches = generate(model, encoded, max_new_tokens, batch_size, skip, opening)
+        batches = generate(model, encoded, max_new_tokens, batch_size, skip=skip, opening=opening)
     for batch in batches:
         names = {index: "" if pictures[index] is None else name_of(pictures[index]) for index, _ in batch}
         yield [Response(index, prompts[index].text, text, names[index]) for index, text in batch]

@@ -42,19 +42,28 @@ class Diagnosis:
 
 
 def examine(name: str, weights: bool = True, dtype: str = "stored", device: str = "cpu") -> Diagnosis:
-    """The anatomy of a model, proved on its weights, or only read off its config if ``weights`` is false.
+    """The anatomy of a model, proved on its weights or only read off its config.
 
-    ``name`` is ``embedded``, a folder or a name on the Hub. Raises ``InputError`` for a model that safeneuron does not
-    know, and says what was found.
+    Args:
+        name: ``embedded``, a folder or a name on the Hub.
+        weights: Whether the weights are loaded and the anatomy proved on them.
+        dtype: See ``load``.
+        device: See ``load``.
+
+    Returns:
+        What was found.
+
+    Raises:
+        InputError: For a model that safeneuron does not know.
     """
     if not weights:
         network = Shape.network(name)
         label = embedded.LABEL if name == embedded.NAME else name
         return diagnosis(label, network, Proof((), ()), "")
     model = load(name, dtype=dtype, device=device)
-    found = diagnosis(model.name, model.network, prove(model), model.fingerprint)
-    told = (f"Stored {model.unpacked}; loaded dequantised.",) if model.unpacked else ()
-    return replace(found, remarks=(*found.remarks, *told))
+    result = diagnosis(model.name, model.network, prove(model), model.fingerprint)
+    stored = (f"Stored {model.unpacked}; loaded dequantised.",) if model.unpacked else ()
+    return replace(result, remarks=(*result.remarks, *stored))
 
 
 def diagnosis(name: str, network: nn.Module, proof: Proof, known_as: str) -> Diagnosis:
@@ -130,7 +139,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
 
 
-def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[str]:
+def _remarks(network: nn.Module, layers: list[Layer], proof: Proof) -> Iterator[str]:
     """What was proved, and what cannot be done."""
     meta = any(parameter.is_meta for parameter in network.parameters())
     if proof.probed:
@@ -149,13 +158,13 @@ def _remarks(network: nn.Module, found: list[Layer], proof: Proof) -> Iterator[s
         yield f"Its weights are packed ({packed}): a pruned checkpoint cannot be written, and align refuses it."
     elif any(is_quantised(parameter) for parameter in network.parameters()):
         yield "Its weights are quantised: a pruned checkpoint cannot be written, and align trains LoRA adapters only."
-    if any(not layer.is_plain for layer in found if layer.blocks):
+    if any(not layer.is_plain for layer in layers if layer.blocks):
         count = sum(parameter.numel() for parameter in routers(network))
         yield f"Routers have {count:,} parameters; align.freeze_routers says whether they are trained."
         yield (
             "An expert's statistics are over the prompts that were routed to it; the rival selectors SNIP, Wanda and "
             "gradient x activation, and LoRA on stacked experts, are not available."
         )
-    silent = [layer.index for layer in found if not layer.blocks]
+    silent = [layer.index for layer in layers if not layer.blocks]
     if silent:
         yield f"Layers without an FFN have no neurons: {_ranges(silent)}."

@@ -38,7 +38,11 @@ def cache_folder() -> Path:
 def embedded_folder() -> Path:
     """The folder with the model's safetensors, converted on the first call (about 20 s).
 
-    Raises ``InputError`` if the package, or gguf to read it, is not installed or its file is not the expected one.
+    Returns:
+        The folder, in the cache.
+
+    Raises:
+        InputError: If the package, or gguf to read it, is not installed, or its file is not the expected one.
     """
     folder = cache_folder() / _FOLDER
     if not (folder / "config.json").exists():
@@ -52,7 +56,11 @@ def embedded_folder() -> Path:
 def encoder_folder() -> Path:
     """The folder with the sentence encoder's safetensors and tokenizer, inside its installed package.
 
-    Raises ``InputError`` if the package is not installed or its weights are not the expected ones.
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the package is not installed, or its weights are not the expected ones.
     """
     spec = importlib.util.find_spec(ENCODER_MODULE)
     if spec is None or spec.origin is None:
@@ -77,8 +85,8 @@ def _gguf_file() -> Path:
 
 
 def _check(path: Path, expected: str, package: str) -> None:
-    if not path.is_file() or (found := sha256_of(path)) != expected:
-        what = f"has sha256 {found}" if path.is_file() else "is missing"
+    if not path.is_file() or (digest := sha256_of(path)) != expected:
+        what = f"has sha256 {digest}" if path.is_file() else "is missing"
         raise InputError(f"{path} {what}, expected {expected}; install it again with: pip install --no-deps {package}")
 
 

@@ -57,9 +57,9 @@ class Batch:
     @staticmethod
     def of(model: Model, exchanges: Sequence[Exchange]) -> Batch:
         """The exchanges in order, one a row."""
-        inputs = model.inputs([one.ids for one in exchanges], "right")
+        inputs = model.inputs([exchange.ids for exchange in exchanges], "right")
         mask = inputs["attention_mask"]
-        ends = torch.tensor([one.prompt for one in exchanges], device=model.device)
+        ends = torch.tensor([exchange.prompt for exchange in exchanges], device=model.device)
         places = torch.arange(mask.shape[1], device=model.device)
         return Batch(inputs, (places >= ends[:, None]) & (mask > 0), ends)
 
@@ -69,22 +69,31 @@ def exchanges_of(
 ) -> list[Exchange]:
     """Each prompt, through the chat template, with the answer of the same number.
 
-    A prompt is cut to its last ``max_tokens`` tokens, an answer to its first ``max_tokens``. Raises ``InputError`` for
-    more or fewer answers than prompts, for none, and for an answer that has no token.
+    Args:
+        model: Whose template and tokenizer.
+        prompts: At least one.
+        answers: As many.
+        max_tokens: A prompt is cut to its last so many tokens, an answer to its first.
+
+    Returns:
+        Tokens, in the order of the prompts.
+
+    Raises:
+        InputError: For more or fewer answers than prompts, for none, and for an answer that has no token.
     """
     if len(prompts) != len(answers) or not prompts:
         raise InputError(
             f"each prompt needs one answer, and at least one is needed; found {len(prompts)} prompts and "
             f"{len(answers)} answers"
         )
-    found = []
+    exchanges = []
     for prompt, answer in zip(prompts, answers, strict=True):
         start = model.ask(prompt, max_tokens)
         end = list(model.tokenizer(answer, add_special_tokens=False)["input_ids"])[:max_tokens]
         if not end:
             raise InputError(f"the answer to {prompt.text[:60]!r} is empty; expected text, leave the prompt out")
-        found.append(Exchange(start + end, len(start)))
-    return found
+        exchanges.append(Exchange(start + end, len(start)))
+    return exchanges
 
 
 def prompts_alone(model: Model, prompts: Sequence[Prompt], max_tokens: int = 1024) -> list[Exchange]:
@@ -99,28 +108,43 @@ def total_over_batches(
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The sum over all batches of what ``work`` makes of each: tensors of one shape, on the CPU.
+    """The sum over all batches of what ``work`` makes of each.
 
     Memory is that of one batch and of two such tensors. Several ranks take the batches in turn, and all get the sum
-    over all of them; so all must call it. A batch that does not fit into memory is run in halves. ``progress(done,
-    total)`` is called after each batch. Raises ``InputError`` if the sum is not finite.
+    over all of them; so all must call it. A batch that does not fit into memory is run in halves.
+
+    Args:
+        exchanges: At least one.
+        work: Takes some exchanges through a model; gives tensors of one shape, on the CPU, which add up.
+        batch_tokens: Tokens in one batch, padding included.
+        progress: Called after each batch.
+
+    Returns:
+        The sum, of the shape of each tensor.
+
+    Raises:
+        InputError: If the sum is not finite.
+        ValueError: If there are no exchanges.
     """
     advice = "use a smaller batch_tokens, shorter prompts, or a device with more memory"
-    halving: Halving[Exchange] = Halving("the pass", advice, lambda part: len(part) * max(len(one.ids) for one in part))
-    own: Tensor | None = None
+    halving: Halving[Exchange] = Halving(
+        "the pass", advice, lambda part: len(part) * max(len(exchange.ids) for exchange in part)
+    )
+    total: Tensor | None = None
     done = 0
-    for number, batch in enumerate(length_batches([one.ids for one in exchanges], batch_tokens)):
+    for number, batch in enumerate(length_batches([exchange.ids for exchange in exchanges], batch_tokens)):
         # With fewer batches than ranks some have no part in it; they still need a tensor to add, so they run the first.
         mine = number % distributed.world() == distributed.rank()
         if mine or number == 0:
-            for found in halving.over([exchanges[index] for index in batch], work):
-                share = found if mine else torch.zeros_like(found)
-                own = share if own is None else own.add_(share)
+            for values in halving.over([exchanges[index] for index in batch], work):
+                share = values if mine else torch.zeros_like(values)
+                total = share if total is None else total.add_(share)
         done += len(batch)
         if progress is not None:
             progress(done, len(exchanges))
-    assert own is not None, "there is at least one exchange"
-    whole = over_ranks(own)
+    if total is None:
+        raise ValueError("there is no exchange to sum over; give at least one")
+    whole = over_ranks(total)
     if not torch.isfinite(whole).all():
         raise InputError(
             "the model's activations or gradients are not finite on these prompts; load it with dtype = 'float32', or "
@@ -139,17 +163,23 @@ def run_backward(model: Model, batch: Batch) -> None:
     """One pass through the model and back from the loss, for the gradients that hooks on activations see meanwhile.
 
     The loss is the sum over the rows of the mean negative log-likelihood of each one's answer, so that each row's
-    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched. Raises
-    ``InputError`` for a model of which weights are offloaded: the way back would hold all of them at once.
+    gradients are those of a row alone. No gradient of a weight is computed, and ``.grad`` of none is touched.
+
+    Args:
+        model: The model; its weights are all in memory.
+        batch: Prompts with answers.
+
+    Raises:
+        InputError: For a model of which weights are offloaded: the way back would hold all of them at once.
     """
     require_whole(model.network, "a pass back from the loss")
     with torch.enable_grad(), _leaf_of_embeddings(model) as leaves:
         out = run_without_head(model.network, batch.inputs)
         predicting = batch.answer[:, 1:]
         wanted = batch.ids[:, 1:][predicting]
-        said = log_probabilities(model.network, out.last_hidden_state[:, :-1][predicting])
+        predicted = log_probabilities(model.network, out.last_hidden_state[:, :-1][predicting])
         weights = (1 / predicting.sum(dim=1))[:, None].expand(predicting.shape)[predicting]
-        loss = (functional.nll_loss(said, wanted, reduction="none") * weights).sum()
+        loss = (functional.nll_loss(predicted, wanted, reduction="none") * weights).sum()
         torch.autograd.grad(loss, leaves[0])
 
 
@@ -177,7 +207,15 @@ def _leaf_of_embeddings(model: Model) -> Iterator[list[Tensor]]:
 
 
 def log_probabilities(network: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """Of the next token, ``[token, vocabulary]`` in float32, of final hidden states ``[token, hidden]``."""
+    """Log-probabilities of the next token, as the model's own head gives them, its cap on logits included.
+
+    Args:
+        network: The network, for its LM head and config.
+        hidden: Final hidden states ``[token, hidden]``.
+
+    Returns:
+        ``[token, vocabulary]`` float32.
+    """
     logits = network.get_output_embeddings()(hidden).float()  # type: ignore[operator]
     cap = vars(network.config.get_text_config()).get("final_logit_softcapping")  # type: ignore[union-attr, operator]
     capped: Tensor = logits if cap is None else cap * (logits / cap).tanh()

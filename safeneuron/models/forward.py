@@ -218,9 +218,9 @@ def _pooled_routed(activations: Tensor, padding: Tensor, pooling: str) -> Tensor
     return activations.masked_fill(absent, 0).sum(dim=1, dtype=torch.float32) / (~absent).sum(dim=1)
 
 
-def over_ranks(own: Tensor) -> Tensor:
+def over_ranks(tensor: Tensor) -> Tensor:
     """The sum over all ranks of the tensor that each has, in the order of the ranks."""
-    whole = torch.zeros_like(own)
-    for part in distributed.each_tensor(own):
-        whole += part
-    return whole
+    total = torch.zeros_like(tensor)
+    for of_rank in distributed.each_tensor(tensor):
+        total += of_rank
+    return total

@@ -143,7 +143,7 @@ def _add_processor(model: Model, options: dict[str, Any]) -> None:
     try:
         processor: Any = vision.processor_of(model.source, options)
     except InputError as error:
-        model.blind = str(error)
+        model.without_images = str(error)
         return
     processor.tokenizer = model.tokenizer
     model.processor = processor

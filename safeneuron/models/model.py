@@ -31,10 +31,15 @@ MOST_IMAGE_CHATS = 4096
 class Model:
     """A causal language model with its tokenizer, or a vision-language model with its processor.
 
-    ``name`` is what reports call it, ``source`` where it was loaded from, ``stored_dtype`` the precision of its weights
-    there, which may be another than the one it computes in now. Without a ``processor`` the model is asked in text
-    only; of a vision-language model, ``blind`` says why it has none. ``unpacked`` says how weights that are plain here
-    were packed.
+    Args:
+        network: The network.
+        tokenizer: Its tokenizer, with a padding token.
+        name: What reports call it.
+        source: Where it was loaded from.
+        stored_dtype: The precision of its weights there, which may be another than the one it computes in now.
+        processor: Of a vision-language model; without it the model is asked in text only.
+        without_images: Why a vision-language model has no processor.
+        unpacked: How weights that are plain here were packed.
     """
 
     network: PreTrainedModel
@@ -43,13 +48,13 @@ class Model:
     source: str
     stored_dtype: torch.dtype = torch.float32
     processor: ProcessorMixin | None = None
-    blind: str = ""
+    without_images: str = ""
     unpacked: str = ""
     _image_chats: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
-        """Whose neurons these are; the same for all models trained from one (see ``ffn.fingerprint``)."""
+        """Whose neurons these are; the same for all models trained from one (see ``layout.fingerprint``)."""
         return fingerprint(self.network)
 
     @property
@@ -65,25 +70,34 @@ class Model:
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template, the processor's or the tokenizer's."""
-        return bool(self._sees_chats or self.tokenizer.chat_template)
+        return bool(self._has_image_template or self.tokenizer.chat_template)
 
     @property
-    def _sees_chats(self) -> bool:
+    def _has_image_template(self) -> bool:
+        """Whether the processor has a chat template of its own, into which images fit."""
         return self.processor is not None and bool(cast("Any", self.processor).chat_template)
 
     def encode(self, messages: Sequence[Message], picture: Any = None) -> list[int]:
         """Token ids of a conversation through the chat template, with the generation prompt at the end.
 
-        A picture (see ``Prompt``) stands at the beginning of the first message of the user; the result is then
-        ``vision.ImageTokens``. A model without a chat template gets the bare text of the messages, with its own special
-        tokens. Raises ``InputError`` for a picture that the model cannot be shown.
+        A model without a chat template gets the bare text of the messages, with its own special tokens.
+
+        Args:
+            messages: Each with a ``role`` and ``content``.
+            picture: Stands at the beginning of the first message of the user (see ``Prompt``).
+
+        Returns:
+            Token ids; with a picture ``vision.ImageTokens``.
+
+        Raises:
+            InputError: For a picture that the model cannot be shown.
         """
-        if self.processor is not None and self._sees_chats:
+        if self.processor is not None and self._has_image_template:
             if picture is None:
                 return vision.encode_image_chat(self.processor, messages, None)
             return self._encode_image_chat(self.processor, messages, picture)
         if picture is not None:
-            reason = self.blind or "it is no vision-language model, or its processor has no chat template"
+            reason = self.without_images or "it is no vision-language model, or its processor has no chat template"
             raise InputError(f"{self.name} cannot be shown images: {reason}; use prompts without images")
         return encode_chat(self.tokenizer, messages)
 
@@ -99,33 +113,52 @@ class Model:
         return self._image_chats[key]
 
     def ask(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
-        """Token ids of one request, with its picture if it has one, cut to its last ``max_tokens``.
+        """Token ids of one request, with its picture if it has one.
 
-        Raises ``InputError`` like ``encode_chat``, and where a picture would be cut.
+        Args:
+            prompt: The request.
+            max_tokens: How many of its last tokens are taken; all if not given.
+
+        Returns:
+            Token ids, with the generation prompt at the end.
+
+        Raises:
+            InputError: Like ``encode``, and where a picture would be cut.
         """
         ids = self.encode([{"role": "user", "content": prompt.written}], prompt.image)
         return ids if max_tokens is None else vision.truncated(ids, max_tokens, prompt.text)
 
     def inputs(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
-        """What the network is given of encoded conversations, padded on the given side: ids, mask, pictures.
+        """What the network is given of encoded conversations: ids, mask, pictures.
 
-        Either all rows have a picture or none has.
+        Args:
+            rows: Token ids of each; either all rows have a picture or none has.
+            side: Where shorter rows are padded, ``left`` or ``right``.
+
+        Returns:
+            Tensors by the names of the network's arguments, ``[row, token]`` those of ids and mask.
         """
         ids, mask = pad(rows, int(self.tokenizer.pad_token_id), side, self.device)
-        seen = [row for row in rows if isinstance(row, vision.ImageTokens)]
-        if len(seen) not in (0, len(rows)):
-            raise ValueError(f"{len(seen)} of {len(rows)} rows have a picture; only all or none can share a batch")
+        with_picture = [row for row in rows if isinstance(row, vision.ImageTokens)]
+        if len(with_picture) not in (0, len(rows)):
+            raise ValueError(
+                f"{len(with_picture)} of {len(rows)} rows have a picture; only all or none can share a batch"
+            )
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.processor is None or not seen:
+        if self.processor is None or not with_picture:
             return inputs
-        features = [vision.image_features(self.processor, row) for row in seen]
-        together = vision.joined_images(features, [len(row) for row in seen], ids.shape[1], side)
-        return inputs | vision.pixels_at(together, self.network)
+        features = [vision.image_features(self.processor, row) for row in with_picture]
+        images = vision.joined_images(features, [len(row) for row in with_picture], ids.shape[1], side)
+        return inputs | vision.pixels_at(images, self.network)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, whole or not at all; its config remembers whose neurons the model has.
 
-        Raises ``InputError`` for a model that is quantised in memory.
+        Args:
+            folder: Where; its parent is made.
+
+        Raises:
+            InputError: For a model that is quantised in memory.
         """
         if quantization.has_four_bits(self.network):
             raise InputError(f"{self.name} is in 4 bits here, which cannot be saved; save what it was made from")
@@ -157,7 +190,15 @@ class Sampling:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation for whatever answers it; see ``Model.encode``."""
+    """Token ids of a conversation without images, for whatever answers it; see ``Model.encode``.
+
+    Args:
+        tokenizer: With a chat template, or without one: then the bare text of the messages is taken.
+        messages: Each with a ``role`` and ``content``.
+
+    Returns:
+        Token ids, with the generation prompt at the end.
+    """
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
@@ -181,19 +222,33 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
+    *,
     skip: int = 0,
     opening: int = 0,
     sampling: Sampling | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Answers to encoded prompts, greedy or sampled, batch by batch, as (index of the prompt, text).
+    """Answers to encoded prompts, greedy or sampled, batch by batch.
 
-    All ranks get all answers; each of them generates its share of the batches. The last ``opening`` tokens of every
-    prompt are the beginning of its answer, and part of the text.
+    All ranks get all answers; each of them generates its share of the batches. Batches are formed by length, always in
+    the same way, and padded on the left. An answer ends at any end token of the model's generation settings, or at the
+    tokenizer's own. A batch that does not fit into memory is answered in halves, with a ``MemoryShortage`` warning, and
+    so are all later ones.
 
-    Batches are formed by length, always in the same way, and padded on the left; the first ``skip`` prompts in that
-    order, always whole batches, are left out, so that interrupted work continues with the same batches. An answer ends
-    at any end token of the model's generation settings, or at the tokenizer's own. A batch that does not fit into
-    memory is answered in halves, with a ``MemoryShortage`` warning, and so are all later ones.
+    Args:
+        model: Who answers.
+        prompts: Token ids of each, with the generation prompt at the end.
+        max_new_tokens: Tokens of an answer, at most.
+        batch_size: Prompts in one batch.
+        skip: So many prompts, always whole batches, are left out from the beginning of the order, so that interrupted
+            work continues with the same batches.
+        opening: The last so many tokens of every prompt are the beginning of its answer, and part of the text.
+        sampling: How tokens are drawn; greedy if not given.
+
+    Yields:
+        The answers of a batch, as (index of the prompt, text).
+
+    Raises:
+        InputError: Where a single prompt is too much for the memory.
     """
     batches = by_length(prompts, batch_size, skip)
     drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -223,12 +278,12 @@ def generate(
 
     def in_halves(batch: list[int]) -> list[str]:
         # Prompts with and without a picture may be in one batch, but not in one pass.
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for places in vision.input_kinds([prompts[index] for index in batch]):
             alike = [batch[place] for place in places]
             texts = [text for part in halving.over(alike, texts_of) for text in part]
-            found |= dict(zip(alike, texts, strict=True))
-        return [found[index] for index in batch]
+            answers |= dict(zip(alike, texts, strict=True))
+        return [answers[index] for index in batch]
 
     for batch, texts in zip(batches, distributed.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
@@ -254,6 +309,6 @@ def by_length(prompts: Sequence[Sequence[int]], batch_size: int, skip: int = 0) 
 def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end an answer: those of a model's generation settings, and the tokenizer's own."""
     # Community checkpoints often keep the base model's generation settings, which lack the end token of the chat form.
-    own = settings.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    of_model = settings.eos_token_id
+    ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
     return sorted(ends) or None

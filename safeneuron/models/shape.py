@@ -80,7 +80,7 @@ class Shape:
             heads=heads,
             norms=sum(_normed(module, config.hidden_size, queries, keys) for module in layer.modules()),
             weights=sum(_parameters(block) for block in blocks),
-            active=sum(_active(one, config) for one in layers(network)),
+            active=sum(_active(each, config) for each in layers(network)),
             inputs=sum(module.in_features for module in linear),
             outputs=sum(module.out_features for module in linear),
             vocabulary=len(embeddings.weight),

@@ -1,4 +1,4 @@
-"""What a vision-language model sees: its processor, prompts with a picture as tokens, and pictures as tensors.
+"""What a vision-language model is given: its processor, prompts with a picture as tokens, and pictures as tensors.
 
 A conversation with a picture is a list of token ids like any other (``ImageTokens``), in which the processor has put as
 many ids as the picture has patches. Its pixels are computed anew for each batch, so that thousands of prompts take no
@@ -64,7 +64,15 @@ def takes_images(config: Any) -> bool:
 def processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
     """The processor of a vision-language model, with Pillow's image processing where there is no torchvision.
 
-    Raises ``InputError`` where it cannot be loaded.
+    Args:
+        source: A folder or a name on the Hub.
+        options: What ``from_pretrained`` is given besides.
+
+    Returns:
+        The processor.
+
+    Raises:
+        InputError: Where it cannot be loaded.
     """
     try:
         return _processor_of(source, options)
@@ -82,10 +90,10 @@ def _processor_of(source: str, options: Mapping[str, Any]) -> ProcessorMixin:
     settings, _ = ProcessorMixin.get_processor_dict(source, **options)
     other = kind is None or settings.get("processor_class", kind.__name__) != kind.__name__
     if is_torchvision_available() or other or "video_processor" not in kind.get_attributes():
-        found = AutoProcessor.from_pretrained(source, **options)  # type: ignore[no-untyped-call]
-        if not isinstance(found, ProcessorMixin):
-            raise ValueError(f"there is only a {type(found).__name__}")
-        return found
+        processor = AutoProcessor.from_pretrained(source, **options)  # type: ignore[no-untyped-call]
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"there is only a {type(processor).__name__}")
+        return processor
     parts = {
         "image_processor": cast("Any", AutoImageProcessor).from_pretrained(source, backend="pil", **options),
         "tokenizer": AutoTokenizer.from_pretrained(source, **options),
@@ -116,9 +124,17 @@ def no_video() -> Any:
 def encode_image_chat(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], picture: Any) -> list[int]:
     """Token ids of a conversation through the processor's chat template, with the generation prompt at the end.
 
-    A picture stands before the first message of the user, and makes ``ImageTokens`` of the result. Raises
-    ``InputError`` for a picture that cannot be opened or that the processor cannot take, and
-    for a text with the picture's mark in it.
+    Args:
+        processor: Of a vision-language model.
+        messages: Each with a ``role`` and ``content``.
+        picture: Stands before the first message of the user; None for a conversation without one.
+
+    Returns:
+        Token ids; with a picture ``ImageTokens``.
+
+    Raises:
+        InputError: For a picture that cannot be opened or that the processor cannot take, and for a text with the
+            picture's mark in it.
     """
     maker: Any = processor
     mark = str(getattr(maker, "image_token", "") or "")
@@ -148,7 +164,17 @@ def rendered(processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], p
 def answer_ids(
     processor: ProcessorMixin, messages: Sequence[Mapping[str, str]], answer: str, pictured: bool
 ) -> list[int]:
-    """Token ids of an answer as the template writes it after the generation prompt, to the end of its turn."""
+    """Token ids of an answer as the template writes it after the generation prompt, to the end of its turn.
+
+    Args:
+        processor: Of a vision-language model.
+        messages: The conversation up to the answer.
+        answer: Its text.
+        pictured: Whether a picture stands in the conversation.
+
+    Returns:
+        Token ids of the answer alone.
+    """
     maker: Any = processor
     before, whole = rendered(processor, messages, pictured), rendered(processor, messages, pictured, answer)
     # Templates may open an answer in other words than the one that they write out; the answer itself is always there.
@@ -157,9 +183,17 @@ def answer_ids(
 
 
 def image_features(processor: ProcessorMixin, row: ImageTokens) -> Features:
-    """What the model is given of a row's picture, as the processor makes it."""
-    found = _processed(processor, row.text, row.picture)
-    return {name: value for name, value in found.items() if name not in NOT_FOR_MODELS}
+    """What the model is given of a row's picture, as the processor makes it.
+
+    Args:
+        processor: Of the model.
+        row: An encoded conversation with a picture.
+
+    Returns:
+        Tensors by the names of the network's arguments.
+    """
+    processed = _processed(processor, row.text, row.picture)
+    return {name: value for name, value in processed.items() if name not in NOT_FOR_MODELS}
 
 
 def _processed(processor: ProcessorMixin, text: str, picture: Any) -> Any:
@@ -178,19 +212,28 @@ def _processed(processor: ProcessorMixin, text: str, picture: Any) -> Any:
 
 
 def joined_images(features: Sequence[Features], lengths: Sequence[int], width: int, side: str) -> Features:
-    """The features of the rows of a batch as one, for rows of these lengths that are padded to ``width`` on a side.
+    """The features of the rows of a batch as one.
 
     What is of tokens is widened like the ids: tokens that follow the conversation are like its last one, padding is
     zero. What is of pictures is put one after the other, in the order of the rows; where their sizes differ, the
     smaller ones are filled up with zeros, as processors do it.
+
+    Args:
+        features: Of each row.
+        lengths: Tokens of each row.
+        width: Tokens of a row with its padding.
+        side: Where rows are padded, ``left`` or ``right``.
+
+    Returns:
+        Tensors by the names of the network's arguments.
     """
-    found = {}
+    joined = {}
     for name in features[0]:
-        values = [one[name] for one in features]
+        values = [of_row[name] for of_row in features]
         if name in OF_TOKENS:
             values = [_widened(value, length, width, side) for value, length in zip(values, lengths, strict=True)]
-        found[name] = torch.cat(_of_one_size(values))
-    return found
+        joined[name] = torch.cat(_of_one_size(values))
+    return joined
 
 
 def _widened(value: Tensor, length: int, width: int, side: str) -> Tensor:
@@ -204,14 +247,14 @@ def _widened(value: Tensor, length: int, width: int, side: str) -> Tensor:
 def _of_one_size(values: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with every dimension but the first as large as the largest, filled up with zeros at the end."""
     largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    found = []
+    filled = []
     for value in values:
         if list(value.shape[1:]) != largest:
             wide = value.new_zeros(value.shape[0], *largest)
             wide[tuple(slice(size) for size in value.shape)] = value
             value = wide
-        found.append(value)
-    return found
+        filled.append(value)
+    return filled
 
 
 def input_kinds(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -235,9 +278,14 @@ def truncated(ids: list[int], most: int, text: str = "") -> list[int]:
 
 
 def run_without_head(network: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """A pass through the text decoder, and before it through the vision tower if there are pictures.
+    """A pass through the text decoder, and before it through the vision tower if there are pictures; no LM head.
 
-    Not through the LM head. What comes out has ``last_hidden_state``.
+    Args:
+        network: The network, or a wrapped one.
+        inputs: Tensors by the names of its arguments.
+
+    Returns:
+        The output of transformers, with ``last_hidden_state`` ``[row, token, hidden]``.
     """
     inner = network_of(network)
     pictured = inputs.keys() - {"input_ids", "inputs_embeds", "attention_mask"}
@@ -251,8 +299,8 @@ def vision_parameters(network: nn.Module) -> list[nn.Parameter]:
     inner = network_of(network)
     whole = cast("Any", inner)
     head, embeddings = whole.get_output_embeddings(), whole.get_input_embeddings()
-    own = {id(p) for part in (decoder_of(inner), head, embeddings) if part is not None for p in part.parameters()}
-    return [parameter for parameter in inner.parameters() if id(parameter) not in own]
+    of_text = {id(p) for part in (decoder_of(inner), head, embeddings) if part is not None for p in part.parameters()}
+    return [parameter for parameter in inner.parameters() if id(parameter) not in of_text]
 
 
 def pixels_at(features: Features, network: PreTrainedModel) -> Features:

@@ -72,7 +72,10 @@ def _is_feed_forward(name: str, module: nn.Module, linears: Sequence[nn.Linear])
         return False
     *writers, reader = linears
     widths = {writer.out_features for writer in writers}
-    return widths in ({reader.in_features}, {2 * reader.in_features}) and len({one.in_features for one in writers}) == 1
+    return (
+        widths in ({reader.in_features}, {2 * reader.in_features})
+        and len({writer.in_features for writer in writers}) == 1
+    )
 
 
 def fingerprint_of_towers(model: Model) -> str:

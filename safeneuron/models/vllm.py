@@ -33,7 +33,15 @@ class Server:
     def encode(self, messages: Sequence[Message], picture: Any = None) -> list[int]:
         """Token ids of a conversation through the chat template, as ``Model.encode`` gives them.
 
-        Raises ``InputError`` for a picture.
+        Args:
+            messages: Each with a ``role`` and ``content``.
+            picture: None; others are not answered here.
+
+        Returns:
+            Token ids, with the generation prompt at the end.
+
+        Raises:
+            InputError: For a picture.
         """
         if picture is not None:
             raise InputError('prompts with images are not answered by vLLM here; use attack.backend = "transformers"')
@@ -44,11 +52,18 @@ class Server:
 def served(folder: Path | str, dtype: str = "auto", gpus: int = 1, memory_share: float = 0.9) -> Iterator[Server]:
     """Within the block, the checkpoint in the folder answers through vLLM; afterwards the GPU's memory is free again.
 
-    ``dtype`` is vLLM's: ``auto`` takes the precision of the weights as stored, except float32, which it makes float16;
-    name one to compare with another backend. ``gpus`` share the weights between them; of the memory of each,
-    ``memory_share`` is taken.
+    Args:
+        folder: In Hugging Face form.
+        dtype: vLLM's: ``auto`` takes the precision of the weights as stored, except float32, which it makes float16;
+            name one to compare with another backend.
+        gpus: So many share the weights between them.
+        memory_share: How much of the memory of each is taken, between 0 and 1.
 
-    Raises ``InputError`` if vLLM is not installed, the folder holds no checkpoint, or vLLM cannot load it.
+    Yields:
+        What answers, like a ``Model``.
+
+    Raises:
+        InputError: If vLLM is not installed, the folder holds no checkpoint, or vLLM cannot load it.
     """
     if not (Path(folder) / "config.json").is_file():
         raise InputError(

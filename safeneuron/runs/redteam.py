@@ -276,7 +276,7 @@ def _generate(
     done = distributed.from_main(lambda: kept_lines(path, size, len(samples)))
     encoded = [model.encode([{"role": "user", "content": sample.asked}]) for sample in samples]
     with pruned(model, neurons):
-        for batch in generate(model, encoded, settings.max_new_tokens, size, done, sampling=settings.sampling):
+        for batch in generate(model, encoded, settings.max_new_tokens, size, skip=done, sampling=settings.sampling):
             append_lines(path, ({"index": index, "text": text} for index, text in batch))
             done += len(batch)
             if progress is not None:

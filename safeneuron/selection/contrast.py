@@ -32,7 +32,20 @@ def activation_contrast(
 
     Generation-time activation contrasting of Chen et al. (2406.14144; github.com/THU-KEG/SafetyNeuron), who compare an
     aligned model with an unaligned one and prune the top of the ranking. The two run the same batches in turn, so that
-    only sums are kept. Of the neurons of ``model``. Raises ``InputError`` for models of different shapes.
+    only sums are kept.
+
+    Args:
+        model: Whose neurons are ranked.
+        other: Another state of it.
+        exchanges: Prompts with the answers that both read.
+        batch_tokens: Tokens in one forward pass, padding included.
+        progress: Called after each batch.
+
+    Returns:
+        The ranking, labelled ``contrast``.
+
+    Raises:
+        InputError: For models of different shapes, or activations that are not finite.
     """
     if model.widths != other.widths:
         raise InputError(
@@ -41,42 +54,56 @@ def activation_contrast(
         )
 
     def work(part: Sequence[Exchange]) -> Tensor:
-        own = Batch.of(model, part)
-        with recorded(model, lambda activations: activations[own.answer]) as first:
-            run_decoder(model, own)
-        theirs = Batch.of(other, part)
+        batch = Batch.of(model, part)
+        with recorded(model, lambda activations: activations[batch.answer]) as first:
+            run_decoder(model, batch)
+        batch_of_other = Batch.of(other, part)
         sums = {}
-        with recorded(other, lambda activations: activations[theirs.answer]) as second:
-            run_decoder(other, theirs)
+        with recorded(other, lambda activations: activations[batch_of_other.answer]) as second:
+            run_decoder(other, batch_of_other)
         for layer, activations in first.layers.items():
             gap = activations.double().cpu() - second.layers[layer].double().cpu()
             # A token counts for an expert where both states have routed it there.
             sums[layer] = gap.square().nansum(dim=0) if layer in first.routed else gap.square().sum(dim=0)
         return torch.cat([sums[layer] for layer in sorted(sums)])
 
-    tokens = sum(len(one.ids) - one.prompt for one in exchanges)
+    tokens = sum(len(exchange.ids) - exchange.prompt for exchange in exchanges)
     squares = total_over_batches(exchanges, work, batch_tokens, progress)
     return Ranking((squares / tokens).sqrt(), model.widths, model.fingerprint, "contrast")
 
 
 def twins(unsafe: Sequence[Prompt], safe: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that have a twin, a harmful and a harmless one with the same id, in the order of the harmful ones.
+    """The prompts that have a twin, a harmful and a harmless one with the same id.
 
-    Raises ``InputError`` if there are none.
+    Args:
+        unsafe: Harmful prompts.
+        safe: Harmless prompts.
+
+    Returns:
+        The harmful and the harmless prompts that have one, both in the order of the harmful ones.
+
+    Raises:
+        InputError: If there are none.
     """
     by_id = {prompt.id: prompt for prompt in safe if prompt.id}
-    found = [prompt for prompt in unsafe if prompt.id in by_id]
-    if not found:
+    paired = [prompt for prompt in unsafe if prompt.id in by_id]
+    if not paired:
         raise InputError("no unsafe prompt has a twin among the safe ones; expected prompts that share their id")
-    return found, [by_id[prompt.id] for prompt in found]
+    return paired, [by_id[prompt.id] for prompt in paired]
 
 
 def twin_difference(stats: ActivationStats) -> Ranking:
     """The mean difference between a harmful prompt and its harmless twin, in size: |mean_unsafe - mean_safe|.
 
     The ranking of TwinBreak (github.com/tkr-research/twinbreak), which prunes the top 1 % of each layer that is not in
-    the top of the same score between two halves of the harmless prompts, in five rounds (``measuring.search``). Over
-    twins (``twins``) the mean of the differences is the difference of the means, so ``measuring.measure`` is the pass.
+    the top of the same score between two halves of the harmless prompts, in five rounds (``measurement.search``). Over
+    twins (``twins``) the mean of the differences is the difference of the means, so ``measure`` is the pass.
+
+    Args:
+        stats: Measured on twins.
+
+    Returns:
+        The ranking, labelled ``twins``.
     """
     gap = (stats.unsafe.mean - stats.safe.mean).abs()
     return Ranking(gap, stats.widths, stats.fingerprint, "twins")
@@ -99,8 +126,21 @@ def gradient_gap(
     makes the refusal less likely. The ranking of "A Single Neuron Is Sufficient to Bypass Safety Alignment"
     (2605.08513), which pins the first of it to a value of the opposite sign (``Edit.opposite``); no code was found, so
     the averages are taken as above. One pass forward and back over ``refused``, one forward over ``safe``.
+
+    Args:
+        model: A dense model.
+        refused: Harmful prompts with refusals as answers.
+        safe: Harmless prompts; their answers are not read.
+        batch_tokens: Tokens in one pass, padding included.
+        progress: Called after each batch, of both passes together.
+
+    Returns:
+        The ranking, labelled ``gradient``.
+
+    Raises:
+        InputError: For a mixture of experts, offloaded weights, or values that are not finite.
     """
-    count = min(common_ending(model), *(one.prompt for one in (*refused, *safe)))
+    count = min(common_ending(model), *(exchange.prompt for exchange in (*refused, *safe)))
 
     whole = len(refused) + len(safe)
     harmful = total_over_batches(

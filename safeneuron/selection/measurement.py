@@ -180,20 +180,20 @@ def _require_counted(vectors: Tensor) -> None:
         )
 
 
-def _of_all_ranks(own: Moments) -> Moments:
+def _of_all_ranks(moments: Moments) -> Moments:
     """The moments over what all ranks have seen, merged in the order of the ranks: the same on each of them."""
-    totals = distributed.gather((own.count, own.counts is not None))
-    merged = Moments.zero(tuple(own.mean.shape))
-    parts = torch.stack([own.mean, own.m2, own.per_neuron.double()])
+    totals = distributed.gather((moments.count, moments.counts is not None))
+    merged = Moments.zero(tuple(moments.mean.shape))
+    parts = torch.stack([moments.mean, moments.m2, moments.per_neuron.double()])
     for (count, routed), (mean, m2, counts) in zip(totals, distributed.each_tensor(parts), strict=True):
         merged = merged.merge(Moments(count, mean, m2, counts.long() if routed else None))
     return merged
 
 
-def _groups_of_all_ranks(own: GroupMoments) -> GroupMoments:
+def _groups_of_all_ranks(moments: GroupMoments) -> GroupMoments:
     """The same for groups."""
-    counts = distributed.gather(own.counts.tolist())
-    merged = GroupMoments.zero(*own.mean.shape)
-    for count, (mean, m2) in zip(counts, distributed.each_tensor(torch.stack([own.mean, own.m2])), strict=True):
+    counts = distributed.gather(moments.counts.tolist())
+    merged = GroupMoments.zero(*moments.mean.shape)
+    for count, (mean, m2) in zip(counts, distributed.each_tensor(torch.stack([moments.mean, moments.m2])), strict=True):
         merged = merged.merge(GroupMoments(torch.tensor(count, dtype=torch.float64), mean, m2))
     return merged

@@ -65,6 +65,19 @@ def snip(
     L is the mean negative log-likelihood of one answer, and the absolute value is taken answer by answer, as in the
     source. The passes forward and back are batched, since no weight's gradient flows between rows: of each row it is
     the product of what flows into a matrix and what flows back out of it, made, used and forgotten on the spot.
+
+    Args:
+        model: A dense model.
+        exchanges: Prompts with answers.
+        batch_tokens: Tokens in one pass, padding included.
+        progress: Called after each batch.
+
+    Returns:
+        The ranking, labelled ``SNIP``.
+
+    Raises:
+        InputError: For a mixture of experts, FFNs of other layers than torch's linear ones, offloaded weights, or
+            values that are not finite.
     """
     matrices = _matrices(model)
     sums = total_over_batches(exchanges, _gradient_pass(model, matrices), batch_tokens, progress)
@@ -79,6 +92,19 @@ def wanda(
     """Wanda lifted to neurons: the sum over the weights that a neuron owns of |W| * ||x||.
 
     ||x|| is the root mean square of the weight's input over the tokens of the answers.
+
+    Args:
+        model: A dense model.
+        exchanges: Prompts with answers.
+        batch_tokens: Tokens in one forward pass, padding included.
+        progress: Called after each batch.
+
+    Returns:
+        The ranking, labelled ``Wanda``.
+
+    Raises:
+        InputError: For a mixture of experts, FFNs of other layers than torch's linear ones, or values that are not
+            finite.
     """
     matrices = _matrices(model)
     norms = _input_norms(model, matrices, exchanges, batch_tokens, progress)
@@ -94,7 +120,7 @@ def _matrices(model: Model) -> list[Matrix]:
     require_eager(model)
     require_dense(model, "SNIP or Wanda")
     names = names_in(model.network)
-    found = []
+    matrices = []
     for block in feed_forwards(model):
         firsts: dict[nn.Module, tuple[int, ...]] = {}
         for rows in block.inputs:
@@ -106,8 +132,8 @@ def _matrices(model: Model) -> list[Matrix]:
                     f"SNIP and Wanda read FFNs of torch's linear layers, but layer {block.layer} has a "
                     f"{type(linear).__name__}; use the paper's selector there"
                 )
-            found.append(Matrix(names[id(linear.weight)], block.layer, module, first))
-    return found
+            matrices.append(Matrix(names[id(linear.weight)], block.layer, module, first))
+    return matrices
 
 
 def _lifted(model: Model, matrices: Sequence[Matrix], sums: Sequence[Tensor], label: str) -> Ranking:
@@ -125,7 +151,7 @@ def _gradient_pass(model: Model, matrices: Sequence[Matrix]) -> Callable[[Sequen
     """For some exchanges the sum over them of |W * dL/dW| per neuron, all matrices end to end, float32."""
 
     def work(exchanges: Sequence[Exchange]) -> Tensor:
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
 
         def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -135,7 +161,7 @@ def _gradient_pass(model: Model, matrices: Sequence[Matrix]) -> Callable[[Sequen
                     weight = matrix.weight
                     for came, goes in zip(entering, leaving, strict=True):
                         scores = matrix.per_neuron((goes.T @ came).mul_(weight).abs_().float())
-                        found[matrix.name] = scores + found[matrix.name] if matrix.name in found else scores
+                        sums[matrix.name] = scores + sums[matrix.name] if matrix.name in sums else scores
 
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -143,7 +169,7 @@ def _gradient_pass(model: Model, matrices: Sequence[Matrix]) -> Callable[[Sequen
 
         with _watched([(matrix.module, look(matrix)) for matrix in matrices]):
             run_backward(model, Batch.of(model, exchanges))
-        return torch.cat([found[matrix.name].flatten().cpu() for matrix in matrices])
+        return torch.cat([sums[matrix.name].flatten().cpu() for matrix in matrices])
 
     return work
 
@@ -159,20 +185,20 @@ def _input_norms(
 
     def work(part: Sequence[Exchange]) -> Tensor:
         batch = Batch.of(model, part)
-        found: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
 
         def look(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                found[matrix.name] = inputs[0][batch.answer.to(inputs[0].device)].double().square().sum(dim=0)
+                squares[matrix.name] = inputs[0][batch.answer.to(inputs[0].device)].double().square().sum(dim=0)
 
             return forward
 
         with _watched([(matrix.module, look(matrix)) for matrix in matrices]):
             run_decoder(model, batch)
-        return torch.cat([found[matrix.name].cpu() for matrix in matrices])
+        return torch.cat([squares[matrix.name].cpu() for matrix in matrices])
 
     sums = total_over_batches(exchanges, work, batch_tokens, progress)
-    tokens = sum(len(one.ids) - one.prompt for one in exchanges)
+    tokens = sum(len(exchange.ids) - exchange.prompt for exchange in exchanges)
     parts = torch.split_with_sizes(sums, [matrix.shape[1] for matrix in matrices])
     return [(part / tokens).sqrt() for part in parts]
 

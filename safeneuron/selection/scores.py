@@ -22,7 +22,7 @@ from safeneuron.neurons.statistics import ActivationStats, Moments, load_tensors
 
 DEFAULT_DENSITY = 0.01
 FEWEST = 8
-"""An expert that fewer prompts of a class were routed to is not scored: its means would say nothing."""
+"""An expert to which fewer prompts of a class were routed is not scored: its means would say nothing."""
 _VECTORS = ("d", "shift", "z", "t", "q")
 
 
@@ -42,6 +42,13 @@ def effect_size(unsafe: Moments, safe: Moments) -> Tensor:
         d = (mean_unsafe - mean_safe) / s,   s = pooled standard deviation (Eq. 6)
 
     A neuron that never varies gets 0, not infinity.
+
+    Args:
+        unsafe: Moments over the unsafe prompts.
+        safe: Moments over the safe prompts.
+
+    Returns:
+        d ``[neuron]``, float64.
     """
     deviation = pooled_deviation(unsafe, safe)
     gap = unsafe.mean - safe.mean
@@ -70,10 +77,10 @@ def shift_zscore(shift: Tensor, widths: tuple[int, ...], scored: Tensor | None =
         strict=True,
     )
     for layer, here, z in parts:
-        own = layer[here]
-        centred = own - own.mean()
+        shifts = layer[here]
+        centred = shifts - shifts.mean()
         deviation = centred.square().mean().sqrt()
-        if len(own) and deviation > 0:
+        if len(shifts) and deviation > 0:
             z[here] = centred / deviation
     return scores
 
@@ -185,8 +192,14 @@ class Scores(Criteria):
 def criteria(stats: ActivationStats) -> Criteria:
     """What neurons are chosen by (Eq. 5, 6, 9, 10), from the statistics alone.
 
-    In a mixture of experts a neuron is scored over the prompts that its expert was asked about, if they are ``FEWEST``
+    In a mixture of experts a neuron is scored over the prompts that were routed to its expert, if they are ``FEWEST``
     or more in each class.
+
+    Args:
+        stats: Of both classes.
+
+    Returns:
+        Effect size, shift and its z-score of every neuron.
     """
     d, shift = effect_size(stats.unsafe, stats.safe), activation_shift(stats.unsafe, stats.safe)
     if stats.unsafe.counts is None and stats.safe.counts is None:
@@ -197,18 +210,27 @@ def criteria(stats: ActivationStats) -> Criteria:
 
 
 def score(stats: ActivationStats) -> Scores:
-    """Every score of every neuron, from the statistics alone: its ``criteria``, and how significant its d is."""
-    own = criteria(stats)
-    if own.scored is None:
-        t = t_statistic(own.d, stats.unsafe.count, stats.safe.count)
+    """Every score of every neuron, from the statistics alone: its ``criteria``, and how significant its d is.
+
+    Args:
+        stats: Of both classes.
+
+    Returns:
+        The criteria with Student's t and its q-value.
+    """
+    chosen_by = criteria(stats)
+    if chosen_by.scored is None:
+        t = t_statistic(chosen_by.d, stats.unsafe.count, stats.safe.count)
         q = q_values(t, stats.unsafe.count + stats.safe.count - 2)
     else:
-        asked, others = stats.unsafe.per_neuron, stats.safe.per_neuron
-        t = t_statistic(own.d, asked, others)
+        unsafe_counts, safe_counts = stats.unsafe.per_neuron, stats.safe.per_neuron
+        t = t_statistic(chosen_by.d, unsafe_counts, safe_counts)
         q = torch.ones_like(t)
-        if bool(own.scored.any()):
-            q[own.scored] = q_values(t[own.scored], (asked + others - 2)[own.scored])
-    return Scores(own.d, own.shift, own.z, own.widths, own.fingerprint, own.scored, t=t, q=q)
+        if bool(chosen_by.scored.any()):
+            q[chosen_by.scored] = q_values(t[chosen_by.scored], (unsafe_counts + safe_counts - 2)[chosen_by.scored])
+    return Scores(
+        chosen_by.d, chosen_by.shift, chosen_by.z, chosen_by.widths, chosen_by.fingerprint, chosen_by.scored, t=t, q=q
+    )
 
 
 def thresholds_for(scores: Criteria, density: float) -> Thresholds:
@@ -216,6 +238,16 @@ def thresholds_for(scores: Criteria, density: float) -> Thresholds:
 
     Found by bisection over the common number of neurons that each criterion takes from the top of its ranking, at least
     one. Only neurons that are more active on unsafe prompts can be taken, so that the share may stay below ``density``.
+
+    Args:
+        scores: The criteria of all neurons.
+        density: Between 0 and 1.
+
+    Returns:
+        What a neuron must exceed.
+
+    Raises:
+        InputError: For a density out of range.
     """
     if not 0 < density < 1:
         raise InputError(f"density must lie between 0 and 1, found {density}; 0.01 selects one neuron in a hundred")
@@ -241,7 +273,15 @@ def thresholds_for(scores: Criteria, density: float) -> Thresholds:
 
 
 def choose(scores: Criteria, thresholds: Thresholds) -> Selection:
-    """ES: d > tau_ES (Eq. 7). SAS: z > tau_SAS and D > 0 (Eq. 10). SN: their union."""
+    """ES: d > tau_ES (Eq. 7). SAS: z > tau_SAS and D > 0 (Eq. 10). SN: their union.
+
+    Args:
+        scores: The criteria of all neurons.
+        thresholds: tau_ES and tau_SAS.
+
+    Returns:
+        The three sets, labelled ``ES``, ``SAS`` and ``FULL``.
+    """
     es, sas, union = _masks(scores, thresholds)
 
     def named(mask: Tensor, label: str) -> NeuronSet:

@@ -182,7 +182,7 @@ def test_gradients_reach_every_layer_through_pictures(eyed: Model) -> None:
 def test_saved_and_loaded_it_sees_the_same(eyed: Model, tmp_path: Path) -> None:
     eyed.save(tmp_path / "model")
     again = load(tmp_path / "model", dtype="float32", device="cpu")
-    assert again.blind == ""
+    assert again.without_images == ""
     assert again.fingerprint == eyed.fingerprint
     assert type(again.processor).__name__ == type(eyed.processor).__name__
     rows = [eyed.ask(prompt) for prompt in PICTURED]
@@ -241,11 +241,11 @@ def test_without_its_processor_a_model_is_asked_in_text(qwen: Model, tmp_path: P
     qwen.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     qwen.save(folder)
     (folder / "processor_config.json").unlink()
-    blind = load(folder, dtype="float32", device="cpu")
-    assert blind.processor is None
-    assert len(next(generate(blind, [blind.ask(Prompt("hello"))], 2, 1))) == 1
+    wordy = load(folder, dtype="float32", device="cpu")
+    assert wordy.processor is None
+    assert len(next(generate(wordy, [wordy.ask(Prompt("hello"))], 2, 1))) == 1
     with pytest.raises(InputError, match=r"cannot be shown images: the processor of .* cannot be loaded"):
-        blind.ask(PROMPTS[0])
+        wordy.ask(PROMPTS[0])
 
 
 def test_settings_for_videos_are_kept_where_there_is_no_torchvision(qwen: Model, tmp_path: Path) -> None:
