@@ -24,6 +24,7 @@ from safeneuron.runs.inputs import (
     selection_of,
 )
 from safeneuron.runtime.files import sha256_of
+from tests.helpers.tiny_run import AnswersJudge
 
 
 def pair(text: str) -> Pair:
@@ -91,7 +92,7 @@ def test_several_judges_are_one_panel(monkeypatch):
 
 
 def test_a_panel_follows_the_rule_of_the_config(monkeypatch):
-    monkeypatch.setattr(inputs, "make_judge", lambda name, _: RefusalPhrases())
+    monkeypatch.setattr(inputs, "make_judge", lambda name, _: {"wildguard": AnswersJudge}.get(name, RefusalPhrases)())
     panel = judge_of(JudgeTable(name=["refusal-phrases", "wildguard"], rule="any"))
     assert isinstance(panel, Panel)
     assert panel.rule == "any"
