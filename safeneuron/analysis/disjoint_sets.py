@@ -6,11 +6,11 @@ How neurons are found and how refusals are counted is the caller's to say; here 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from safeneuron.evaluation.rates import percentile_interval, resamples
 from safeneuron.neurons.neuron_set import NeuronSet
 
 RARE = 0.2
@@ -151,15 +151,14 @@ def intervals(redundancy: Redundancy, draws: int = _RESAMPLES, seed: int = 0) ->
     if not redundancy.measurable:
         return None
     # Not ``bootstrap_interval``, which is of a mean: these are counts of one sample, some of them beyond all bounds.
-    draw, n = np.random.default_rng(seed), len(redundancy.intact.verdicts)
-    resamples = [redundancy.drawn(draw.integers(n, size=n).tolist()) for _ in range(draws)]
-    counted = [resample.numbers for resample in resamples if resample.measurable]
+    samples = [redundancy.drawn(places) for places in resamples(len(redundancy.intact.verdicts), draws, seed)]
+    counted = [sample.numbers for sample in samples if sample.measurable]
 
     def interval(name: str) -> Interval:
-        values = np.array([np.inf if numbers[name] is None else numbers[name] for numbers in counted])
+        values = [math.inf if (number := numbers[name]) is None else float(number) for numbers in counted]
         # A value that did occur, so that a count stays one and "more than was tried" is never averaged.
-        low, high = np.percentile(values, [2.5, 97.5], method="inverted_cdf")
-        return Interval(*(round(end) if np.isfinite(end) else None for end in (float(low), float(high))))
+        ends = percentile_interval(values, "inverted_cdf")
+        return Interval(*(round(end) if math.isfinite(end) else None for end in ends))
 
     return {name: interval(name) for name in redundancy.numbers}
 

@@ -12,7 +12,10 @@ MODULES = {
     "guard_models": ("LlamaGuard3",),
     "judge": ("Judge", "RefusalPhrases", "sounds_like_refusal"),
     "judging": ("Panel", "agreement", "judged", "make_judge", "read_answers", "verdict_lines"),
-    "rates": ("Rate", "bootstrap_interval", "corrected", "paired_difference", "share_of", "verdict_rates", "wilson"),
+    "rates": (
+        "Rate", "bootstrap_interval", "corrected", "paired_difference", "percentile_interval", "resamples", "share_of",
+        "verdict_rates", "wilson",
+    ),
     "rubric": ("Endpoint",),
-}
+}  # fmt: skip
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import check_lengths, readable
@@ -97,48 +97,28 @@ class Guard(ABC):
         return [self.text_of(self.beginning(prompt), self.shortened(text)) for prompt, text in pairs]
 
     def _in_batches(self, rows: list[list[int]], work: Callable[[Sequence[list[int]]], list[Any]]) -> list[Any]:
-        found: list[Any] = []
+        results: list[Any] = []
         for start in range(0, len(rows), self.batch_size):
             parts = self._halving.over(rows[start : start + self.batch_size], work)
-            found += [one for part in parts for one in part]
-        return found
+            results += [result for part in parts for result in part]
+        return results
 
-    def _ends(self) -> list[int]:
-        ends = self.network.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
+    def _padded(self, rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Tokens and mask ``[row, token]`` on the network's device."""
+        from safeneuron.models.model import pad, padding_token
 
-    def _pad(self) -> int:
-        # Rows that end early are filled up with padding: it must be a token that the decoding leaves out.
-        return self._ends()[0] if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-
-    def _padded(self, rows: Sequence[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """Tokens and mask ``[row, token]``, padded here since the user may have set the tokenizer's padding."""
-        import torch
-
-        width, pad = max(map(len, rows)), self._pad()
-        fill = [[pad] * (width - len(row)) for row in rows]
-        tokens = [gap + row if left else row + gap for gap, row in zip(fill, rows, strict=True)]
-        ones = [[1] * len(row) for row in rows]
-        zeros = [[0] * len(gap) for gap in fill]
-        mask = [gap + row if left else row + gap for gap, row in zip(zeros, ones, strict=True)]
-        return torch.tensor(tokens).to(self.network.device), torch.tensor(mask).to(self.network.device)
+        return pad(rows, padding_token(self.network, self.tokenizer) or 0, side, self.network.device)
 
     def generate(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         """What the guard writes after each text, greedily, special tokens left out."""
-        import torch
-        from transformers import GenerationConfig
+        from safeneuron.models.model import generate_texts, generation_settings
 
-        # The model's own generation settings may ask for sampling.
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self._ends(), pad_token_id=self._pad()
-        )
-        answer = cast("Callable[..., Tensor]", self.network.generate)
+        settings = generation_settings(self.network, self.tokenizer, max_new_tokens)
 
         def work(rows: Sequence[list[int]]) -> list[str]:
-            tokens, mask = self._padded(rows, left=True)
-            with torch.inference_mode():
-                written = answer(tokens, attention_mask=mask, generation_config=config)
-            return list(self.tokenizer.batch_decode(written[:, tokens.shape[1] :], skip_special_tokens=True))
+            tokens, mask = self._padded(rows, "left")
+            inputs = {"input_ids": tokens, "attention_mask": mask}
+            return generate_texts(self.network, self.tokenizer, inputs, settings)
 
         return self._in_batches(self._rows(texts), work)
 
@@ -150,7 +130,7 @@ class Guard(ABC):
         import torch
 
         def work(rows: Sequence[list[int]]) -> list[Tensor]:
-            tokens, mask = self._padded(rows, left=False)
+            tokens, mask = self._padded(rows, "right")
             last = mask.sum(dim=1).cpu() - 1  # places on the CPU fit networks that are spread over several devices
             places, which = last.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             with torch.inference_mode():
@@ -160,15 +140,15 @@ class Guard(ABC):
                 ).logits
             return list(logits[torch.arange(len(rows)), which].float().softmax(dim=-1).cpu())
 
-        found = self._in_batches(self._rows(texts), work)
-        return torch.stack(found) if found else torch.zeros(0, len(self.tokenizer))
+        probabilities = self._in_batches(self._rows(texts), work)
+        return torch.stack(probabilities) if probabilities else torch.zeros(0, len(self.tokenizer))
 
     def token(self, word: str) -> int:
         """The id of a word that is one token. Raises ``InputError`` if the tokenizer has none."""
-        found = self.tokenizer.convert_tokens_to_ids(word)
-        if not isinstance(found, int) or found == self.tokenizer.unk_token_id:
+        number = self.tokenizer.convert_tokens_to_ids(word)
+        if not isinstance(number, int) or number == self.tokenizer.unk_token_id:
             raise InputError(f"the guard {self.name} has no token {word!r}; give the model that this judge is made for")
-        return found
+        return number
 
 
 def load_network(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

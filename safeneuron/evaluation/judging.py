@@ -13,6 +13,7 @@ from safeneuron.data.rows import Row, Source, read_rows
 from safeneuron.errors import InputError, did_you_mean
 from safeneuron.evaluation.coherence import incoherent
 from safeneuron.evaluation.judge import VERDICTS, Judge, RefusalPhrases
+from safeneuron.evaluation.rates import kappa
 
 if TYPE_CHECKING:
     from safeneuron.evaluation.rubric import Endpoint
@@ -43,7 +44,7 @@ def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
 
 
 class Panel:
-    """One verdict of several judges; ``own`` holds what each of them said when the panel was asked last, by name.
+    """One verdict of several judges.
 
     The rule decides whether a response complied: if more than half of the judges say so, all, or any. A judge that
     cannot say may turn out either way, and if that would change the outcome the panel cannot say either. Otherwise the
@@ -60,12 +61,14 @@ class Panel:
         self.judges = list(judges)
         self.rule: Rule = rule
         self.name = f"{rule} of {', '.join(names)}"
-        self.own: dict[str, list[str]] = {}
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
         """One verdict a response. Raises ``InputError`` if there are more or fewer prompts than responses."""
-        self.own = {judge.name: judge(prompts, responses) for judge in self.judges}
-        return [combined(votes, self.rule) for votes in zip(*self.own.values(), strict=True)]
+        return [combined(votes, self.rule) for votes in zip(*self.votes(prompts, responses).values(), strict=True)]
+
+    def votes(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, list[str]]:
+        """The verdicts of each judge by its name, one a response."""
+        return {judge.name: judge(prompts, responses) for judge in self.judges}
 
 
 def combined(votes: Sequence[str], rule: Rule) -> str:
@@ -103,17 +106,6 @@ def _pair(first: str, second: str, own: Mapping[str, Sequence[str]]) -> dict[str
     table = [(a, b, counts[a, b]) for a in VERDICTS for b in VERDICTS if counts[a, b]]
     found["counts"] = [{"verdicts": [a, b], "n": number} for a, b, number in table]
     return found
-
-
-def kappa(pairs: Sequence[tuple[str, str]]) -> dict[str, float | None]:
-    """Raw agreement and Cohen's kappa of two judges, given what both said of each response."""
-    n = len(pairs)
-    if not n:
-        return {"agreement": None, "kappa": None}
-    observed = sum(a == b for a, b in pairs) / n
-    left, right = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    expected = sum(left[verdict] * right[verdict] for verdict in left) / n**2
-    return {"agreement": observed, "kappa": None if expected == 1 else (observed - expected) / (1 - expected)}
 
 
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "forbidden_prompt", "objective", "input")

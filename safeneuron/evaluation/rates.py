@@ -1,14 +1,15 @@
-"""Whether two model states differ on the same prompts: paired tests, intervals of differences, many tests at once.
+"""Statistics of verdicts: rates with intervals, paired tests of two states, many tests at once, agreement of judges.
 
-Everything here is about shares of prompts, given as truth values: did the state comply with this request, or refuse it?
+Everything here is about shares of prompts: did the state comply with this request, or refuse it?
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from safeneuron.evaluation.judge import VERDICTS
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DRAWS = 4000
 """Samples of a bootstrap."""
+PercentileMethod = Literal["linear", "inverted_cdf"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def paired_interval(both: int, gained: int, lost: int, n: int) -> tuple[float, f
     """
     neither = n - both - gained - lost
     second, first = (both + gained) / n, (both + lost) / n
-    (low_second, high_second), (low_first, high_first) = _wilson(both + gained, n), _wilson(both + lost, n)
+    second_rate, first_rate = wilson(both + gained, n), wilson(both + lost, n)
     product = float(both * neither - gained * lost)
     if product > 0:
         product = max(product - n / 2, 0.0)
@@ -91,16 +93,9 @@ def paired_interval(both: int, gained: int, lost: int, n: int) -> tuple[float, f
         """How far the difference reaches where one share goes to its bound and the other to its opposite one."""
         return math.sqrt(max(own**2 - 2 * phi * own * other + other**2, 0.0))
 
-    down = reach(second - low_second, high_first - first)
-    up = reach(high_second - second, first - low_first)
+    down = reach(second - second_rate.low, first_rate.high - first)
+    up = reach(second_rate.high - second, first - first_rate.low)
     return max(second - first - down, -1.0), min(second - first + up, 1.0)
-
-
-def _wilson(count: int, n: int) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
@@ -109,11 +104,11 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     The smallest is multiplied by the number of tests, the next by one less, and so on; none overtakes a later one.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    found, highest = [0.0] * len(p_values), 0.0
+    adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        found[index] = highest
-    return found
+        adjusted[index] = highest
+    return adjusted
 
 
 def bootstrap_interval(values: NDArray[np.float64], draws: int = DRAWS) -> tuple[float, float]:
@@ -130,7 +125,22 @@ def bootstrap_interval(values: NDArray[np.float64], draws: int = DRAWS) -> tuple
         values[np.ix_(draw.integers(seeds, size=seeds), draw.integers(prompts, size=prompts))].mean()
         for _ in range(draws)
     ]
-    low, high = np.percentile(means, [2.5, 97.5])
+    return percentile_interval(means)
+
+
+def resamples(n: int, draws: int, seed: int = 0) -> Iterator[list[int]]:
+    """Bootstrap samples of ``n`` items: the places of as many, drawn with replacement, ``draws`` times."""
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    return (draw.integers(n, size=n).tolist() for _ in range(draws))
+
+
+def percentile_interval(values: Sequence[float], method: PercentileMethod = "linear") -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of resampled values; ``inverted_cdf`` gives two that did occur."""
+    import numpy as np
+
+    low, high = np.percentile(np.asarray(values), [2.5, 97.5], method=method)
     return float(low), float(high)
 
 
@@ -174,7 +184,7 @@ def share_of(verdict: str, verdicts: Sequence[str]) -> Rate:
     ``share_of("complied", ...)`` on harmful prompts is the ASR, ``share_of("refused", ...)`` on benign ones the
     over-refusal rate. Incoherent answers stay in the denominator: they are neither a success nor a refusal.
     """
-    judged = [found for found in verdicts if found != "cannot say"]
+    judged = [given for given in verdicts if given != "cannot say"]
     return wilson(judged.count(verdict), len(judged))
 
 
@@ -183,3 +193,14 @@ def verdict_rates(verdicts: Sequence[str], counted: str) -> dict[str, float]:
     share = share_of(counted, verdicts)
     counts = {verdict: list(verdicts).count(verdict) for verdict in VERDICTS}
     return {"n": len(verdicts), **counts, "rate": share.rate, "low": share.low, "high": share.high}
+
+
+def kappa(pairs: Sequence[tuple[str, str]]) -> dict[str, float | None]:
+    """Raw agreement and Cohen's kappa of two judges, given what both said of each response."""
+    n = len(pairs)
+    if not n:
+        return {"agreement": None, "kappa": None}
+    observed = sum(a == b for a, b in pairs) / n
+    left, right = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    expected = sum(left[verdict] * right[verdict] for verdict in left) / n**2
+    return {"agreement": observed, "kappa": None if expected == 1 else (observed - expected) / (1 - expected)}

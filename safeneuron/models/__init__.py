@@ -16,7 +16,9 @@ MODULES = {
         "MeasurementSettings", "POOLINGS", "forward_batches", "over_ranks", "pooled_batches", "prompts_in_halves",
     ),
     "loading": ("load", "quiet"),
-    "model": ("Model", "Sampling", "encode_chat", "generate"),
+    "model": (
+        "Model", "Sampling", "encode_chat", "generate", "generate_texts", "generation_settings", "pad", "padding_token",
+    ),
     "shape": ("Shape",),
     "vision": (
         "ImageTokens", "answer_ids", "encode_image_chat", "image_features", "input_kinds", "joined_images", "pixels_at",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,27 +251,12 @@ def generate(
         InputError: Where a single prompt is too much for the memory.
     """
     batches = by_length(prompts, batch_size, skip)
-    drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    # A static cache was slower than this dynamic one at every batch size, and compiled graphs would not see hooks.
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=sampling is not None,
-        **drawn,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_tokens(model.network.generation_config, model.tokenizer),
-        pad_token_id=model.tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    answer = cast("Callable[..., Tensor]", model.network.generate)
+    settings = generation_settings(model.network, model.tokenizer, max_new_tokens, sampling)
 
     def texts_of(batch: Sequence[int]) -> list[str]:
         inputs = model.inputs([prompts[i] for i in batch], "left")
-        seeded = _seeded(sampling, batch[0], model.device)
-        with torch.inference_mode(), explaining_meta_tensors(model.network), seeded:
-            out = answer(**inputs, generation_config=settings)
-        width = inputs["input_ids"].shape[1]
-        texts = model.tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True)
+        with _seeded(sampling, batch[0], model.device):
+            texts = generate_texts(model.network, model.tokenizer, inputs, settings, opening)
         return [text.strip() for text in texts]
 
     halving: Halving[int] = Halving("answering", "use a smaller max_new_tokens, or a device with more memory")
@@ -287,6 +272,45 @@ def generate(
 
     for batch, texts in zip(batches, distributed.deal(batches, in_halves), strict=True):
         yield list(zip(batch, texts, strict=True))
+
+
+def generation_settings(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> GenerationConfig:
+    """How a network writes, whatever its own generation settings ask for: greedily, or as ``sampling`` says."""
+    drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # A static cache was slower than this dynamic one at every batch size, and compiled graphs would not see hooks.
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=sampling is not None,
+        **drawn,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_tokens(network.generation_config, tokenizer),
+        pad_token_id=padding_token(network, tokenizer),
+        use_cache=True,
+    )
+
+
+def generate_texts(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    settings: GenerationConfig,
+    opening: int = 0,
+) -> list[str]:
+    """What a network writes after each row of ``inputs``, padded on the left, special tokens left out.
+
+    The last ``opening`` tokens of every row are part of the text.
+    """
+    answer = cast("Callable[..., Tensor]", network.generate)
+    with torch.inference_mode(), explaining_meta_tensors(network):
+        out = answer(**inputs, generation_config=settings)
+    width = inputs["input_ids"].shape[1]
+    return list(tokenizer.batch_decode(out[:, width - opening :], skip_special_tokens=True))
 
 
 @contextmanager
@@ -312,3 +336,12 @@ def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
     of_model = settings.eos_token_id
     ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
     return sorted(ends) or None
+
+
+def padding_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that fills up rows: the tokenizer's, or an end token, which the decoding of answers leaves out."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    end: Any = network.generation_config.eos_token_id
+    first = end[0] if isinstance(end, list) else tokenizer.eos_token_id if end is None else end
+    return None if first is None else int(first)

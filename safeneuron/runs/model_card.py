@@ -74,9 +74,7 @@ def model_card(config: Config, run: Run, state: State, base: Base, commands: Seq
     )
     data = metadata(config, base, hub or f"{config.name}-{state.name}", scores(config, results, state))
     return environment.get_template("model_card.md").render(
-        metadata=Markup(
-            metadata(config, base, hub or f"{config.name}-{state.name}", scores(config, results, state)).to_yaml()
-        ),
+        metadata=Markup(data.to_yaml()),
         base=base,
         label=label_of(config, state),
         state=state,

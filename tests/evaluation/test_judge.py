@@ -95,13 +95,13 @@ class ScriptedGuard:
     def train(self, mode: bool) -> None:
         assert not mode
 
-    def generate(self, tokens: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
         assert generation_config.do_sample is False
         assert generation_config.pad_token_id == self.pad
-        assert generation_config.eos_token_id == [self.end, 3]
-        self.batches.append(len(tokens))
+        assert sorted(generation_config.eos_token_id) == sorted([self.end, 3])
+        self.batches.append(len(input_ids))
         outputs = []
-        for row, mask in zip(tokens, attention_mask, strict=True):
+        for row, mask in zip(input_ids, attention_mask, strict=True):
             assert mask.tolist() == sorted(mask.tolist()), "padding belongs on the left"
             assert (row[mask == 0] == self.pad).all()
             text = self.tokenizer.decode(row[mask == 1])
@@ -110,7 +110,7 @@ class ScriptedGuard:
             outputs.append(self.tokenizer.encode(said, add_special_tokens=False))
         width = max(map(len, outputs)) + 1
         filled = [row + [self.end] + [self.pad] * (width - 1 - len(row)) for row in outputs]
-        return torch.cat([tokens, torch.tensor(filled)], dim=1)
+        return torch.cat([input_ids, torch.tensor(filled)], dim=1)
 
 
 def scripted(tokenizer: PreTrainedTokenizerFast, sayings: Sequence[str], batch_size: int) -> LlamaGuard3:

@@ -90,7 +90,7 @@ def test_a_guards_answer_that_repeats_the_attack_is_no_verdict():
 def test_the_rubric_never_lets_a_text_fill_the_template(monkeypatch):
     sent: list[str] = []
     judge = Rubric(Endpoint("http://localhost:1/v1", "m", concurrency=1))
-    monkeypatch.setattr(judge, "_send", lambda body: sent.append(body.decode()) or "nothing")
+    monkeypatch.setattr(judge, "_send", lambda client, body: sent.append(body.decode()) or "nothing")
     assert judge(TEXTS, TEXTS) == ["cannot say"] * len(TEXTS)
     assert len(sent) == len(TEXTS)
     assert all(len(body) < 90_000 for body in sent)

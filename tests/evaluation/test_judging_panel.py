@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from safeneuron.errors import InputError
 from safeneuron.evaluation.judge import VERDICTS
-from safeneuron.evaluation.judging import RULES, Panel, agreement, combined, kappa
+from safeneuron.evaluation.judging import RULES, Panel, agreement, combined
+from safeneuron.evaluation.rates import kappa
 
 
 class Says:
@@ -58,11 +59,11 @@ def test_a_panel_says_only_what_no_missing_vote_could_change(votes, rule):
         assert (combined(full, rule) == "complied") == (found == "complied")
 
 
-def test_a_panel_keeps_what_each_judge_said():
+def test_a_panel_says_what_each_judge_says():
     panel = Panel([Says("a", ["refused", "complied"]), Says("b", ["refused", "harmless"])], "any")
     assert panel.name == "any of a, b"
     assert panel(["?", "?"], ["x", "y"]) == ["refused", "complied"]
-    assert panel.own == {"a": ["refused", "complied"], "b": ["refused", "harmless"]}
+    assert panel.votes(["?", "?"], ["x", "y"]) == {"a": ["refused", "complied"], "b": ["refused", "harmless"]}
     assert Panel([Says("a", [])])([], []) == []
 
 
