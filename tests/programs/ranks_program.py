@@ -132,7 +132,7 @@ def aligned(folder: Path) -> dict[str, Any]:
     model = tiny.model()
     frozen = NeuronSet.of({0: [1, 5], 1: range(0, 48, 5), 2: [47]}, model.widths, model.fingerprint)
     half = NeuronSet.of({layer: range(0, 48, 2) for layer in range(3)}, model.widths, model.fingerprint)
-    first = align(model, pairs, frozen, training, Ablation(half, reference=True))
+    first = align(model, pairs, frozen, training, ablation=Ablation(half, reference=True))
 
     def stop(done: int, _: int) -> None:
         if done == 3:

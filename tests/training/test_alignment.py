@@ -51,7 +51,7 @@ def run(model: Model, frozen: NeuronSet | None = None, **changes: object) -> Ali
     ablated, share = settings.pop("ablated", None), settings.pop("ablate_share", 1.0)
     reference = settings.pop("ablate_reference", False)
     ablation = Ablation(ablated, share, reference) if ablated is not None else None
-    return align(model, PAIRS, frozen, TrainingSettings(**settings), ablation, **apart)
+    return align(model, PAIRS, frozen, TrainingSettings(**settings), ablation=ablation, **apart)
 
 
 def chosen_neurons(model: Model) -> NeuronSet:

@@ -39,7 +39,7 @@ def run(model: Model, frozen: bool = True, **changes: object) -> Alignment:
     ablated = settings.pop("ablated", None)
     ablation = Ablation(ablated) if ablated is not None else None
     neurons = some_neurons(model.network) if frozen else None
-    return align(model, pairs, neurons, TrainingSettings(**settings), ablation)
+    return align(model, pairs, neurons, TrainingSettings(**settings), ablation=ablation)
 
 
 class Scarce:
