@@ -3,8 +3,11 @@
 A layer is an ordered list of blocks: its routed experts, then its dense FFNs and shared experts. An FFN is an output
 projection of W inputs and as many outputs as the residual stream has, with the one or two matrices of W rows, or the
 one of 2 W, that lie nearest to it in the tree and read the residual stream. Attention and state-space mixers of fitting
-sizes are told apart by what lies beside them: a projection of keys, a convolution, a recurrence. ``probing_anatomy``
+sizes are told apart by what lies beside them: a projection of keys, a convolution, a recurrence. ``verification``
 proves on the model itself that what was found here is so.
+
+Shapes: W is the width of an FFN, H that of the residual stream. A matrix that writes is ``[W, H]`` or, fused,
+``[2 W, H]``, the output projection ``[H, W]``; sizes of linear layers are (inputs, outputs), however they are kept.
 """
 
 from __future__ import annotations
@@ -31,17 +34,19 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     one of ``2 * width`` rows, or one or two of ``width``. Whether a fused one holds halves or alternating rows is what
     the class says in ``is_concatenated``.
     """
-    shapes = _volumes(module)
+    shapes = _three_dimensional(module)
     if len(shapes) not in (2, 3):
         return None
     *inputs, output = shapes
     transposed = getattr(
         module, "is_transposed", _is_transposed([shapes[key] for key in inputs], shapes[output], hidden)
     )
+    # What reads the activations: as many outputs as the residual stream has.
     count, *sizes = shapes[output]
     width, out = sizes if transposed else sizes[::-1]
     if out != hidden:
         return None
+    # What writes them: as many inputs, and the width, or twice that where gate and up are one.
     rows = 2 if transposed else 1
     fitting = [shapes[key][3 - rows] == hidden and shapes[key][0] >= count for key in inputs]
     lengths = [shapes[key][rows] for key in inputs]
@@ -51,32 +56,30 @@ def stack_in(module: nn.Module, name: str, hidden: int) -> ExpertStack | None:
     alternating = not getattr(module, "is_concatenated", True)
     parts = [(0, 2), (1, 2)] if alternating else [(0, 1), (width, 1)]
     places = parts if fused else [(0, 1)]
-    found = []
+    writers = []
     for key in inputs:
-        found += [Stacked(key, rows, *place) for place in places]
-        for bias, one in module._parameters.items():
-            if (
-                bias.startswith(key)
-                and one is not None
-                and tuple(sharding.shape_of(one)) == (shapes[key][0], shapes[key][rows])
-            ):
-                found += [Stacked(bias, 1, *place) for place in places]
+        writers += [Stacked(key, rows, *place) for place in places]
+        # A bias has the name of its matrix with something after it, and a value for each of its rows.
+        for bias, parameter in module.named_parameters(recurse=False):
+            if bias.startswith(key) and tuple(sharding.shape_of(parameter)) == (shapes[key][0], shapes[key][rows]):
+                writers += [Stacked(bias, 1, *place) for place in places]
     down = Stacked(output, 1 if transposed else 2)
-    return ExpertStack(0, width, module, down, tuple(found), count=count, name=name)
+    return ExpertStack(0, width, module, down, tuple(writers), count=count, name=name)
 
 
-def _volumes(module: nn.Module) -> dict[str, torch.Size]:
+def _three_dimensional(module: nn.Module) -> dict[str, torch.Size]:
     """The shapes of the module's three-dimensional parameters, or of those that its children are made of."""
-    own = {key: one for key, one in module._parameters.items() if one is not None}
-    if not any(len(sharding.shape_of(one)) == 3 for one in own.values()):
+    parameters = dict(module.named_parameters(recurse=False))
+    if not any(len(sharding.shape_of(parameter)) == 3 for parameter in parameters.values()):
         # JetMoE has a module for each matrix.
-        own = {
-            f"{name}.{key}": one
+        parameters = {
+            f"{name}.{key}": parameter
             for name, child in module.named_children()
-            for key, one in child._parameters.items()
-            if one is not None and len(child._parameters) == 1
+            for key, parameter in child.named_parameters(recurse=False)
+            if len(child._parameters) == 1
         }
-    return {key: sharding.shape_of(one) for key, one in own.items() if len(sharding.shape_of(one)) == 3}
+    shapes = {key: sharding.shape_of(parameter) for key, parameter in parameters.items()}
+    return {key: shape for key, shape in shapes.items() if len(shape) == 3}
 
 
 def _is_transposed(inputs: list[torch.Size], output: torch.Size, hidden: int) -> bool:
@@ -97,7 +100,14 @@ NARROW = 8
 def decoder_of(network: nn.Module) -> nn.Module:
     """The text decoder, which takes tokens or their embeddings; a vision tower has FFNs too and must not be found.
 
-    Raises ``InputError`` for a network that has none.
+    Args:
+        network: A causal language model, one with a vision tower, or a module of the user's own around one.
+
+    Returns:
+        The module that is called with ``input_ids`` or ``inputs_embeds``; the network itself where it is that.
+
+    Raises:
+        InputError: For a network that has none.
     """
     find = getattr(network, "get_decoder", None)
     decoder = find() if callable(find) else network
@@ -126,38 +136,46 @@ def _has_layers(module: nn.Module) -> bool:
 
 def _lists(module: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists of modules that hold a matrix each; those of a tower with a config of its own are its own."""
-    found: list[nn.ModuleList] = []
+    lists: list[nn.ModuleList] = []
     config = getattr(module, "config", None)
     for child in module.children():
-        own = getattr(child, "config", None)
-        if config is not None and own is not None and own is not config and type(own) is not type(config):
+        inner = getattr(child, "config", None)
+        # A config of another class is that of another model: a vision tower, an encoder.
+        if config is not None and inner is not None and inner is not config and type(inner) is not type(config):
             continue
         if isinstance(child, nn.ModuleList):
             if len(child) and any(parameter.dim() > 1 for parameter in child[0].parameters()):
-                found.append(child)
+                lists.append(child)
         else:
-            found += _lists(child)
-    return found
+            lists += _lists(child)
+    return lists
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's list of layers. Raises ``InputError`` where it is not clear which one that is."""
-    own = getattr(decoder, "layers", None)
-    if isinstance(own, nn.ModuleList):
-        return own
+    """The decoder's list of layers.
+
+    Raises:
+        InputError: Where it is not clear which one that is.
+    """
+    named = getattr(decoder, "layers", None)
+    if isinstance(named, nn.ModuleList):
+        return named
     hidden = hidden_size(decoder)
-    lists = _lists(decoder)
-    found = [one for one in lists if any(_blocks(0, layer, hidden, False) for layer in one)]
-    if len(found) != 1:
+    lists = [layers for layers in _lists(decoder) if any(_blocks(0, layer, hidden, False) for layer in layers)]
+    if len(lists) != 1:
         raise InputError(
-            f"{type(decoder).__name__} has {len(found)} lists of layers with an FFN, where one was expected: found "
+            f"{type(decoder).__name__} has {len(lists)} lists of layers with an FFN, where one was expected: found "
             f"{module_names(decoder.named_children())}; this architecture is not known"
         )
-    return found[0]
+    return lists[0]
 
 
 def hidden_size(decoder: nn.Module) -> int:
-    """The width of the residual stream."""
+    """The width of the residual stream.
+
+    Raises:
+        InputError: For a config that does not say.
+    """
     config: Any = decoder.config
     text = config.get_text_config(decoder=True)
     size = getattr(text, "hidden_size", None)
@@ -169,26 +187,28 @@ def hidden_size(decoder: nn.Module) -> int:
 def anatomy(network: nn.Module) -> list[Layer]:
     """Every layer of the text decoder with its FFNs, in order.
 
-    Raises ``InputError`` that says what was found where no layer has one, or where one FFN serves several layers.
+    Raises:
+        InputError: Where no layer has one, a layer has one of no known form, or one FFN serves several layers.
     """
     decoder = decoder_of(network)
     layers, hidden = layers_of(decoder), hidden_size(decoder)
     interleaved = bool(getattr(decoder.config, INTERLEAVED, False))
     found = [Layer(index, layer, _blocks(index, layer, hidden, interleaved)) for index, layer in enumerate(layers)]
     if not any(layer.blocks for layer in found):
-        kinds = "; ".join(dict.fromkeys(f"{type(unwrapped(one)).__name__} with {_shapes(one)}" for one in layers))
+        kinds = "; ".join(dict.fromkeys(f"{type(unwrapped(layer)).__name__} with {_shapes(layer)}" for layer in layers))
         raise InputError(
             f"no layer of {type(decoder).__name__} has an FFN of a known form: expected a projection into {hidden} "
             f"values and one or two matrices that write its input, found {kinds[:600] or 'no layer'}"
         )
     _require_complete(found, decoder, hidden)
+    # A freeze of one layer's neurons would be one of another's.
     seen: dict[int, int] = {}
     for layer in found:
         for block in layer.blocks:
-            part = id(block.holder)
-            if seen.setdefault(part, layer.index) != layer.index:
+            number = id(block.holder)
+            if seen.setdefault(number, layer.index) != layer.index:
                 raise InputError(
-                    f"layers {seen[part]} and {layer.index} of {type(decoder).__name__} share one FFN, so that its "
+                    f"layers {seen[number]} and {layer.index} of {type(decoder).__name__} share one FFN, so that its "
                     "neurons are not those of a layer; this architecture is not supported"
                 )
     return found
@@ -202,29 +222,14 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
         for block in layer.blocks
     }
     for layer in found:
-        inner = unwrapped(layer.module)
         here = {block.name for block in layer.blocks}
         stacks = [block.holder for block in layer.blocks if block.is_mixture]
         stacked = {id(part) for module in stacks for part in (module, *module.children())}
-        for name, module in inner.named_modules():
-            known = (name, type(module)) in kinds and name not in here and name
-            volumes = [
-                one for one in module._parameters.values() if one is not None and sharding.shape_of(one)[3:] == ()
-            ]
-            odd = id(module) not in stacked and any(
-                len(sharding.shape_of(one)) == 3
-                and sharding.shape_of(one)[0] > 1
-                and hidden in sharding.shape_of(one)[1:]
-                for one in volumes
-            )
-            odd = (
-                odd
-                and not isinstance(module, nn.modules.conv._ConvNd)
-                and "attention" not in name
-                and "attn" not in name
-            )
-            if known or odd:
-                what = "an FFN" if known else "three-dimensional weights, perhaps of experts,"
+        for name, module in unwrapped(layer.module).named_modules():
+            # An FFN in other layers, by its place and class, and none here.
+            missing = (name, type(module)) in kinds and name not in here and name
+            if missing or (id(module) not in stacked and _may_hold_experts(name, module, hidden)):
+                what = "an FFN" if missing else "three-dimensional weights, perhaps of experts,"
                 raise InputError(
                     f"layer {layer.index} of {type(decoder).__name__} has {what} of no known form or fitting sizes in "
                     f"{name or 'itself'} ({type(module).__name__}): found {_shapes(module)}; expected an FFN of one or "
@@ -232,10 +237,18 @@ def _require_complete(found: list[Layer], decoder: nn.Module, hidden: int) -> No
                 )
 
 
+def _may_hold_experts(name: str, module: nn.Module, hidden: int) -> bool:
+    """Whether a module, neither attention nor convolution, has three-dimensional weights that read the stream."""
+    if isinstance(module, nn.modules.conv._ConvNd) or "attention" in name or "attn" in name:
+        return False
+    shapes = [sharding.shape_of(parameter) for parameter in module.parameters(recurse=False)]
+    return any(len(shape) == 3 and shape[0] > 1 and hidden in shape[1:] for shape in shapes)
+
+
 def _shapes(layer: nn.Module) -> str:
     """The matrices of a layer, for people."""
-    own = [f"{name} {tuple(sharding.shape_of(one))}" for name, one in layer.named_parameters() if one.dim() > 1]
-    return ", ".join(own) or "no matrix"
+    matrices = [(name, parameter) for name, parameter in layer.named_parameters() if parameter.dim() > 1]
+    return ", ".join(f"{name} {tuple(sharding.shape_of(matrix))}" for name, matrix in matrices) or "no matrix"
 
 
 def module_names(modules: Iterator[tuple[str, nn.Module]]) -> str:
@@ -244,6 +257,8 @@ def module_names(modules: Iterator[tuple[str, nn.Module]]) -> str:
 
 
 class _Leaf(NamedTuple):
+    """A linear layer with its place in the layer."""
+
     path: tuple[str, ...]
     module: nn.Module
     inputs: int
@@ -254,14 +269,14 @@ def _blocks(index: int, layer: nn.Module, hidden: int, interleaved: bool) -> tup
     """The blocks of one layer: routed experts first, then all else in the order of its definition."""
     layer = unwrapped(layer)
     leaves, stacks = _parts(layer, hidden)
-    found = _told_apart(
-        [(leaf, ffn) for leaf in leaves if (ffn := _feed_forward(index, layer, leaf, leaves, hidden, interleaved))]
-    )
-    experts = _routed(layer, found)
-    found = [replace(block, expert=experts.get(block.name)) for block in found]
-    widest = max((block.width for block in found if block.expert is None), default=0)
-    dense = [block for block in found if block.expert is None and block.width * NARROW > widest]
-    split = sorted((block for block in found if block.expert is not None), key=lambda block: block.expert or 0)
+    # Each linear layer is tried as an output projection.
+    candidates = [(leaf, _feed_forward(index, layer, leaf, leaves, hidden, interleaved)) for leaf in leaves]
+    ffns = _one_of_each([(leaf, ffn) for leaf, ffn in candidates if ffn is not None])
+    experts = _routed(layer, ffns)
+    ffns = [replace(ffn, expert=experts.get(ffn.name)) for ffn in ffns]
+    widest = max((ffn.width for ffn in ffns if ffn.expert is None), default=0)
+    dense = [ffn for ffn in ffns if ffn.expert is None and ffn.width * NARROW > widest]
+    split = sorted((ffn for ffn in ffns if ffn.expert is not None), key=lambda ffn: ffn.expert or 0)
     routed = [replace(stack, layer=index) for stack in stacks]
     ordered: list[Block] = [*sorted(routed, key=lambda stack: -stack.count), *split, *dense]
     blocks: list[Block] = []
@@ -283,6 +298,7 @@ def _parts(layer: nn.Module, hidden: int) -> tuple[list[_Leaf], list[ExpertStack
             leaves.append(_Leaf(path, module, *size))
             return
         inner = acting(module)
+        # Weights of all heads in one parameter look like experts.
         heads = any(_is_attention(_at(layer, path[:at]), path[:at]) for at in range(1, len(path) + 1))
         stack = None if heads else stack_in(inner, ".".join(path), hidden)
         if stack is not None:
@@ -302,6 +318,7 @@ def _feed_forward(
     if output.outputs != hidden:
         return None
     width = output.inputs
+    # From the module right around it outwards, up to the layer: the nearest matrices that fit are its own.
     for depth in range(len(output.path) - 1, -1, -1):
         place = output.path[:depth]
         near = [leaf for leaf in leaves if leaf.path[:depth] == place and leaf is not output]
@@ -310,9 +327,10 @@ def _feed_forward(
         writers = [leaf for leaf in fitting if not any("attn" in name or "attention" in name for name in leaf.path)]
         if not writers:
             continue
-        # The one hint by name: grouped-query attention may have the sizes of a fused FFN. The proof is the probe's.
+        # The one hint by name: grouped-query attention may have the sizes of a fused FFN. The proof comes later.
         if any(_is_attention(_at(layer, output.path[:at]), output.path[:at]) for at in range(1, len(output.path))):
             return None
+        # Inside the layer, a module of an FFN holds nothing else; in the layer itself there is everything.
         others = [leaf for leaf in near if leaf not in writers]
         if depth and not _alone(acting(_at(layer, place)), others, width, hidden):
             return None
@@ -323,20 +341,19 @@ def _feed_forward(
     return None
 
 
-def _told_apart(found: list[tuple[_Leaf, FeedForward]]) -> list[FeedForward]:
+def _one_of_each(candidates: list[tuple[_Leaf, FeedForward]]) -> list[FeedForward]:
     """One FFN of each set of matrices: where all are square, each of them might be the output projection.
 
-    Then a name decides, or else the order of definition. That it is the right one is for the probe to prove.
+    Then a name decides, or else the order of definition. That it is the right one is for ``verification`` to prove.
     """
-    candidates: dict[frozenset[int], list[tuple[_Leaf, FeedForward]]] = {}
-    for leaf, block in found:
-        parts = frozenset(id(module) for module in (block.output, *(rows.module for rows in block.inputs)))
-        candidates.setdefault(parts, []).append((leaf, block))
-    kept = []
-    for same in candidates.values():
-        named = [block for leaf, block in same if "down" in leaf.path[-1] or leaf.path[-1].endswith("2")]
-        kept.append(named[0] if len(named) == 1 else same[-1][1])
-    return kept
+    same_matrices: dict[frozenset[int], list[tuple[_Leaf, FeedForward]]] = {}
+    for leaf, ffn in candidates:
+        same_matrices.setdefault(frozenset(map(id, ffn.modules())), []).append((leaf, ffn))
+    chosen = []
+    for same in same_matrices.values():
+        named = [ffn for leaf, ffn in same if "down" in leaf.path[-1] or leaf.path[-1].endswith("2")]
+        chosen.append(named[0] if len(named) == 1 else same[-1][1])
+    return chosen
 
 
 def _inputs(writers: list[_Leaf], width: int, interleaved: bool) -> tuple[Rows, ...]:
@@ -352,13 +369,13 @@ def _inputs(writers: list[_Leaf], width: int, interleaved: bool) -> tuple[Rows, 
 
 def _norm(place: nn.Module, width: int) -> nn.Module | None:
     """The one module beside the matrices that has a value for each neuron, if there is one."""
-    found = [
+    norms = [
         module
         for module in place.modules()
         if size_of(module) is None
-        and {tuple(sharding.shape_of(one)) for one in module.parameters(recurse=False)} == {(width,)}
+        and {tuple(sharding.shape_of(parameter)) for parameter in module.parameters(recurse=False)} == {(width,)}
     ]
-    return found[0] if len(found) == 1 else None
+    return norms[0] if len(norms) == 1 else None
 
 
 def _alone(place: nn.Module, others: list[_Leaf], width: int, hidden: int) -> bool:
@@ -368,9 +385,9 @@ def _alone(place: nn.Module, others: list[_Leaf], width: int, hidden: int) -> bo
     """
     if len(others) > 1 or any((leaf.inputs, leaf.outputs) != (hidden, hidden) for leaf in others):
         return False
-    linears = {id(one) for module in place.modules() if size_of(module) for one in module.parameters()}
-    rest = (one for one in place.parameters() if id(one) not in linears)
-    return all(sharding.shape_of(one).numel() <= max(width, hidden) for one in rest)
+    linears = {id(parameter) for module in place.modules() if size_of(module) for parameter in module.parameters()}
+    rest = [sharding.shape_of(parameter) for parameter in place.parameters() if id(parameter) not in linears]
+    return all(shape.numel() <= max(width, hidden) for shape in rest)
 
 
 def _is_attention(module: nn.Module, path: tuple[str, ...]) -> bool:
@@ -383,11 +400,11 @@ def _at(layer: nn.Module, path: tuple[str, ...]) -> nn.Module:
     return layer
 
 
-def _routed(layer: nn.Module, blocks: list[FeedForward]) -> dict[str, int]:
+def _routed(layer: nn.Module, ffns: list[FeedForward]) -> dict[str, int]:
     """The number of each FFN that is one of a list of experts, by its name: a list below the layer, beside a router."""
-    found = {}
-    for block in blocks:
-        *place, number = block.name.split(".")
+    numbers = {}
+    for ffn in ffns:
+        *place, number = ffn.name.split(".")
         if len(place) > 1 and number.isdigit() and isinstance(_at(layer, tuple(place)), nn.ModuleList):
-            found[block.name] = int(number)
-    return found
+            numbers[ffn.name] = int(number)
+    return numbers

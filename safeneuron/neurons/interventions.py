@@ -4,7 +4,9 @@ An FFN computes a(x), for a gated one (h W_up + b_up) * f(h W_gate + b_gate), an
 (Eq. 1-3). One element of a(x) is one neuron: row ``j`` of the matrices that write it with their biases, column ``j`` of
 the output projection. So whoever stands before the output projection sees, and can change, every neuron. Where the FFNs
 lie is found in ``anatomy``; everything else speaks of (layer, neuron). In a mixture of experts the neurons of a layer
-are those of expert 0, 1, ... laid end to end, then those of shared experts and dense FFNs (``places``).
+are those of expert 0, 1, ... laid end to end, then those of shared experts and dense FFNs (``neuron_addresses``).
+
+Shapes: activations are ``[row, token, neuron]``; values of an edit are ``[chosen neuron]``, in the order of the set.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Edit:
     """Some neurons, and what becomes of their activations at every token: a' = factor * a + value.
 
     ``values`` is ``[chosen neuron]`` in the order of ``neurons.flat``, or ``None`` for nothing to add. With a factor of
-    0 what the neuron says is not asked at all, so that it may even be infinite. Make one with ``zero``, ``mean``,
+    0 the activation is not read at all, so that it may even be infinite. Make one with ``zero``, ``mean``,
     ``clamp``, ``opposite`` or ``scale``.
     """
 
@@ -45,7 +47,7 @@ class Edit:
 
     @staticmethod
     def zero(neurons: NeuronSet) -> Edit:
-        """The neurons are silent: a' = 0, the paper's attack."""
+        """The neurons are pruned: a' = 0, the paper's attack."""
         return Edit(neurons)
 
     @staticmethod
@@ -55,9 +57,15 @@ class Edit:
 
     @staticmethod
     def clamp(neurons: NeuronSet, values: Tensor | float, name: str = "clamp") -> Edit:
-        """The neurons always say the same: a' = value, one for all or one for each, ``[chosen neuron]``.
+        """The neurons are constant: a' = value, one for all or one for each.
 
-        Raises ``InputError`` for another number of values, or for values that are not finite.
+        Args:
+            neurons: Those that are pinned.
+            values: One number, or ``[chosen neuron]``.
+            name: What reports call the edit.
+
+        Raises:
+            InputError: For another number of values, or for values that are not finite.
         """
         each = torch.as_tensor(values, dtype=torch.float64)
         if each.dim() and each.shape != (len(neurons),):
@@ -71,14 +79,21 @@ class Edit:
 
     @staticmethod
     def mean(neurons: NeuronSet, stats: ActivationStats) -> Edit:
-        """The neurons say what they say on benign prompts: a' = their mean over ``stats.safe``."""
+        """The neurons have their activation on benign prompts: a' = their mean over ``stats.safe``.
+
+        Raises:
+            InputError: For statistics of another model.
+        """
         return Edit.clamp(neurons, stats.safe.mean[_checked(neurons, stats).flat], "mean")
 
     @staticmethod
     def opposite(neurons: NeuronSet, stats: ActivationStats, strength: float = 1.0) -> Edit:
-        """The neurons say the opposite of what harmful prompts make them say: a' = -strength * mean over them.
+        """The neurons have the opposite of their activation on harmful prompts: a' = -strength * mean over them.
 
         The sign-flipped anchor of "A Single Neuron Is Sufficient" (2605.08513), which beats zero with one neuron.
+
+        Raises:
+            InputError: For statistics of another model.
         """
         anchor = stats.unsafe.mean[_checked(neurons, stats).flat]
         return Edit.clamp(neurons, -strength * anchor, f"opposite x{strength:g}")
@@ -102,9 +117,16 @@ def _checked(neurons: NeuronSet, stats: ActivationStats) -> NeuronSet:
 
 
 def everywhere(edit: Edit, layer: int, first: int = 0, width: int | None = None) -> Change | None:
-    """What the edit makes of a layer's activations in all rows; ``None`` where it changes nothing.
+    """What the edit makes of a layer's activations in all rows.
 
-    ``first`` and ``width`` are those of one FFN of the layer, of whose activations it is then.
+    Args:
+        edit: The neurons, and what becomes of them.
+        layer: The number of the layer.
+        first: The first channel of one FFN of the layer, of whose activations alone it is then.
+        width: How many channels that has; ``None`` for the whole layer.
+
+    Returns:
+        A function of ``[row, token, neuron]``; ``None`` where the edit changes nothing.
     """
     channels, values = edit.layer(layer, first, width)
     if not len(channels):
@@ -138,15 +160,17 @@ def by_row(
     factors = torch.tensor([factor_of[number] for number in rows]).repeat_interleave(sizes)
     channels = torch.cat([parts[number][0] for number in rows])
     values = torch.cat([parts[number][1] for number in rows])
-    silent = factors == 0
+    pinned = factors == 0
 
     def change(activations: Tensor) -> Tensor:
         device = activations.device
+        # One index for all rows at once: (row, all tokens, channel), each chosen channel of each row.
         place = (at_rows.to(device), slice(None), channels.to(device))
         new = values.to(activations)[:, None]
-        if not bool(silent.all()):
+        # Where the factor is 0 an infinite activation must not become NaN.
+        if not bool(pinned.all()):
             moved = factors.to(activations)[:, None] * activations[place] + new
-            new = torch.where(silent.to(device)[:, None], new, moved)
+            new = torch.where(pinned.to(device)[:, None], new, moved)
         changed = activations.clone()
         changed[place] = new
         return changed
@@ -171,28 +195,35 @@ class Recording:
 def recorded(model: nn.Module | HasNetwork, reduce: Callable[[Tensor], Tensor] | None = None) -> Iterator[Recording]:
     """Within the block, each forward pass leaves every layer's neuron activations in the recording.
 
-    Activations are ``[batch, token, neuron]`` in the model's precision, before the output projection. ``reduce`` is
-    applied at once to each layer's, so that a pooled vector is all that stays in memory. Neurons of an expert that a
-    token was not routed to have no activation there: NaN. Layers without an FFN are left out.
+    Activations are ``[batch, token, neuron]`` in the model's precision, before the output projection. Neurons of an
+    expert that a token was not routed to have no activation there: NaN. Layers without an FFN are left out.
+
+    Args:
+        model: The model, bare or wrapped.
+        reduce: Applied at once to each layer's activations, so that a pooled vector is all that stays in memory.
+
+    Raises:
+        InputError: For a compiled model, and for an anatomy that is not known.
     """
     require_eager(model)
     network, sheets = network_of(model), _Sheets()
-    found = {layer.index: layer for layer in layers(network)}
-    recording = Recording(routed=frozenset(index for index, layer in found.items() if not layer.is_plain))
+    every = {layer.index: layer for layer in layers(network)}
+    recording = Recording(routed=frozenset(index for index, layer in every.items() if not layer.is_plain))
 
     def keep(layer: int, activations: Tensor) -> None:
         recording.layer = layer
         recording.layers[layer] = activations if reduce is None else reduce(activations)
 
     def tap(flow: TokenStream) -> None:
-        if found[flow.layer].is_plain:
+        if every[flow.layer].is_plain:
             keep(flow.layer, flow.whole().detach())
         else:
-            sheets.write(flow, found[flow.layer].width)
+            sheets.write(flow, every[flow.layer].width)
 
     with ExitStack() as stack:
-        stack.enter_context(observed(decoder_of(network), list(found.values()), tap))
-        for layer in found.values():
+        stack.enter_context(observed(decoder_of(network), list(every.values()), tap))
+        # Experts come one after another; only when the layer ends are its activations complete.
+        for layer in every.values():
             if layer.blocks and not layer.is_plain:
 
                 def done(*_: Any, index: int = layer.index) -> None:
@@ -269,11 +300,17 @@ def _rewritten(
 def pruned(
     model: nn.Module | HasNetwork, neurons: NeuronSet | Edit | None, rows: Tensor | None = None
 ) -> Iterator[None]:
-    """Within the block the neurons' activations are zero: the pruning attack. ``None`` prunes nothing.
+    """Within the block the neurons' activations are zero: the pruning attack.
 
-    The same as zeroing their columns of W_down, but the weights are not touched. An ``Edit`` does something else to
-    its neurons: their mean, a clamp, a factor. ``rows``, boolean ``[row]``, limits it to some rows of each batch.
-    Raises ``InputError`` for a neuron set of another model.
+    The same as zeroing their columns of W_down, but the weights are not touched.
+
+    Args:
+        model: The model, bare or wrapped.
+        neurons: Those to prune; an ``Edit`` does something else to its neurons, ``None`` prunes nothing.
+        rows: Boolean ``[row]``, limits it to some rows of each batch.
+
+    Raises:
+        InputError: For a neuron set of another model, or a compiled model.
     """
     edit = Edit.zero(neurons) if isinstance(neurons, NeuronSet) else neurons
     if edit is None:
@@ -292,7 +329,13 @@ def pruned(
 def edited(model: nn.Module | HasNetwork, edits: Sequence[Edit | None], rows: Sequence[int]) -> Iterator[None]:
     """Within the block row ``r`` of each batch is under ``edits[rows[r]]``: several attacks in one batch.
 
-    Every batch must have ``len(rows)`` rows. Raises ``InputError`` for a neuron set of another model.
+    Args:
+        model: The model, bare or wrapped.
+        edits: The attacks; ``None`` is none.
+        rows: Which of them each row is under; every batch must have as many rows.
+
+    Raises:
+        InputError: For a neuron set of another model, or a compiled model.
     """
     chosen = _required(model, edits)
     with _rewritten(model, chosen, lambda layer, first, width: by_row(edits, rows, layer, first, width)):
@@ -302,13 +345,17 @@ def edited(model: nn.Module | HasNetwork, edits: Sequence[Edit | None], rows: Se
 def _required(model: nn.Module | HasNetwork, edits: Sequence[Edit | None]) -> dict[int, bool]:
     """The layers that the edits change, if all of them are of this model; else ``InputError``."""
     network = network_of(model)
-    own, widths = fingerprint(network), widths_of(network)
-    sets = [edit.neurons.require(own, widths) for edit in edits if edit is not None]
+    known_as, widths = fingerprint(network), widths_of(network)
+    sets = [edit.neurons.require(known_as, widths) for edit in edits if edit is not None]
     return {layer: True for neurons in sets for layer in neurons.layers()}
 
 
 def require_eager(model: nn.Module | HasNetwork) -> None:
-    """Raise ``InputError`` for a compiled model: its graph, once made, does not know hooks that are added later."""
+    """Refuse a compiled model: its graph, once made, does not know hooks that are added later.
+
+    Raises:
+        InputError: For a model that ``torch.compile`` has wrapped, whole or in part.
+    """
     network = model if isinstance(model, nn.Module) else model.network
     if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in network.modules()):
         raise InputError(

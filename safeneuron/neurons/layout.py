@@ -45,27 +45,46 @@ def network_of(model: nn.Module | HasNetwork) -> nn.Module:
 
 def names_in(network: nn.Module) -> dict[int, str]:
     """The name of each parameter by its id, without the names of wrappers, so that it is the same in every training."""
-    found = {}
+    names = {}
     for name, parameter in network.named_parameters():
-        found[id(parameter)] = ".".join(part for part in name.split(".") if part not in _IN_NAMES)
-    return found
+        names[id(parameter)] = ".".join(part for part in name.split(".") if part not in _IN_NAMES)
+    return names
 
 
 def layers(model: nn.Module | HasNetwork) -> list[Layer]:
-    """Every layer of the text decoder with its FFNs, experts among them; see ``anatomy.anatomy``."""
+    """Every layer of the text decoder with its FFNs, experts among them.
+
+    Args:
+        model: The model, bare or wrapped.
+
+    Returns:
+        All layers in order, each with its blocks in the order of their neurons; those without an FFN have none.
+
+    Raises:
+        InputError: For an anatomy that is not known, with what was found; see ``anatomy.anatomy``.
+    """
     return anatomy(network_of(model))
 
 
 def feed_forwards(model: nn.Module | HasNetwork) -> list[FeedForward]:
     """The FFNs of the text decoder that are modules of their own, in the order of the layers: most models' only ones.
 
-    Raises ``InputError`` that says what was found for an anatomy that is not known.
+    Raises:
+        InputError: For an anatomy that is not known, with what was found.
     """
     return [block for layer in layers(model) for block in layer.blocks if isinstance(block, FeedForward)]
 
 
 def require_dense(model: nn.Module | HasNetwork, what: str) -> None:
-    """Raise ``InputError`` for a mixture of experts; ``what`` is what cannot be done with one."""
+    """Refuse a mixture of experts.
+
+    Args:
+        model: The model, bare or wrapped.
+        what: What cannot be done with one, as the beginning of the error.
+
+    Raises:
+        InputError: For a layer with experts or several FFNs.
+    """
     for layer in layers(model):
         if not layer.is_plain and layer.blocks:
             raise InputError(
@@ -88,26 +107,37 @@ class NeuronAddress(NamedTuple):
 
 
 def neuron_addresses(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[NeuronAddress]:
-    """Where the neurons of a set are. The same for every layout of one model's weights."""
-    found = []
+    """Where the neurons of a set are, in their order: the same for every layout of one model's weights.
+
+    Args:
+        model: The model, bare or wrapped.
+        neurons: A set of its neurons.
+    """
+    addresses = []
     for layer in layers(model):
         channels = neurons.layer(layer.index)
         for expert, first, width in _spans(layer):
             own = channels[(channels >= first) & (channels < first + width)] - first
-            found += [NeuronAddress(layer.index, expert, channel) for channel in own.tolist()]
-    return found
+            addresses += [NeuronAddress(layer.index, expert, channel) for channel in own.tolist()]
+    return addresses
 
 
 def neurons_at(
     model: nn.Module | HasNetwork, where: Sequence[tuple[int, int | str, int]], label: str = ""
 ) -> NeuronSet:
-    """The set of the neurons at these places, (layer, expert, channel); the inverse of ``neuron_addresses``.
+    """The set of the neurons at these places; the inverse of ``neuron_addresses``.
 
-    Raises ``InputError`` for a place that the model does not have.
+    Args:
+        model: The model, bare or wrapped.
+        where: (layer, expert, channel) of each neuron, where ``expert`` is a number, or the name of an FFN.
+        label: The name of the set.
+
+    Raises:
+        InputError: For a place that the model does not have.
     """
     network = network_of(model)
-    found = layers(network)
-    spans = {(layer.index, expert): (first, width) for layer in found for expert, first, width in _spans(layer)}
+    every = layers(network)
+    spans = {(layer.index, expert): (first, width) for layer in every for expert, first, width in _spans(layer)}
     chosen: dict[int, list[int]] = {}
     for layer, expert, channel in where:
         first, width = spans.get((layer, expert), (0, 0))
@@ -118,7 +148,7 @@ def neurons_at(
                 f"{', '.join(known[:8]) or 'no FFN at all'} there, each with its own channels from 0"
             )
         chosen.setdefault(layer, []).append(first + channel)
-    return NeuronSet.of(chosen, tuple(layer.width for layer in found), fingerprint(network), label)
+    return NeuronSet.of(chosen, tuple(layer.width for layer in every), fingerprint(network), label)
 
 
 def _spans(layer: Layer) -> Iterator[Span]:
@@ -138,6 +168,12 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
     A model trained from another keeps the other's fingerprint (in its config), so that T0's neurons can be named on T1.
     A model without such a history is known by its type, its shape and the signs of a sample of its FFN weights, which
     are the same in every floating-point precision and every layout of its experts.
+
+    Args:
+        model: The model, bare or wrapped.
+
+    Raises:
+        InputError: For an anatomy that is not known.
     """
     network = network_of(model)
     config = config_of(network)
@@ -156,7 +192,7 @@ def fingerprint(model: nn.Module | HasNetwork) -> str:
 
 def _digest_of(network: nn.Module, config: Any) -> str:
     digest = hashlib.sha256(str(config.model_type).encode())
-    precision = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
+    precision = next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), torch.float32)
     for layer in layers(network):
         for block in layer.blocks:
             name = f"down_proj.weight of layer {layer.index}"

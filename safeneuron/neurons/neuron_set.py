@@ -54,7 +54,14 @@ class NeuronSet:
     def of(layers: Mapping[int, Iterable[int]], widths: Iterable[int], fingerprint: str, label: str = "") -> NeuronSet:
         """The set with the given channels in each layer; layers that are not named hold none.
 
-        Raises ``InputError`` for a layer or channel that the model does not have.
+        Args:
+            layers: The channels of each layer, in any order.
+            widths: The number of neurons of each layer of the model.
+            fingerprint: The model's.
+            label: The name of the set.
+
+        Raises:
+            InputError: For a layer or channel that the model does not have.
         """
         widths = tuple(widths)
         offsets = _offsets(widths)
@@ -111,8 +118,8 @@ class NeuronSet:
 
     def layers(self) -> dict[int, Tensor]:
         """The chosen channels of every layer that has any."""
-        found = {layer: self.layer(layer) for layer in range(len(self.widths))}
-        return {layer: channels for layer, channels in found.items() if len(channels)}
+        every = {layer: self.layer(layer) for layer in range(len(self.widths))}
+        return {layer: channels for layer, channels in every.items() if len(channels)}
 
     @property
     def counts(self) -> list[int]:
@@ -137,7 +144,12 @@ class NeuronSet:
     def random_like(self, seed: int, avoid: NeuronSet | None = None) -> NeuronSet:
         """A control: as many neurons in every layer, drawn evenly, none of them from ``avoid``.
 
-        Raises ``InputError`` where a layer has too few neurons left to draw from.
+        Args:
+            seed: Of the draw.
+            avoid: Neurons of the same model that must not be drawn.
+
+        Raises:
+            InputError: Where a layer has too few neurons left to draw from.
         """
         generator = torch.Generator().manual_seed(seed)
         chosen: dict[int, list[int]] = {}
@@ -163,7 +175,11 @@ class NeuronSet:
         return NeuronSet(self.flat, self.widths, self.fingerprint, label)
 
     def require(self, fingerprint: str, widths: tuple[int, ...]) -> NeuronSet:
-        """Itself, if it belongs to the model with this fingerprint; else ``InputError``."""
+        """Itself, if it belongs to the model with this fingerprint and these widths.
+
+        Raises:
+            InputError: For a set of another model, or of its other part: the text decoder or the vision tower.
+        """
         parts = "a text decoder", "a model's eyes (vision tower and projector)"
         own, expected = (parts[one.endswith(VISION_SUFFIX)] for one in (self.fingerprint, fingerprint))
         if own != expected:
@@ -188,8 +204,12 @@ class NeuronSet:
     def transferred(self, fingerprint: str, widths: tuple[int, ...] | None = None) -> NeuronSet:
         """The same channels, declared to be those of another model of the same shape: an attack by transfer.
 
-        With ``widths``, the number of neurons of each of that model's layers, it is an ``InputError`` if they are not
-        those of this set.
+        Args:
+            fingerprint: The other model's.
+            widths: The number of neurons of each of its layers, which must be those of this set.
+
+        Raises:
+            InputError: For other widths.
         """
         if widths is not None and widths != self.widths:
             raise InputError(
@@ -207,7 +227,11 @@ class NeuronSet:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> NeuronSet:
-        """The set written by ``to_json``; ``InputError`` if the record is something else."""
+        """The set written by ``to_json``.
+
+        Raises:
+            InputError: If the record is something else.
+        """
         if record.get("kind") != "neurons" or record.get("schema") != _SCHEMA:
             raise InputError(
                 f"expected a neuron set of schema {_SCHEMA}, found kind {record.get('kind')!r} of schema "
@@ -227,7 +251,11 @@ class NeuronSet:
 
     @staticmethod
     def load(path: str | Path) -> NeuronSet:
-        """Read a set written by ``save``; ``InputError`` for a missing file or another kind of file."""
+        """Read a set written by ``save``.
+
+        Raises:
+            InputError: For a missing file or another kind of file.
+        """
         record = read_json(Path(path))
         try:
             return NeuronSet.from_json(record)

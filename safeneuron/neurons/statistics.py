@@ -1,4 +1,7 @@
-"""Activation statistics of both prompt classes, and the safetensors files in which tensors of this project are kept."""
+"""Activation statistics of both prompt classes, and the safetensors files in which tensors of this project are kept.
+
+Shapes: vectors are ``[vector, neuron]``, moments ``[neuron]``, those of groups ``[group, neuron]``, all float64.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class Moments:
     """Count, mean and sum of squared deviations of ``count`` vectors, one entry a neuron.
 
     ``mean`` and ``m2`` have the same shape, usually ``[neuron]``, and are float64: float32 sums of squares were seen to
-    give negative variances. Where some vectors say nothing about some neurons, as those of prompts that were not routed
-    to an expert do about its neurons, ``counts`` has the shape of ``mean`` and says how many speak about each.
+    give negative variances. Where neurons are undefined in some vectors, as those of an expert are for prompts that
+    were not routed to it, ``counts`` has the shape of ``mean`` and says in how many vectors each is defined.
     """
 
     count: int
@@ -38,11 +41,11 @@ class Moments:
 
     @staticmethod
     def of(vectors: Tensor) -> Moments:
-        """Moments of a batch ``[vector, ...]``, at least one vector; NaN is a vector's silence about a neuron."""
+        """Moments of a batch ``[vector, ...]``, at least one vector; a neuron that is NaN in one is undefined there."""
         values = vectors.to(torch.float64)
-        speaks = ~values.isnan()
-        if not bool(speaks.all()):
-            counts = speaks.sum(dim=0)
+        counted = ~values.isnan()
+        if not bool(counted.all()):
+            counts = counted.sum(dim=0)
             mean = values.nansum(dim=0) / counts.clamp(min=1)
             return Moments(len(values), mean, (values - mean).square_().nansum(dim=0), counts)
         mean = values.mean(dim=0)
@@ -55,11 +58,11 @@ class Moments:
         count = self.count + other.count
         gap = other.mean - self.mean
         if self.counts is not None or other.counts is not None:
-            own, others = self.per_neuron, other.per_neuron
-            counts = own + others
+            first, second = self.per_neuron, other.per_neuron
+            counts = first + second
             # Whole numbers by whole numbers would be float32.
-            share = others.double() / counts.clamp(min=1)
-            m2 = self.m2 + other.m2 + gap.square() * own * share
+            share = second.double() / counts.clamp(min=1)
+            m2 = self.m2 + other.m2 + gap.square() * first * share
             return Moments(count, self.mean + gap * share, m2, counts)
         mean = self.mean + gap * (other.count / count)
         m2 = self.m2 + other.m2 + gap.square() * (self.count * other.count / count)
@@ -67,7 +70,7 @@ class Moments:
 
     @property
     def per_neuron(self) -> Tensor:
-        """How many vectors speak about each neuron, in the shape of ``mean``."""
+        """In how many vectors each neuron is defined, in the shape of ``mean``."""
         return torch.full_like(self.mean, self.count, dtype=torch.int64) if self.counts is None else self.counts
 
     @property
@@ -86,7 +89,7 @@ class ActivationStats:
     """Moments of every neuron over unsafe and over safe prompts; one pooled activation vector a prompt (Eq. 4).
 
     The moments are ``[neuron]``, layers laid end to end; ``widths`` is the number of neurons of each layer. In a
-    mixture of experts they have their own counts for each neuron: of the prompts that its expert was asked about.
+    mixture of experts they have their own counts for each neuron: of the prompts that were routed to its expert.
     """
 
     unsafe: Moments
@@ -133,7 +136,13 @@ class ActivationStats:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write tensors and a JSON header as one safetensors file, whole or not at all."""
+    """Write tensors and a JSON header as one safetensors file, whole or not at all.
+
+    Args:
+        path: The file.
+        tensors: By name, of any shape.
+        header: What JSON can write; its ``kind`` says what the file is.
+    """
     text = json.dumps({"schema": _SCHEMA, **header}, sort_keys=True)
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"safeneuron": text}))
 
@@ -143,8 +152,14 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file written by ``save_tensors``.
 
-    Raises ``InputError`` if the file is missing or damaged, holds another kind of thing than ``kind``, or lacks one of
-    the ``vectors`` with one finite value a neuron.
+    Args:
+        path: The file.
+        kind: What it must hold; ``None`` for anything.
+        vectors: Names of tensors that must be there, ``[neuron]`` by the widths in the header.
+
+    Raises:
+        InputError: If the file is missing or damaged, holds another kind of thing, has values that are not finite, or
+            lacks one of the vectors.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; the stage that writes it has not finished")
@@ -278,7 +293,14 @@ def bootstrap_weights(prompts: int, samples: int, seed: int) -> Tensor:
 def pair_weights(prompts: int, size: int, pairs: int, seed: int) -> Tensor:
     """Weights ``[prompt, 2 * pair]``: columns 2i and 2i + 1 are two random subsets of this size with no prompt in both.
 
-    Raises ``InputError`` for a size of more than half of the prompts.
+    Args:
+        prompts: How many there are.
+        size: How many a subset has.
+        pairs: How many pairs are drawn.
+        seed: Of the draw.
+
+    Raises:
+        InputError: For a size of more than half of the prompts.
     """
     if 2 * size > prompts:
         raise InputError(f"two subsets of {size} prompts were asked for, but there are {prompts}; ask for fewer")

@@ -1,8 +1,11 @@
 """The proof that a model's FFNs are where ``anatomy`` says: a few tokens, a neuron or two of each kind of layer.
 
 By experiment, on the model's own weights, which are put back bit by bit: a neuron pruned by hook gives what its column
-at zero gives; a change of its rows changes it and no other; without its rows it says the same at every token; and what
-it says at a token is read off that token alone. Who fails is refused, so that no architecture is wrong silently.
+at zero gives; a change of its rows changes it and no other; without its rows it is the same at every token; and its
+activation at a token is computed from that token alone. A model that fails is refused, so that none is wrong unseen.
+
+Shapes: the batch is ``[2, 6]`` tokens; activations are kept as ``[row * token, channel]`` by the first channel of their
+FFN in the layer.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ ROWS, TOKENS = 2, 6
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
-    """The layer that was asked about has been run."""
+    """The last layer of interest has been run."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,32 @@ def prove(model: nn.Module | HasNetwork) -> Proof:
 
     Takes a few forward passes over twelve tokens, most of them through the first layers only. Weights that are
     quantised or spread over processes are not touched, and what cannot be tried on them is named in the result; those
-    that are offloaded are brought to hand. Raises ``InputError`` that says what was found where the model does not
-    behave as its anatomy says.
+    that are offloaded are materialised.
+
+    Args:
+        model: The model, bare or wrapped; every bit of it is afterwards what it was.
+
+    Returns:
+        The layers that were probed, and what could not be.
+
+    Raises:
+        InputError: Where the model does not behave as its anatomy says, with what was found.
     """
     network = network_of(model)
-    found = layers(network)
+    every = layers(network)
     kinds: dict[Any, Layer] = {}
-    for layer in found:
+    for layer in every:
         if layer.blocks:
             kinds.setdefault(_kind(layer), layer)
     if any(parameter.is_meta for parameter in network.parameters()) and not is_offloaded(network):
         return Proof((), ("weights that are not in memory",))
     unproved: list[str] = []
     with _resting(network), torch.no_grad():
-        ran = _require_once(network, found)
+        ran = _require_once(network, every)
         kinds = {kind: layer for kind, layer in kinds.items() if layer.index in ran}
-        silent = [str(layer.index) for layer in found if layer.blocks and layer.index not in ran]
-        if silent:
-            unproved.append(f"layer {', '.join(silent)}, which text alone does not run")
+        idle = [str(layer.index) for layer in every if layer.blocks and layer.index not in ran]
+        if idle:
+            unproved.append(f"layer {', '.join(idle)}, which text alone does not run")
         for layer in kinds.values():
             with materialised(layer.module):
                 for block in layer.blocks:
@@ -75,6 +86,9 @@ def settle_layout(model: nn.Module | HasNetwork) -> Proof:
     """``prove``, and find out what shapes do not say, which the config remembers from then on.
 
     That is whether the rows of fused matrices alternate, and whether the FFNs compute on (token, row, channel).
+
+    Raises:
+        InputError: As ``prove`` does, where neither helps.
     """
     network = network_of(model)
     configs: list[Any] = [config_of(network), decoder_of(network).config]
@@ -151,7 +165,7 @@ def run_network(network: nn.Module, last: nn.Module | None = None, turned: bool 
             decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
+def _require_once(network: nn.Module, every: list[Layer]) -> set[int]:
     """The layers that run; ``InputError`` unless each of their FFNs runs once in a pass, over all tokens or some."""
     count: dict[tuple[int, int], int] = {}
 
@@ -159,7 +173,7 @@ def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
         flow.whole()
         count[flow.layer, flow.first] = count.get((flow.layer, flow.first), 0) + 1
 
-    with observed(decoder_of(network), found, tap):
+    with observed(decoder_of(network), every, tap):
         try:
             run_network(network)
         except InputError:
@@ -171,7 +185,7 @@ def _require_once(network: nn.Module, found: list[Layer]) -> set[int]:
                 f"({type(error).__name__}: {reason}); this architecture is not supported"
             ) from error
     ran = {layer for layer, _ in count}
-    for layer in found:
+    for layer in every:
         for block in layer.blocks:
             times = count.get((layer.index, block.first), 0)
             if times > 1 or (times == 0 and not block.is_routed and layer.index in ran):
@@ -287,8 +301,8 @@ def _prove_rows(
             stack.enter_context(changed(row, torch.zeros_like))
         for bias in block.biases(neuron):
             stack.enter_context(changed(bias, torch.zeros_like))
-        silent = activations()[first][:, channel]
-    if float((silent - silent[0]).abs().max()) > 1e-3 * float(before[first].abs().amax()):
+        constant = activations()[first][:, channel]
+    if float((constant - constant[0]).abs().max()) > 1e-3 * float(before[first].abs().amax()):
         raise _failed(
             network, layer, block, f"neuron {first + channel} still varies from token to token with its rows at zero"
         )
@@ -297,7 +311,7 @@ def _prove_rows(
 def _prove_place(
     network: nn.Module, layer: Layer, block: Block, activations: Callable[[], dict[int, Tensor]], before: Tensor
 ) -> None:
-    """Another first token, for the FFN alone, must change what its neurons say there, and nowhere else."""
+    """Another first token, for the FFN alone, must change its activations there, and nowhere else."""
 
     def other(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         values = inputs[0].clone()
@@ -311,19 +325,19 @@ def _prove_place(
         after = activations()[block.first]
     moved = (after != before).any(dim=-1).view(ROWS, -1)
     if bool(moved[:, 1:].any()) or not bool(moved[:, 0].any()):
-        raise _failed(network, layer, block, "what its neurons say at a token is not read off that token alone")
+        raise _failed(network, layer, block, "its activation at a token is not computed from that token alone")
 
 
 def _prove_routes(network: nn.Module, layer: Layer) -> None:
-    """What experts are heard to say at a token must go with the row that it is in."""
-    heard = []
+    """What is recorded of experts at a token must go with the row that it is in."""
+    recordings = []
     for turned in (False, True):
         with recorded(network) as recording:
             run_network(network, layer.module, turned)
         if layer.index not in recording.layers:
             return
-        heard.append(recording.layers[layer.index].float())
-    first, second = heard[0], heard[1].flip(0)
+        recordings.append(recording.layers[layer.index].float())
+    first, second = recordings[0], recordings[1].flip(0)
     gap = float((first - second).abs().nan_to_num().max())
     # Between experts of like scores rounding may decide.
     strays = float((first.isnan() != second.isnan()).float().mean())
@@ -332,20 +346,20 @@ def _prove_routes(network: nn.Module, layer: Layer) -> None:
             network,
             layer,
             layer.blocks[0],
-            "what its experts are heard to say does not go with the tokens in the batch",
+            "what is recorded of its experts does not go with the tokens in the batch",
         )
 
 
 def _output(network: nn.Module, layer: Layer) -> Tensor:
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append((output if isinstance(output, Tensor) else output[0]).detach().float())
+        outputs.append((output if isinstance(output, Tensor) else output[0]).detach().float())
 
     with ExitStack() as stack:
         stack.callback(layer.module.register_forward_hook(keep).remove)
         run_network(network, layer.module)
-    return found[0]
+    return outputs[0]
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
@@ -359,20 +373,20 @@ def _noise(values: Tensor) -> float:
 
 def _moved(before: dict[int, Tensor], after: dict[int, Tensor]) -> set[tuple[int, int]]:
     """The channels, by the first neuron of their FFN, that are not what they were."""
-    found = set()
+    moved = set()
     for first, values in before.items():
         other = after.get(first)
         if other is None or other.shape != values.shape:
-            found.add((first, -1))
+            moved.add((first, -1))
             continue
         gap = (other - values).abs().amax(dim=0)
         precise = torch.finfo(values.dtype).eps * 8 * float(values.abs().amax())
-        found |= {(first, channel) for channel in (gap > precise).nonzero().flatten().tolist()}
-    return found
+        moved |= {(first, channel) for channel in (gap > precise).nonzero().flatten().tolist()}
+    return moved
 
 
-def _failed(network: nn.Module, layer: Layer, block: Block, found: str) -> InputError:
+def _failed(network: nn.Module, layer: Layer, block: Block, problem: str) -> InputError:
     return InputError(
         f"layer {layer.index} ({type(layer.module).__name__}) of {type(network).__name__} is not what its matrices "
-        f"look like: of the FFN in {block.name or 'the layer'} {found}; this architecture is not supported"
+        f"look like: of the FFN in {block.name or 'the layer'} {problem}; this architecture is not supported"
     )

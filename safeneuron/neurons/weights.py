@@ -52,7 +52,11 @@ def has_adapters(network: nn.Module) -> bool:
 
 
 def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
-    """What belongs to no neuron: embeddings, attention, norms, routers, the LM head, biases of output projections."""
+    """What belongs to no neuron: embeddings, attention, norms, routers, the LM head, biases of output projections.
+
+    Raises:
+        InputError: For a model of which weights are offloaded.
+    """
     network = network_of(model)
     widths = widths_of(network)
     every = NeuronSet.of_mask(torch.ones(sum(widths), dtype=torch.bool), widths, fingerprint(network))
@@ -63,7 +67,7 @@ def parameters_of_no_neuron(model: nn.Module | HasNetwork) -> list[nn.Parameter]
 def routers(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
     """The parameters that decide which experts a token goes to: what lies beside the experts and belongs to no FFN."""
     network = network_of(model)
-    found: dict[int, nn.Parameter] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for layer in layers(network):
         modules = [module for block in layer.blocks for module in block.modules()]
         owned = {id(parameter) for module in modules for parameter in module.parameters()}
@@ -73,14 +77,17 @@ def routers(model: nn.Module | HasNetwork) -> list[nn.Parameter]:
                 mixture = unwrapped(layer.module).get_submodule(".".join(block.router_path))
                 for parameter in mixture.parameters():
                     if id(parameter) not in owned:
-                        found[id(parameter)] = parameter
-    return list(found.values())
+                        parameters[id(parameter)] = parameter
+    return list(parameters.values())
 
 
 def require_trainable(model: nn.Module | HasNetwork) -> None:
-    """Raise ``InputError`` where the FFNs have weights that no optimizer can train, or that are others' weights too.
+    """Refuse FFNs with weights that no optimizer can train, or that are others' weights too.
 
     Where there are adapters, which are trained in their place, the weights may be quantised.
+
+    Raises:
+        InputError: For weights that are quantised, flattened, tied to others, or offloaded.
     """
     network = network_of(model)
     require_whole(network, "training")

@@ -1,7 +1,7 @@
 """Weights that accelerate keeps in main memory or on disk until their layer runs, and puts back after it.
 
 Between passes such a parameter is on the meta device: it has a shape, but no values. Modules are hooked as they were
-before, since accelerate's hooks are around each module's forward; whoever reads weights must bring them to hand.
+before, since accelerate's hooks are around each module's forward; whoever reads weights must materialise them first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ DeviceMap = str | Mapping[str, int | str]
 
 
 def placed(device_map: DeviceMap, max_memory: Mapping[str, int | str], folder: str | Path) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of a device map; nothing without one.
+    """The arguments of ``from_pretrained`` for a device map; none without one.
 
-    ``max_memory`` is what may be taken of each device, by its number, of ``cpu``; ``folder`` is where weights are
-    written that cannot be read from the checkpoint as they are. Raises ``InputError`` for an unknown placing, a limit
-    without a device map, or several processes.
+    Args:
+        device_map: A placing of accelerate, or the device of each module by its name.
+        max_memory: What may be taken of each device, by its number, and of ``cpu``.
+        folder: Where weights are written that cannot be read from the checkpoint as they are.
+
+    Raises:
+        InputError: For an unknown placing, a device that is not there, a limit without a device map, or several
+            processes.
     """
     if not device_map:
         if max_memory or folder:
@@ -75,7 +80,15 @@ def is_offloaded(network: nn.Module) -> bool:
 
 
 def require_whole(network: nn.Module, what: str) -> None:
-    """Raise ``InputError`` for a model of which weights are offloaded; ``what`` is what cannot be done with one."""
+    """Refuse a model of which weights are offloaded.
+
+    Args:
+        network: The model.
+        what: What cannot be done with one, as the beginning of the error.
+
+    Raises:
+        InputError: If any of its weights are offloaded.
+    """
     if is_offloaded(network):
         raise InputError(
             f"{what} needs all weights in memory, but those of this model are offloaded to main memory or disk; load "
@@ -94,7 +107,7 @@ def device_of_inputs(network: nn.Module) -> torch.device | None:
 
 @contextmanager
 def explaining_meta_tensors(network: nn.Module) -> Iterator[None]:
-    """Within the block a computation with weights that are not at hand is an ``InputError`` that says what helps."""
+    """Within the block a computation with weights on the meta device is an ``InputError`` that says what helps."""
     try:
         yield
     except RuntimeError as error:

@@ -30,8 +30,15 @@ QUANTIZATION_ATTRIBUTES = {"is_loaded_in_4bit", "is_quantized", "quantization_me
 def quantise(network: PreTrainedModel, decoder: nn.Module, device: torch.device) -> None:
     """Put every linear layer of the network's decoder into 4 bits, on the device, one after the other.
 
-    All else keeps its precision and its place: the embeddings, the norms, the output layer. Raises ``InputError``
-    without bitsandbytes, and on a processor for layers of sizes that it does not handle there.
+    All else keeps its precision and its place: the embeddings, the norms, the output layer.
+
+    Args:
+        network: The model, changed in place.
+        decoder: Its text decoder.
+        device: Where the packed weights are to be.
+
+    Raises:
+        InputError: Without bitsandbytes, and on a processor for layers of sizes that it does not handle there.
     """
     library = _bitsandbytes()
     for name, module in list(decoder.named_modules()):
@@ -90,7 +97,9 @@ def compressed_by(config: PreTrainedConfig) -> str:
     """The format in which compressed-tensors has stored the model of this config; empty if it has not.
 
     The config is made to say that the cache of keys and values is not to be rounded, which is a matter of serving.
-    Raises ``InputError`` for weights that are stored rotated, as transformers would take them for unrotated ones.
+
+    Raises:
+        InputError: For weights that are stored rotated, as transformers would take them for unrotated ones.
     """
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != COMPRESSED:
@@ -176,7 +185,8 @@ def in_four_bits(weight: Tensor) -> bool:
 def dense(weight: Tensor) -> Tensor:
     """The weight ``[output, input]`` that is computed with; packed ones are unpacked.
 
-    Raises ``InputError`` for weights that bitsandbytes has repacked for a processor, which cannot be unpacked exactly.
+    Raises:
+        InputError: For weights that bitsandbytes has repacked for a processor, which cannot be unpacked exactly.
     """
     if not in_four_bits(weight):
         return weight.detach()

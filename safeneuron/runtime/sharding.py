@@ -5,6 +5,9 @@ processes hold blocks of rows, all replicas alike (also hybrid, HSDP). Flat: Dee
 a master copy of its own, a run of the flattened parameter in each process, which the weights then follow. In each of
 them, what this process holds is ``index`` along ``dim`` of some tensor of its own: a ``Part``. Of a parameter of many
 experts, ``[expert, row, column]``, an entry is a row or column of one expert.
+
+Shapes: a whole parameter is ``[row, column]``, a bias ``[row]``; ``index`` and ``experts`` are ``[entry]``, in the
+coordinates of the whole parameter; flat tensors are ``[number]``, row after row.
 """
 
 from __future__ import annotations
@@ -101,19 +104,31 @@ def local_parts(
 ) -> list[Part]:
     """What this process holds of the entries ``index`` along ``dim`` of the whole parameter, or of its ``experts``.
 
-    The part of the weights themselves comes first; where the optimizer steps on a copy of them, the part of that copy
-    follows. ``InputError`` if the parameter is spread in a way that is not understood.
+    Args:
+        name: What an error calls the parameter.
+        parameter: Whole, a DTensor of FSDP2, or one of DeepSpeed's ZeRO.
+        dim: Along which entries are chosen.
+        index: Their places, ``[entry]``, in the whole parameter.
+        experts: For a parameter of many experts, in which of them each entry is, ``[entry]``.
+
+    Returns:
+        The part of the weights themselves; where the optimizer steps on a copy of them, then the part of that copy.
+
+    Raises:
+        InputError: If the parameter is spread in a way that is not understood.
     """
     index = index.to(parameter.device)
+    # FSDP2: blocks of rows, or of whole experts. Columns are in every block.
     if isinstance(parameter, DTensor):
         here, _ = _rows_here(name, parameter)
         along = index if experts is None else experts.to(index.device)
         if dim == 0 or experts is not None:
-            own = (along >= here.start) & (along < here.stop)
+            held = (along >= here.start) & (along < here.stop)
             if experts is not None:
-                return [Part(name, parameter, dim, index[own], along[own] - here.start)]
-            index = index[own] - here.start
+                return [Part(name, parameter, dim, index[held], along[held] - here.start)]
+            index = index[held] - here.start
         return [Part(name, parameter, dim, index)]
+    # ZeRO: runs of the flattened weights (stage 3) and of the optimizer's own copy of them (all stages).
     runs = [run for run in (_partition(name, parameter), _master(name, parameter)) if run is not None]
     experts = None if experts is None else experts.to(parameter.device)
     weights = [] if _is_partitioned(parameter) else [Part(name, parameter, dim, index, experts)]
@@ -127,8 +142,22 @@ def gather_whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, ex
     """The entries of the whole parameter, ``parameter.index_select(dim, index)`` or of its experts, in every process.
 
     Only these entries are exchanged, never a whole parameter. All processes that share the parameter must call it.
+
+    Args:
+        name: What an error calls the parameter.
+        parameter: Whole, a DTensor of FSDP2, or one of DeepSpeed's ZeRO.
+        dim: Along which entries are chosen.
+        index: Their places, ``[entry]``, in the whole parameter.
+        experts: For a parameter of many experts, in which of them each entry is, ``[entry]``.
+
+    Returns:
+        The entries, with ``len(index)`` along ``dim``; those of experts one after another, ``[entry, ...]``.
+
+    Raises:
+        InputError: If the parameter is spread in a way that is not understood.
     """
     index = index.to(parameter.device)
+    # What is here: ``values``, and which ``rows`` of the result, or of its flattened form, they are.
     if isinstance(parameter, DTensor):
         here, group = _rows_here(name, parameter)
         values = local_parts(name, parameter, dim, index, experts)[0].values()
@@ -146,13 +175,14 @@ def gather_whole(name: str, parameter: nn.Parameter, dim: int, index: Tensor, ex
     shape[dim] = len(index)
     if experts is not None:
         shape = [len(index), *(size for at, size in enumerate(shape_of(parameter)) if at not in (0, dim))]
+    # Each entry is in one process, zero in all others: the sum is the whole.
     gathered = values.new_zeros(shape if values.dim() == len(shape) else [math.prod(shape)])
     gathered.index_copy_(0, rows.to(values.device), values)
     return _sum_of_bits(gathered, group).view(shape)
 
 
 def first_rows(name: str, parameter: nn.Parameter, count: int) -> Tensor:
-    """The first rows of the whole parameter, in every process; see ``thousands``."""
+    """The first rows of the whole parameter, in every process; see ``gather_whole``."""
     if not is_spread(parameter):
         return parameter.detach()[:count]
     rows = min(count, shape_of(parameter)[0])
@@ -170,7 +200,7 @@ def shape_of(parameter: nn.Parameter) -> torch.Size:
 
 
 def together(flags: Sequence[bool]) -> list[bool]:
-    """For each flag whether any process has raised it. All processes must call it, with as many flags."""
+    """For each flag whether it is true in any process. All processes must call it, with as many flags."""
     if not flags or not (dist.is_available() and dist.is_initialized()):
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.int32, device=_meeting_place(None))
@@ -191,7 +221,8 @@ def same_everywhere(text: str) -> bool:
 def settle(network: nn.Module) -> None:
     """Bring the parameters of FSDP2 back to their shards, where a forward pass alone has left them whole.
 
-    ``InputError`` for FSDP1, whose flat parameters cannot be frozen by rows and columns.
+    Raises:
+        InputError: For FSDP1, whose flat parameters cannot be frozen by rows and columns.
     """
     for module in network.modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -206,8 +237,11 @@ def settle(network: nn.Module) -> None:
 def stepper(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer that changes the weights, or their master copies, when ``optimizer`` steps.
 
-    ``optimizer`` is that one itself, or what accelerate or DeepSpeed made of it. ``InputError`` if its steps cannot be
-    followed.
+    Args:
+        optimizer: That one itself, or what accelerate or DeepSpeed made of it.
+
+    Raises:
+        InputError: If its steps cannot be followed.
     """
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -268,6 +302,7 @@ def _rows_here(name: str, parameter: DTensor) -> tuple[range, dist.ProcessGroup 
     rows = parameter.shape[0]
     if not shared:
         return range(rows), None
+    # As torch chunks: equal blocks, rounded up, the last ones smaller or empty.
     chunk = -(-rows // mesh.size(shared[0]))
     first = min(chunk * mesh.get_local_rank(shared[0]), rows)
     here = range(first, min(first + chunk, rows))
@@ -308,11 +343,13 @@ def _partition(name: str, parameter: nn.Parameter) -> _Run | None:
 
 def _master(name: str, parameter: nn.Parameter) -> _Run | None:
     """ZeRO's master copy of the parameter, as far as it is here, by the names of DeepSpeed 0.19."""
-    if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:  # ZeRO-1 and -2
+    # ZeRO-1 and -2: a fragment of the flat fp32 tensor, with its address there and in the parameter.
+    if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
         flat, there, inside = mapping.hp_fragment._base, mapping.hp_fragment_address, mapping.lp_fragment_address
         if flat.dim() != 1:
             raise RuntimeError(f"the tensor that ZeRO steps on has {flat.dim()} dimensions, expected 1")
         return _Run(flat, there.start, inside.start, inside.numel)
+    # ZeRO-3: as much as of the weights, in the flat fp32 tensor of its group.
     if (zero := getattr(parameter, "_z3_optimizer", None)) is not None and parameter.requires_grad:
         if zero.swap_optimizer:
             raise InputError(
@@ -330,8 +367,10 @@ def _numbers(shape: torch.Size, dim: int, index: Tensor, experts: Tensor | None 
     """The entries ``index`` along ``dim`` of a parameter, as numbers in its flattened form, row after row."""
     if experts is not None:
         first = experts.to(index.device) * math.prod(shape[1:])
+        # Biases of experts: one number each.
         if len(shape) == 2:
             return first + index
+        # Rows are runs of numbers, columns are numbers a row apart.
         across = torch.arange(shape[3 - dim], device=index.device)
         step, stride = (shape[2], 1) if dim == 1 else (1, shape[2])
         return ((first + index * step)[:, None] + across * stride).flatten()
