@@ -89,7 +89,7 @@ def test_the_page_opens_without_an_error_and_draws_its_figures(browser, pages, w
     )
     assert drawn == {
         "attack": [1, 13 + 3],  # the base model's static attacks are its adaptive ones too
-        "curve": [1, 10],
+        "curve": [2, 20],
         "layers": [2, 60],
         "neurons": [1, 30],
         "training": [3, 144],
@@ -150,14 +150,14 @@ def test_the_filters_filter_together(browser, pages) -> None:
     expected = [
         answer
         for answer in everything
-        if (answer["state"], answer["set"], answer["kind"], answer["verdict"]) == ("T1", "FULL", "harmful", "refused")
+        if (answer.state, answer.set, answer.kind, answer.verdict) == ("T1", "FULL", "harmful", "refused")
     ]
     assert counted(browser) == f"1 to 12 of {len(expected)} answers"
     browser.run("document.querySelector('#browser .on').click()")
     browser.run("document.querySelector('#browser .on').click()")
     assert counted(browser) == f"25 to {len(expected)} of {len(expected)} answers"
     last = browser.run("document.querySelector('#browser .answers > li:last-child .asked').textContent")
-    assert last == expected[-1]["prompt"]
+    assert last == expected[-1].prompt
     for name in ("state", "attack", "kind", "verdict"):
         choose(browser, name, "all")
     text = "document.querySelector('#browser [name=text]')"
@@ -206,7 +206,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four runs of two states each, more than there are colours; the name of the last one is markup."""
     runs = []
     for number, name in enumerate(("seed-0", "seed-1", "seed-2", f"a{PLANTED}b")):
-        results = sample_results(sample_state("T0", 40), sample_state("T1", 8 + 4 * number)) | {"seed": number}
+        states = sample_state("T0", 40), sample_state("T1", 8 + 4 * number)
+        results = typed({**sample_results(*states), "seed": number})
         settings = "same" if number < 3 else "other"
         runs.append(Compared(name, results, settings, {ASKED: verdicts(16 - 5 * number)}))
     page = tmp_path_factory.mktemp("comparison") / "comparison.html"
@@ -225,7 +226,7 @@ def test_a_comparison_opens_without_an_error_and_draws_its_figures(browser, comp
         "Object.fromEntries([...document.querySelectorAll('figure[data-chart]')].map(figure => [figure.dataset.chart, "
         "figure.querySelectorAll('.panel .mark').length]))"
     )
-    assert drawn == {"attack": 4 * (8 + 8), "curve": 4 * 2 * 5, "scatter": 4 * 2}
+    assert drawn == {"attack": 4 * (8 + 8), "curve": 2 * 4 * 2 * 5, "scatter": 4 * 2}
     assert browser.run("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
     assert (browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)") == dark
 
