@@ -243,7 +243,7 @@ def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
         "figures": {name: themed(text) for name, text in figures.items()},
         "captions": {
             "attack": "Attack success rate of every state of every run, with 95 % Wilson intervals.",
-            "curve": "Attack success rate with 95 % Wilson intervals, and share of incoherent text, as more are pruned.",
+            "curve": "Attack success rate, and share of incoherent text, as more neurons are pruned.",
             "scatter": _NOTES["scatter"],
         },
         "notes": _NOTES,
