@@ -99,22 +99,28 @@ def refresh_of(config: Config, table: AlignTable, unsafe: Sequence[Prompt], safe
 
 
 def sample(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """So many of the prompts, drawn at random; all of them if there are no more."""
+    """So many of the prompts, drawn at random; all of them if there are no more.
+
+    Args:
+        prompts: What is drawn from.
+        count: How many.
+        seed: Decides which.
+    """
     return random.Random(seed).sample(list(prompts), min(count, len(prompts)))
 
 
 class Rivals:
-    """Attackers who look for as many neurons as the paper's, ``own``, each in a way of her own.
+    """Attackers who look for as many neurons as the paper's, each in a way of her own.
 
     ``unsafe`` and ``safe`` are what they all see. What a rival reads as answers: to a harmful prompt a bundled refusal
     that fits it, to a harmless one what the model itself answers.
     """
 
     def __init__(
-        self, config: Config, model: Model, own: NeuronSet, unsafe: Sequence[Prompt], safe: Sequence[Prompt]
+        self, config: Config, model: Model, neurons: NeuronSet, unsafe: Sequence[Prompt], safe: Sequence[Prompt]
     ) -> None:
         self.model = model
-        self.own = own
+        self.density = len(neurons) / neurons.total
         self.settings = MeasurementSettings(max_tokens=config.measure.max_tokens)
         self.seed = config.seed
         self.all = (unsafe, safe)
@@ -123,20 +129,19 @@ class Rivals:
         refusals = [refusal(prompt, config.seed) for prompt in self.unsafe]
         self.refused = exchanges_of(model, self.unsafe, refusals, self.settings.max_tokens)
         answers = answered_prompts(model, self.safe, config.attack.batch_size)
-        kept = [(prompt, answers[index]) for index, prompt in enumerate(self.safe) if answers[index]]
+        pairs = [(prompt, answer) for prompt, answer in zip(self.safe, answers, strict=True) if answer]
         self.answered = exchanges_of(
-            model, [prompt for prompt, _ in kept], [answer for _, answer in kept], self.settings.max_tokens
+            model, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], self.settings.max_tokens
         )
 
     def find(self, name: str, other: Callable[[], Model]) -> NeuronSet:
         """The neurons of the rival of that name; ``other`` loads the state that a contrast is with."""
-        density = len(self.own) / self.own.total
         if name in ("snip", "wanda"):
             score = snip if name == "snip" else wanda
             # What matters most for harmless answers is passed over, as in the source (set difference, q = p).
-            useful = score(self.model, self.answered).top_of_layers(density)
-            return score(self.model, self.refused).top(density, avoid=useful).labelled(name)
-        return self._ranking(name, other).top(density).labelled(name)
+            useful = score(self.model, self.answered).top_of_layers(self.density)
+            return score(self.model, self.refused).top(self.density, avoid=useful).labelled(name)
+        return self._ranking(name, other).top(self.density).labelled(name)
 
     def _ranking(self, name: str, other: Callable[[], Model]) -> Ranking:
         if name == "probe":
@@ -153,12 +158,12 @@ class Rivals:
 def answered_prompts(model: Model, prompts: Sequence[Prompt], batch_size: int) -> list[str]:
     """The model's answers to the prompts, in order, short and cut at the end of a sentence."""
     batches = respond(model, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
-    found = [response for batch in batches for response in batch]
-    return [whole_sentences(one.response) for one in sorted(found, key=lambda one: one.index)]
+    responses = sorted((response for batch in batches for response in batch), key=lambda response: response.index)
+    return [whole_sentences(response.response) for response in responses]
 
 
 def demonstrations(
-    config: Config, model: Model, own: NeuronSet, unsafe: Sequence[Prompt], judge: Callable[[], Judge]
+    config: Config, model: Model, neurons: NeuronSet, unsafe: Sequence[Prompt], judge: Callable[[], Judge]
 ) -> list[Demonstration]:
     """What the fine-tuning attack learns: the records of a file, or what the pruned model itself answers.
 
@@ -168,7 +173,7 @@ def demonstrations(
     if table.fine_tune_data:
         return read_demonstrations(table.fine_tune_data)
     prompts = sample(unsafe, table.selector_prompts, config.seed)
-    with pruned_anywhere(model, own):
+    with pruned_anywhere(model, neurons):
         answers = answered_prompts(model, prompts, table.batch_size)
     verdicts = distributed.from_main(lambda: judge()([prompt.text for prompt in prompts], answers))
     return [

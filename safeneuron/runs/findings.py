@@ -34,7 +34,11 @@ class Findings:
         return [BASE, *(State(state.variant, number) for number in range(1, state.round))]
 
     def prompts(self, role: str) -> list[Prompt]:
-        """The prompts of a role, from the records of this run."""
+        """The prompts of a role, from the records of this run.
+
+        Args:
+            role: ``unsafe``, ``safe``, ``test_unsafe`` or ``test_safe``.
+        """
         folder = self.run.folder / "data"
         return [Prompt.from_record(record, folder) for record in read_lines(folder / f"{role}.jsonl")]
 
@@ -43,7 +47,12 @@ class Findings:
         return self.prompts("unsafe"), self.prompts("safe")
 
     def neurons(self, state: State, file: str = "neurons") -> NeuronSet:
-        """A set found on the state: ``neurons`` (the union), ``ES`` or ``SAS``."""
+        """A set found on the state.
+
+        Args:
+            state: Any state whose neurons are known.
+            file: ``neurons`` (the union), ``ES`` or ``SAS``.
+        """
         return NeuronSet.load(self.run.folder / state.name / "select" / f"{file}.json")
 
     def iterated(self, state: State) -> NeuronSet:
@@ -52,15 +61,15 @@ class Findings:
 
     def states(self) -> list[State]:
         """The states of the run: all that its config leads to, but for the rounds after one that stopped early."""
-        kept: list[State] = []
+        states: list[State] = []
         stopped: set[str] = set()
         for state in states_of(self.config):
             if state.round > 0 and state.variant in stopped:
                 continue
-            kept.append(state)
+            states.append(state)
             if state.round > 0 and self.config.variant(state.variant).stop_early and self.withstands(state):
                 stopped.add(state.variant)
-        return kept
+        return states
 
     def withstands(self, state: State) -> bool:
         """Whether the strongest adaptive attack run on the state gains nothing: its interval holds the unpruned rate.
@@ -76,20 +85,29 @@ class Findings:
         strongest = max((read_json(path) for path in known), key=lambda counts: float(counts["rate"]))
         return float(strongest["low"]) <= float(intact["rate"])
 
-    def found(self, chain: Sequence[State]) -> NeuronSet:
-        """All safety neurons found on these states: the frozen set only grows (Eq. 13)."""
+    def safety_neurons(self, chain: Sequence[State]) -> NeuronSet:
+        """All safety neurons found on these states: the frozen set only grows (Eq. 13).
+
+        Args:
+            chain: One or more states, as ``chain`` gives them.
+        """
         union, *later = (self.neurons(state) for state in chain)
         for neurons in later:
             union = union | neurons
         return union
 
-    def frozen(self, table: AlignTable, found: NeuronSet) -> NeuronSet | None:
-        """What a training freezes."""
+    def frozen(self, table: AlignTable, safety: NeuronSet) -> NeuronSet | None:
+        """What a training freezes; None for nothing.
+
+        Args:
+            table: The training.
+            safety: All safety neurons found before it.
+        """
         if table.freeze == "none":
             return None
         if table.freeze == "all-but-safety":
-            return found.complement()
-        return found if table.freeze == "safety" else found.random_like(self.config.seed, avoid=found)
+            return safety.complement()
+        return safety if table.freeze == "safety" else safety.random_like(self.config.seed, avoid=safety)
 
     def plan(self, state: State) -> AttackPlan:
         """Every attack on the state, as its attack stage has written it, or will.

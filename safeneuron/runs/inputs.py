@@ -30,7 +30,14 @@ from safeneuron.training.on_policy import on_policy_pairs
 
 
 def model_of(table: ModelTable, dtype: str = "", quantise: str = "none", trained: Path | None = None) -> Model:
-    """The model of a config, or one that was ``trained`` from it; ``dtype`` replaces the config's."""
+    """The model of a config, or one that was trained from it.
+
+    Args:
+        table: The config's model.
+        dtype: Its precision; the config's if empty.
+        quantise: How the weights are held, ``none`` for plain ones.
+        trained: The folder of a trained model, which is loaded instead.
+    """
     return load(
         trained or table.name,
         dtype or table.dtype,
@@ -82,20 +89,20 @@ def pairs_made(
     """On-policy pairs of the prompts of these sources; prompts that leave no room for an answer add a warning."""
     longest = config.align.max_length
 
-    def fitting(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
+    def prompts_that_fit(kind: str, tables: Sequence[SourceTable]) -> list[Prompt]:
         prompts = prompts_of(tables)
-        kept = [prompt for prompt in prompts if len(model.ask(prompt)) < longest]
-        if len(kept) < len(prompts):
+        fitting = [prompt for prompt in prompts if len(model.ask(prompt)) < longest]
+        if len(fitting) < len(prompts):
             warnings.append(
-                f"{len(prompts) - len(kept)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
+                f"{len(prompts) - len(fitting)} of {len(prompts)} {kind} prompts of on-policy pairs were left out: "
                 f"they alone fill align.max_length = {longest} tokens"
             )
-        return kept
+        return fitting
 
     return on_policy_pairs(
         model,
-        fitting("harmful", unsafe),
-        fitting("harmless", safe),
+        prompts_that_fit("harmful", unsafe),
+        prompts_that_fit("harmless", safe),
         neurons,
         judge_of(config.judge),
         max_new_tokens=config.pairs.max_new_tokens,
@@ -106,7 +113,7 @@ def pairs_made(
 
 
 def judges_of(table: JudgeTable) -> list[Callable[[], Judge]]:
-    """The makers of the judges of a config."""
+    """The makers of the judges of a config: a judge is made, and its model loaded, only when its turn comes."""
     endpoint = Endpoint(table.url, table.model, table.timeout, table.retries, table.concurrency, table.key_variable)
     return [partial(make_judge, name, endpoint) for name in table.names]
 
@@ -120,9 +127,10 @@ def judge_of(table: JudgeTable) -> Judge:
 def leaks(pairs: Sequence[Pair], tests: dict[str, list[Prompt]]) -> list[str]:
     """A warning if prompts of the attack are trained on; several pairs may share a prompt."""
     prompts = [Prompt(pair.prompt[-1]["content"], image=pair.image) for pair in pairs]
-    asked = {prompt.key: prompt for prompt in prompts}
-    told = check_splits(**tests)
-    return [warning for warning in check_splits(pairs=list(asked.values()), **tests) if warning not in told]
+    trained_on = {prompt.key: prompt for prompt in prompts}
+    # What the test prompts have among themselves has been warned of when they were read.
+    known = check_splits(**tests)
+    return [warning for warning in check_splits(pairs=list(trained_on.values()), **tests) if warning not in known]
 
 
 def hashes_of(tables: Iterable[Any]) -> dict[str, str]:
@@ -138,9 +146,9 @@ def question_hashes(table: CapabilityTable) -> dict[str, str]:
 
 def file_hashes(paths: dict[str, Path]) -> dict[str, str]:
     """The SHA-256 of those of the files that are there, by the names they are given here."""
-    found = {name: path.expanduser() for name, path in paths.items()}
-    folders = {name: _listing(path) for name, path in found.items() if path.is_dir()}
-    return folders | {name: sha256_of(path) for name, path in found.items() if path.is_file()}
+    places = {name: path.expanduser() for name, path in paths.items()}
+    folders = {name: _listing(path) for name, path in places.items() if path.is_dir()}
+    return folders | {name: sha256_of(path) for name, path in places.items() if path.is_file()}
 
 
 def _listing(folder: Path) -> str:

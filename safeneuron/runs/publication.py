@@ -231,7 +231,7 @@ def _neurons(config: Config, run: Run, state: State) -> tuple[NeuronSet, NeuronS
     """The set found on the state, and the one that was frozen in its training; both fit its model."""
     findings, align = Findings(config, run), run.folder / state.name / "align"
     own = findings.neurons(state)
-    frozen = findings.frozen(config.variant(state.variant), findings.found(findings.chain(state)))
+    frozen = findings.frozen(config.variant(state.variant), findings.safety_neurons(findings.chain(state)))
     lineage = read_json(align / "model" / "config.json").get(LINEAGE)
     recorded = read_json(align / "frozen.json")["frozen"]
     count = len(frozen) if frozen is not None else 0

@@ -112,10 +112,10 @@ class Run:
             return Run(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            found = [path.name for path in folder.iterdir() if path.suffix != ".part"]
-        if found and "run.json" not in found:
+            names = [path.name for path in folder.iterdir() if path.suffix != ".part"]
+        if names and "run.json" not in names:
             raise InputError(f"{folder} holds files but no run; give an empty or new folder with --out")
-        if not found:
+        if not names:
             write_json(folder / "run.json", {"schema": FILE_SCHEMA, "kind": "run"})
         return Run(folder)
 

@@ -216,7 +216,7 @@ def align_stage(context: RunContext, state: State) -> StageSpec:
 
 def _align(context: RunContext, state: State, folder: Path) -> None:
     config, table, findings = context.config, context.config.variant(state.variant), context.findings
-    neurons = findings.found(findings.chain(state))
+    neurons = findings.safety_neurons(findings.chain(state))
     start = context.models.of(previous(state), "float32" if table.quantise == "none" else "", table.quantise)
     # The training changes this model and lets it go, so nobody else may hold it.
     context.models.release()

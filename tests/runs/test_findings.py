@@ -77,7 +77,7 @@ def test_an_attack_prunes_what_its_attacker_knows(findings):
 def test_the_frozen_set_grows_and_what_it_freezes_stays(finished_run):
     folder, config, _ = finished_run
     findings = Findings(read_config(config), Run(folder))
-    first, second = (findings.found(findings.chain(State("", number))) for number in (1, 2))
+    first, second = (findings.safety_neurons(findings.chain(State("", number))) for number in (1, 2))
     assert len(first) < len(second)
     assert first - second == NeuronSet.of({}, first.widths, first.fingerprint)
     records = {state: read_json(folder / state / "align" / "frozen.json") for state in STATES[1:]}

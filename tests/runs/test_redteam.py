@@ -19,7 +19,8 @@ from safeneuron.models.model import Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs import redteam
-from safeneuron.runs.redteam import KEPT, LOSSES, RedTeam, first_request, prepare_redteam, red_team, table
+from safeneuron.runs.redteam import RedTeam, first_request, prepare_redteam, red_team, table
+from safeneuron.runs.redteam_filters import KEPT, LOSSES
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
 from tests.helpers import tiny
@@ -122,7 +123,7 @@ def test_the_seed_decides_what_is_shown_and_drawn(model, tmp_path):
         samples(tmp_path / "a", "answers") == samples(tmp_path / "b", "answers") != samples(tmp_path / "c", "answers")
     )
     shown, others = (redteam._prompts_wanted(settings) for settings in (SETTINGS, other))
-    assert [one.asked for one in shown] != [one.asked for one in others]
+    assert [one.message for one in shown] != [one.message for one in others]
 
 
 def test_prompts_are_asked_for_with_examples_of_their_category():
@@ -130,13 +131,13 @@ def test_prompts_are_asked_for_with_examples_of_their_category():
     categories = sorted({prompt.category for prompt in harmful})
     wanted = redteam._prompts_wanted(SETTINGS)
     assert Counter(one.topic for one in wanted) == dict.fromkeys(range(len(categories)), 2)
-    assert len({one.asked for one in wanted}) > 0.9 * len(wanted)
+    assert len({one.message for one in wanted}) > 0.9 * len(wanted)
     for one in wanted:
-        shown = [line.removeprefix("- ") for line in one.asked.splitlines() if line.startswith("- ")]
+        shown = [line.removeprefix("- ") for line in one.message.splitlines() if line.startswith("- ")]
         own = {prompt.text for prompt in harmful if prompt.category == categories[one.topic]}
         assert len(set(shown)) == 3
         assert set(shown) <= own
-        assert categories[one.topic].replace("-", " ") in one.asked
+        assert categories[one.topic].replace("-", " ") in one.message
 
 
 def test_the_yield_is_counted_and_what_was_kept_can_be_used(model, tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from safeneuron.data.types import Prompt
 from safeneuron.evaluation.embeddings import WordLikeness
-from safeneuron.runs.redteam import KEPT, LOSSES, filter_answers, filter_prompts
+from safeneuron.runs.redteam_filters import KEPT, LOSSES, filter_answers, filter_prompts
 
 
 class Planted:
