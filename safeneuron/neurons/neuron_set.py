@@ -180,8 +180,8 @@ class NeuronSet:
         Raises:
             InputError: For a set of another model, or of its other part: the text decoder or the vision tower.
         """
-        parts = "a text decoder", "a model's eyes (vision tower and projector)"
-        own, expected = (parts[one.endswith(VISION_SUFFIX)] for one in (self.fingerprint, fingerprint))
+        kinds = "a text decoder", "a model's vision tower and projector"
+        own, expected = (kinds[known_as.endswith(VISION_SUFFIX)] for known_as in (self.fingerprint, fingerprint))
         if own != expected:
             raise InputError(
                 f"this neuron set is of {own}, where neurons of {expected} are expected; take a set that was found "

@@ -175,7 +175,7 @@ def test_what_does_not_go_with_the_neurons_of_the_eyes(looked: Path, here: Path)
     with pytest.raises(InputError, match="an analysis looks into the text decoder"):
         Analyser(parse_config(smaller(), "tiny-vlm.toml", [*SMALL, *EYES]), Run.create(looked), Watch())
     model = load("runs/tiny-vlm-start/model", "float32", "cpu")
-    with pytest.raises(InputError, match=r"is of a model's eyes .* where neurons of a text decoder are expected"):
+    with pytest.raises(InputError, match="vision tower"):
         write_pruned(model, NeuronSet.load(looked / "T0/select/neurons.json"), looked / "pruned")
     for change, said in (
         ("align.rounds=1", r"the vision tower stays as it is in training.*set align.rounds = 0"),

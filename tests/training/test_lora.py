@@ -203,7 +203,7 @@ def test_to_begin_to_freeze_changes_nothing_that_is_computed():
 def test_without_the_mask_or_the_zeros_it_would_not_hold(monkeypatch):
     network = network_with_noise()
     before, neurons = snapshot(network), some_neurons(network)
-    monkeypatch.setattr("safeneuron.training.lora.adapter_slices", lambda *_: [])
+    monkeypatch.setattr("safeneuron.training.freezing.adapter_slices", lambda *_: [])
     model = adapted(network)
     optimizer = adamw(model)
     with frozen(model, neurons, optimizer):  # The base weights alone do stay.
