@@ -49,7 +49,7 @@ def prune_command(
 def config_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled config.")] = "default",
     schema: Annotated[
-        Literal["config", "neurons"] | None,
+        Literal["config", "neurons", "results"] | None,
         typer.Option("--schema", help="Print the JSON schema of such a file instead."),
     ] = None,
 ) -> None:
@@ -70,6 +70,10 @@ def _schema(name: str) -> dict[str, Any]:
     """The JSON schema of a kind of file, made from the types that read and write it."""
     from pydantic import TypeAdapter
 
+    if name == "results":
+        from safeneuron.reporting.results import results_schema
+
+        return results_schema()
     if name == "neurons":
         from safeneuron.neurons.neuron_set import NeuronSetRecord
 

@@ -109,6 +109,14 @@ def test_a_saved_neuron_set_is_what_its_schema_says(world):
         jsonschema.validate({name: value for name, value in record.items() if name != "widths"}, schema)
 
 
+def test_the_results_of_a_run_are_what_their_schema_says(finished_run):
+    schema, record = schema_of("results"), json.loads((finished_run[0] / "report" / "results.json").read_text())
+    jsonschema.validate(record, schema)
+    del record["states"][0]["attacks"][0]["harmful"]["rate"]
+    with pytest.raises(jsonschema.ValidationError, match="rate"):
+        jsonschema.validate(record, schema)
+
+
 def test_a_schema_of_nothing_is_refused():
     done = invoke("config", "--schema", "nothing")
     assert done.exit_code == 2
