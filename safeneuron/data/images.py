@@ -1,6 +1,6 @@
-"""Pictures of prompts and pairs: what one may be, how it is opened and checked, and how a run keeps the ones it used.
+"""Images of prompts and pairs: what one may be, how it is opened and checked, and how a run keeps the ones it used.
 
-Pillow is imported only where a picture is touched: who has none needs none.
+Pillow is imported only where an image is touched: who has none needs none.
 """
 
 from __future__ import annotations
@@ -17,35 +17,32 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-Picture = "str | Path | bytes | Image.Image"
-"""What may stand for a picture: the path of a file, the bytes of one, or an image of Pillow."""
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What the files of a folder of pictures may end in."""
+"""What the files of a folder of images may end in."""
 
 IMAGES_FOLDER = "images"
-"""Where a run keeps the pictures it used, beside the records that name them."""
+"""Where a run keeps the images it used, beside the records that name them."""
 
 
-def opened(picture: Any, where: str = "") -> Image.Image:
-    """The picture in memory, upright and in RGB; what is transparent in it is white.
+def opened(image: Any, where: str = "") -> Image.Image:
+    """The image in memory, upright and in RGB; what is transparent in it is white.
 
-    Raises ``InputError``, which begins with ``where``, for a file that is missing or no picture, and without Pillow.
+    Raises ``InputError``, which begins with ``where``, for a file that is missing or no image, and without Pillow.
     """
-    image_of, prefix = pillow(), f"{where}: " if where else ""
-    source = BytesIO(picture) if isinstance(picture, bytes) else picture
+    pillow_image, prefix = pillow(), f"{where}: " if where else ""
+    source = BytesIO(image) if isinstance(image, bytes) else image
     if isinstance(source, str | Path):
         source = _existing(Path(source).expanduser(), prefix)
     try:
-        image: Image.Image = source if isinstance(source, image_of.Image) else image_of.open(source)
-        image.load()
-    # What Pillow raises for files that are no pictures, are cut off, or are far too large.
-    except (OSError, SyntaxError, ValueError, image_of.DecompressionBombError) as error:
+        loaded: Image.Image = source if isinstance(source, pillow_image.Image) else pillow_image.open(source)
+        loaded.load()
+    # What Pillow raises for files that are no images, are cut off, or are far too large.
+    except (OSError, SyntaxError, ValueError, pillow_image.DecompressionBombError) as error:
         raise InputError(
-            f"{prefix}{name_of(picture)} cannot be opened as a picture ({_first_line(error)}); give a whole PNG, JPEG "
+            f"{prefix}{name_of(image)} cannot be opened as an image ({_first_line(error)}); give a whole PNG, JPEG "
             "or WebP file"
         ) from error
-    return _plain(image)
+    return _plain(loaded)
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -70,40 +67,40 @@ def pillow() -> Any:
     return Image
 
 
-def name_of(picture: Any) -> str:
-    """What messages and reports call a picture: the name of its file, or ``an image`` if it has none."""
-    if isinstance(picture, str | Path):
-        return Path(picture).name
-    return Path(str(getattr(picture, "filename", ""))).name or "an image"
+def name_of(image: Any) -> str:
+    """What messages and reports call an image: the name of its file, or ``an image`` if it has none."""
+    if isinstance(image, str | Path):
+        return Path(image).name
+    return Path(str(getattr(image, "filename", ""))).name or "an image"
 
 
-def digest_of(picture: Any) -> str:
-    """Sixteen hexadecimal digits that two pictures share if their files, or their pixels, are the same; "" for none."""
-    if picture is None:
+def digest_of(image: Any) -> str:
+    """Sixteen hexadecimal digits that two images share if their files, or their pixels, are the same; "" for none."""
+    if image is None:
         return ""
-    if isinstance(picture, bytes | str | Path):
-        return hashlib.sha256(image_bytes(picture)).hexdigest()[:16]
+    if isinstance(image, bytes | str | Path):
+        return hashlib.sha256(image_bytes(image)).hexdigest()[:16]
     pillow()
-    plain = _plain(picture)
+    plain = _plain(image)
     return hashlib.sha256(repr(plain.size).encode() + plain.tobytes()).hexdigest()[:16]
 
 
-def image_bytes(picture: Any) -> bytes:
-    """The bytes of the picture's file; an image of Pillow is written as PNG. Raises ``InputError`` like ``opened``."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | Path):
-        return _existing(Path(picture).expanduser(), "").read_bytes()
+def image_bytes(image: Any) -> bytes:
+    """The bytes of the image's file; an image of Pillow is written as PNG. Raises ``InputError`` like ``opened``."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return _existing(Path(image).expanduser(), "").read_bytes()
     pillow()
     buffer = BytesIO()
-    _plain(picture).save(buffer, "PNG")
+    _plain(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def kept(picture: Any, folder: Path) -> str:
-    """Copy a picture into ``folder/images``, under its digest and its own suffix; its path relative to ``folder``."""
-    content = image_bytes(picture)
-    suffix = Path(picture).suffix.lower() if isinstance(picture, str | Path) else ".png"
+def keep_image(image: Any, folder: Path) -> str:
+    """Copy an image into ``folder/images``, under its digest and its own suffix; its path relative to ``folder``."""
+    content = image_bytes(image)
+    suffix = Path(image).suffix.lower() if isinstance(image, str | Path) else ".png"
     path = Path(IMAGES_FOLDER) / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
     if not (folder / path).exists():
         write_bytes(folder / path, content)
@@ -111,11 +108,11 @@ def kept(picture: Any, folder: Path) -> str:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The pictures in a folder and its subfolders, in order. Raises ``InputError`` if there are none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise InputError(f"{folder} holds no pictures; expected files that end in {', '.join(SUFFIXES)}")
-    return found
+    """The images in a folder and its subfolders, in order. Raises ``InputError`` if there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise InputError(f"{folder} holds no images; expected files that end in {', '.join(SUFFIXES)}")
+    return paths
 
 
 def _existing(path: Path, prefix: str) -> Path:

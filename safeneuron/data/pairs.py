@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safeneuron.data.catalogue import by_name
 from safeneuron.data.images import digest_of
-from safeneuron.data.prompts import fitting_refusal, picture_in
+from safeneuron.data.prompts import fitting_refusal, image_of_row
 from safeneuron.data.rows import (
     EmptyTextError,
     Message,
@@ -147,7 +147,7 @@ def _labelled_pair(row: Row, source: str) -> Pair:
             f"{row.where}: 'chosen' and 'rejected' must be the same conversation up to their last message, "
             f"found {shortened(repr(chosen_before))} and {shortened(repr(rejected_before))}"
         )
-    return Pair(_conversation(row, chosen_before), chosen, rejected, source, picture_in(row, source))
+    return Pair(_conversation(row, chosen_before), chosen, rejected, source, image_of_row(row, source))
 
 
 def _answer(row: Row, column: str) -> tuple[tuple[Message, ...], str]:
@@ -273,9 +273,9 @@ def _asked(row: Row, column: str) -> tuple[Message, ...]:
 
 def _image_pair(row: Row, source: str) -> Pair:
     """Return the pair of an SPA-VL row: two answers to a question about an image."""
-    image = picture_in(row, source)
+    image = image_of_row(row, source)
     if image is None:
-        raise EmptyTextError(f"{row.where}: 'image' is empty; name the file of a picture or remove the row")
+        raise EmptyTextError(f"{row.where}: 'image' is empty; name the file of an image or remove the row")
     return Pair(_asked(row, "question"), text_at(row, "chosen"), text_at(row, "rejected"), source, image)
 
 
@@ -316,7 +316,7 @@ def read_pairs(
     - WildJailbreak: one ``completion``, to which the other answer is made;
     - SPA-VL: ``image``, ``question``, ``chosen``, ``rejected``.
 
-    Texts and conversations may also have an ``image``: the path of a picture, relative to the file. With ``as_image``
+    Texts and conversations may also have an ``image``: the path of an image, relative to the file. With ``as_image``
     in the source each request is drawn as one.
 
     Rows whose two answers are equal are left out. An empty text in a file is an error; in a Hub dataset, which the user

@@ -63,9 +63,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source; a keyword that is given wins over the field of a ``Source``.
 
-    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, bundled, or a folder of pictures, with
+    A source is a file, ``hub:owner/name``, a name of ``catalogue.PROMPT_SETS``, bundled, or a folder of images, with
     the question about each as ``said``. The prompt is the given column, or the first of ``PROMPT_COLUMNS`` that the
-    first row has; of a conversation it is the first user turn. A column ``image`` holds the path of a picture, relative
+    first row has; of a conversation it is the first user turn. A column ``image`` holds the path of an image, relative
     to the file, and ``said`` what is written beside it, if that is not the prompt.
     ``category`` (or ``topic``, ``type``) and ``id`` are kept. An empty prompt in a file is an error; in a Hub dataset,
     which the user cannot edit, its row is skipped. ``count`` keeps the first so many, or all if there are fewer; a
@@ -76,7 +76,7 @@ def read_prompts(
     if source.path.startswith("twins:"):
         found = _twins(source)
     elif Path(source.path).expanduser().is_dir():
-        found = _pictures(source)
+        found = _image_prompts(source)
     else:
         found = _prompts(_rows_where(read_rows(source), source.where), source)
     prompts = list(islice(islice(found, 0, None, source.every), source.count))
@@ -145,22 +145,22 @@ def benign_text() -> str:
     return _bundled("benign_text.txt").read_text("utf-8")
 
 
-def picture_in(row: Row, path: str) -> Any:
-    """The picture in the column ``image`` of a row, ``None`` without one; of a file, relative to the folder it is in.
+def image_of_row(row: Row, path: str) -> Any:
+    """The image in the column ``image`` of a row, ``None`` without one; of a file, relative to the folder it is in.
 
-    Raises InputError for a file that is missing or no picture, or a value that names none.
+    Raises InputError for a file that is missing or no image, or a value that names none.
     """
     column = _first_present(row, ("image",))
     value = row.values.get(column) if column else None
     if value is None or value == "":
         return None
-    # The library of Hub datasets gives a picture as its bytes, or as a path, or as an image of Pillow.
+    # The library of Hub datasets gives an image as its bytes, or as a path, or as an image of Pillow.
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         value = str(Path(path).expanduser().parent / Path(value).expanduser())
     elif not isinstance(value, bytes) and not hasattr(value, "getbands"):
-        raise InputError(f"{row.where}: 'image' must be the path of a picture, found {shortened(repr(value))}")
+        raise InputError(f"{row.where}: 'image' must be the path of an image, found {shortened(repr(value))}")
     opened(value, row.where)
     return value
 
@@ -177,17 +177,17 @@ def read_twins(source: str) -> tuple[list[Prompt], list[Prompt]]:
     return unsafe, safe
 
 
-def _pictures(source: Source) -> Iterator[Prompt]:
-    """A prompt for each picture in a folder, with one question; the name of a subfolder is the category."""
+def _image_prompts(source: Source) -> Iterator[Prompt]:
+    """A prompt for each image in a folder, with one question; the name of a subfolder is the category."""
     options = {"split": source.split, "column": source.column, "revision": source.revision, "where": source.where}
-    refuse_options(source, "is a folder of pictures", options)
+    refuse_options(source, "is a folder of images", options)
     if not source.said:
         raise InputError(
-            f"{source.path} is a directory; to ask about each picture in it, give the question, as in said = 'Describe "
+            f"{source.path} is a directory; to ask about each image in it, give the question, as in said = 'Describe "
             "the image.', else name a .jsonl or .csv file in it"
         )
     if source.as_image:
-        raise InputError(f"{source.path} is a folder of pictures, so there is no text to draw; leave as_image out")
+        raise InputError(f"{source.path} is a folder of images, so there is no text to draw; leave as_image out")
     root = Path(source.path).expanduser()
     for path in images_in(root):
         opened(path)
@@ -216,7 +216,7 @@ def _prompts(rows: Iterator[Row], source: Source) -> Iterator[Prompt]:
             if row.mendable:
                 raise
             continue
-        image = picture_in(row, source.path)
+        image = image_of_row(row, source.path)
         said = (source.said or _label(row, "said")) if image is not None else ""
         yield Prompt(text, _label(row, _first_present(row, CATEGORY_COLUMNS)), _label(row, "id"), image, said)
 

@@ -41,9 +41,9 @@ class Source:
     category: str = ""
     """Of prompts: the category of all of them, in place of their own."""
     as_image: bool = False
-    """Of prompts: each is drawn as a picture (``drawing``)."""
+    """Of prompts: each is drawn as an image (``drawing``)."""
     said: str = ""
-    """Of prompts with a picture: what is written beside it; for a folder of pictures, what is asked about each."""
+    """Of prompts with an image: what is written beside it; for a folder of images, what is asked about each."""
 
 
 LOADING: dict[str, dict[str, Any]] = {
@@ -248,7 +248,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The data set with its pictures as the bytes of their files: decoded, a thousand of them would fill the memory."""
+    """The data set with its images as the bytes of their files: decoded, a thousand of them would fill the memory."""
     import datasets
 
     for column, feature in (dataset.features or {}).items():

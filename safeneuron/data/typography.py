@@ -1,4 +1,4 @@
-"""Questions drawn as pictures, so that what is asked reaches a model through its eyes alone.
+"""Questions drawn as images, so that what is asked reaches a model as an image alone.
 
 The typographic images of FigStep (Gong et al. 2023, arXiv:2311.05608) and of the paper's VL-Question test: black text
 on white, wrapped, nothing else. A model's refusals often hang on the written request; here it has none to read.
@@ -25,7 +25,7 @@ SAID = "Answer the question in the image."
 
 
 def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", margin: int = 0) -> Image.Image:
-    """A text as a square RGB picture of ``size`` pixels, black on white, wrapped at words; the same on every call.
+    """A text as a square RGB image of ``size`` pixels, black on white, wrapped at words; the same on every call.
 
     ``font_size`` is in pixels; 0 is ``size / 12``, or as much smaller as the text needs to fit. ``font`` is a TrueType
     or OpenType file; without one it is the font that comes with Pillow, which has Latin letters only. ``margin`` 0 is
@@ -48,7 +48,7 @@ def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", 
             break
     else:
         raise InputError(
-            f"the text does not fit into a picture of {size} pixels ({text[:40]!r}...); use a larger size, a smaller "
+            f"the text does not fit into an image of {size} pixels ({text[:40]!r}...); use a larger size, a smaller "
             "font_size, or a shorter text"
         )
     _require_letters(text, face)
@@ -60,9 +60,9 @@ def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", 
 
 
 def drawn_prompts(prompts: Sequence[Prompt], said: str = "", size: int = 760, font: str | Path = "") -> list[Prompt]:
-    """Each prompt with its text as a picture (the bytes of a PNG file) and ``said``, or ``SAID``, as what is written.
+    """Each prompt with its text as an image (the bytes of a PNG file) and ``said``, or ``SAID``, as what is written.
 
-    The text stays what judges and reports see. Raises ``InputError`` for a prompt that has a picture already, and like
+    The text stays what judges and reports see. Raises ``InputError`` for a prompt that has an image already, and like
     ``draw``.
     """
     for prompt in prompts:
@@ -75,9 +75,9 @@ def drawn_prompts(prompts: Sequence[Prompt], said: str = "", size: int = 760, fo
 
 
 def drawn_pairs(pairs: Sequence[Pair], said: str = "") -> list[Pair]:
-    """Each pair with its request as a picture and ``said``, or ``SAID``, in its place.
+    """Each pair with its request as an image and ``said``, or ``SAID``, in its place.
 
-    Raises ``InputError`` for a pair that has a picture already, or more than one message before its answer.
+    Raises ``InputError`` for a pair that has an image already, or more than one message before its answer.
     """
     found = []
     for pair in pairs:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safeneuron.data.images import digest_of, kept, name_of, opened
+from safeneuron.data.images import digest_of, keep_image, name_of, opened
 from safeneuron.data.pairs import mix
 from safeneuron.data.prompts import check_splits, read_prompts
 from safeneuron.data.rows import Source
@@ -57,7 +57,7 @@ def test_pictures_are_upright_and_what_is_transparent_is_white(tmp_path: Path) -
 def test_broken_files_are_told_with_their_place(tmp_path: Path, cat: Path, content: bytes | str) -> None:
     (tmp_path / "bad.png").write_bytes(cat.read_bytes()[:-40] if content == "cut" else content)
     path = write(tmp_path / "prompts.jsonl", {"prompt": "what?", "image": "bad.png"})
-    with pytest.raises(InputError, match=r"prompts.jsonl line 1: bad.png cannot be opened as a picture \("):
+    with pytest.raises(InputError, match=r"prompts.jsonl line 1: bad.png cannot be opened as an image \("):
         read_prompts(path)
 
 
@@ -96,10 +96,10 @@ def test_a_folder_of_pictures_is_a_prompt_each(tmp_path: Path) -> None:
     ]
     assert {prompt.text for prompt in found} == {"Describe the image."}
     assert check_splits(unsafe=found) == [], "they differ by their pictures"
-    with pytest.raises(InputError, match="is a directory; to ask about each picture in it, give the question"):
+    with pytest.raises(InputError, match="is a directory; to ask about each image in it, give the question"):
         read_prompts(tmp_path / "all")
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         read_prompts(Source(str(tmp_path / "none"), said="What?"))
     with pytest.raises(InputError, match="no text to draw"):
         read_prompts(Source(str(tmp_path / "all"), said="What?", as_image=True))
@@ -120,7 +120,7 @@ def test_records_keep_their_pictures_in_their_folder(tmp_path: Path, cat: Path) 
     assert Pair.from_record(pair.to_record(home), home).image == again[1].image
     with pytest.raises(InputError, match="is no file, so a record cannot name it"):
         prompts[1].to_record()
-    assert kept(tiny_vision.picture(), home) == str(Path(again[1].image).relative_to(home))
+    assert keep_image(tiny_vision.picture(), home) == str(Path(again[1].image).relative_to(home))
 
 
 def test_prompts_and_pairs_that_differ_by_their_picture_differ() -> None:
@@ -145,6 +145,6 @@ def test_real_pictures_of_figstep_and_photographs_go_through_a_model() -> None:
 
 def test_a_picture_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.jsonl", {"prompt": "what?", "image": 7})
-    with pytest.raises(InputError, match="line 1: 'image' must be the path of a picture, found 7"):
+    with pytest.raises(InputError, match="line 1: 'image' must be the path of an image, found 7"):
         read_prompts(path)
     assert opened(BytesIO(b"").getvalue() or tiny_vision.picture()).mode == "RGB"

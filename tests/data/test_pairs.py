@@ -1,4 +1,4 @@
-"""The forms of pairs: what is read of each row, what is left out or refused; and the mix of safety and general pairs."""
+"""The forms of pairs: what is read of each row, what is left out or refused; the mix of safety and general pairs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_images() -> None:
     row = {"image": "photo.png", "question": "Why?", "chosen": "So.", "rejected": "No."}
     assert refused([row]).startswith("place 0: the image")
     assert "photo.png does not exist" in refused([row])
-    assert "'image' must be the path of a picture, found 7" in refused([row | {"image": 7}])
+    assert "'image' must be the path of an image, found 7" in refused([row | {"image": 7}])
     assert "'image' is empty" in refused([row | {"image": ""}], mendable=True)
 
 

@@ -55,7 +55,7 @@ def test_it_is_the_same_every_time_and_shows_the_text() -> None:
 def test_long_texts_get_smaller_letters_until_they_do_not_fit() -> None:
     few, many = draw(QUESTION, 400), draw(QUESTION * 8, 400)
     assert ink(many)[-40:].sum() >= ink(few)[-40:].sum()
-    with pytest.raises(InputError, match="the text does not fit into a picture of 100 pixels"):
+    with pytest.raises(InputError, match="the text does not fit into an image of 100 pixels"):
         draw(QUESTION * 20, 100)
     with pytest.raises(InputError, match="does not fit"):
         draw(QUESTION, 200, font_size=90)
