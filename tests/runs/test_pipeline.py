@@ -147,13 +147,20 @@ def moments_of(events: list[tuple[object, ...]]) -> list[int]:
     return found
 
 
-def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_results(small, tmp_path):
+# The middle of training and the middle of answering are the fast ones.
+@pytest.mark.parametrize(
+    "place", [pytest.param(at, marks=[] if at in (3, 7) else pytest.mark.slow) for at in range(10)]
+)
+def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_results(small, tmp_path, place):
     config, expected, events = small
-    for stop_after in moments_of(events):
-        stop_and_go_on(config, tmp_path / str(stop_after), stop_after)
-        assert results(tmp_path / str(stop_after)) == expected, events[stop_after]
+    moments = moments_of(events)
+    assert len(moments) == 10
+    stop_after = moments[place]
+    stop_and_go_on(config, tmp_path, stop_after)
+    assert results(tmp_path) == expected, events[stop_after]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again_gets_there(finished_run, tmp_path):
     folder, config, watch = finished_run
     stops = 0

@@ -54,6 +54,7 @@ def experts(tmp_path_factory):
     return outcomes("experts_worker", tmp_path_factory.mktemp("experts"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", experts_worker.CASES)
 def test_two_processes_with_a_mixture_of_experts(case, experts):
     assert_passed(case, experts)

@@ -621,6 +621,7 @@ def processes(tmp_path_factory):
     return outcomes("adapters_worker", tmp_path_factory.mktemp("adapters"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", adapters_worker.CASES)
 def test_two_processes(case, processes):
     assert_passed(case, processes)
