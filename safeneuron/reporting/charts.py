@@ -33,7 +33,15 @@ _CRITERIA = (("ES only", 1), ("ES and SAS", 4), ("SAS only", 2))
 
 
 def charts_of(results: RunResults, neurons: Mapping[str, Sequence[StrongNeuron]] | None = None) -> dict[str, Chart]:
-    """Every figure for which there are numbers; ``neurons`` are the strongest of each state."""
+    """Every figure for which there are numbers; ``neurons`` are the strongest of each state.
+
+    Args:
+        results: The results of a run.
+        neurons: The strongest neurons of each state; without them there is no chart of them.
+
+    Returns:
+        The charts by name: ``attack``, ``curve``, ``layers``, ``neurons``, ``training``.
+    """
     charts = {
         "attack": attack_chart(results),
         "curve": curve_chart(results.states),

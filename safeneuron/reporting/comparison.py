@@ -105,7 +105,14 @@ def difference_of(
 
 
 def holm_corrected(differences: Iterable[StateDifference | None]) -> tuple[StateDifference, ...]:
-    """Those differences that there are, their p-values corrected for the number of them."""
+    """Those differences that there are, their p-values corrected for the number of them.
+
+    Args:
+        differences: Paired differences; None where there was nothing to compare.
+
+    Returns:
+        The differences that there are, in their order.
+    """
     known = [difference for difference in differences if difference is not None]
     p_values = corrected([difference.p for difference in known])
     return tuple(replace(difference, p_corrected=p) for difference, p in zip(known, p_values, strict=True))
@@ -219,7 +226,14 @@ _NOTES = {
 
 
 def render_comparison(runs: Sequence[Compared]) -> dict[str, str]:
-    """Relative path and content of every file of the comparison."""
+    """Relative path and content of every file of the comparison.
+
+    Args:
+        runs: At least one finished run; the others are compared with the first.
+
+    Returns:
+        The content of each file by its path in the folder of the comparison.
+    """
     merged = merge(runs)
     differences = run_differences(runs)
     seeds = over_seeds(runs)

@@ -64,7 +64,15 @@ def p_value(p: float) -> str:
 
 
 def attack_title(which: str, knowledge: str) -> str:
-    """For example ``FULL adaptive``; knowledge that goes without saying is not said."""
+    """For example ``FULL adaptive``; knowledge that goes without saying is not said.
+
+    Args:
+        which: The neurons pruned, or the name of another attack.
+        knowledge: What the attacker knew.
+
+    Returns:
+        A few words.
+    """
     if knowledge == "rival":
         return f"neurons found by {which}"
     if knowledge == "curve":
@@ -74,6 +82,13 @@ def attack_title(which: str, knowledge: str) -> str:
 
 
 def joined_words(parts: Iterable[str]) -> str:
-    """``a, b and c``."""
+    """``a, b and c``.
+
+    Args:
+        parts: At least one word.
+
+    Returns:
+        The words with commas, and an ``and`` before the last.
+    """
     *head, last = parts
     return f"{', '.join(head)} and {last}" if head else last

@@ -152,19 +152,40 @@ def tabled(title: str, note: str, table: Table) -> list[str]:
 
 
 def escaped(text: object) -> str:
-    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell."""
+    """Text that Markdown shows as it is, on one line: no markup, no HTML, no end of a table cell.
+
+    Args:
+        text: Anything, from a stranger too.
+
+    Returns:
+        One line of Markdown.
+    """
     line = re.sub(r"[\r\n]+", " ", str(text)).strip()
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line)
 
 
 def table_escaped(table: Table) -> str:
-    """A Markdown table."""
+    """A Markdown table.
+
+    Args:
+        table: Header and rows.
+
+    Returns:
+        The lines of the table; what is in its cells is escaped.
+    """
     lines = [table.header, ["---"] * len(table.header), *table.rows]
     return "\n".join(f"| {' | '.join(cell if cell == '---' else escaped(cell) for cell in line)} |" for line in lines)
 
 
 def fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks in it."""
+    """A code block whose fence is longer than any run of backticks in it.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The block with its fences.
+    """
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}\n{text.rstrip()}\n{fence}"

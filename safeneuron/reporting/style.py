@@ -61,6 +61,13 @@ def as_text(figure: Figure, name: str) -> str:
     """The figure as one ``<svg>`` element without date, version, background or external reference.
 
     Identifiers get the name of the figure in front, because several figures stand in one page.
+
+    Args:
+        figure: The drawn figure.
+        name: Its name, the same on every machine.
+
+    Returns:
+        The element, from ``<svg`` on.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -81,32 +88,71 @@ def themed(figure: str) -> Markup:
 
 
 def colour(index: int) -> str:
-    """Colour of a state, the same in every figure."""
+    """Colour of a state, the same in every figure.
+
+    Args:
+        index: Place of the state.
+
+    Returns:
+        The colour as ``#rrggbb``.
+    """
     return COLOURS[index % len(COLOURS)]
 
 
 def opacity(index: int) -> float:
-    """Opacity of the bar of a state; it changes where the colours begin again."""
+    """Opacity of the bar of a state; it changes where the colours begin again.
+
+    Args:
+        index: Place of the state.
+
+    Returns:
+        Between 0 and 1.
+    """
     return (1.0, 0.5)[index // len(COLOURS) % 2]
 
 
 def stroke(index: int) -> Literal["-", "--", ":"]:
-    """Line of a state; it changes where the colours begin again."""
+    """Line of a state; it changes where the colours begin again.
+
+    Args:
+        index: Place of the state.
+
+    Returns:
+        A line style of matplotlib.
+    """
     return STROKES[index // len(COLOURS) % len(STROKES)]
 
 
 def mark(index: int) -> str:
-    """Mark of a state, so that it is known without its colour too."""
+    """Mark of a state, so that it is known without its colour too.
+
+    Args:
+        index: Place of the state.
+
+    Returns:
+        A marker of matplotlib.
+    """
     return MARKERS[index % len(MARKERS)]
 
 
 def headroom(axes: Axes, highest: float, entries: int) -> None:
-    """Room above the highest bar for a legend of so many entries inside the axes."""
+    """Room above the highest bar for a legend of so many entries inside the axes.
+
+    Args:
+        axes: Axes with bars.
+        highest: Height of the highest bar.
+        entries: Lines of the legend.
+    """
     axes.set_ylim(0, max(highest, 1) * (1.05 + 0.11 * entries))
 
 
 def as_percent(axes: Axes, step: float = 0.25) -> None:
-    """From 0 to 100 %, whatever the data: a small difference must not look large."""
+    """From 0 to 100 %, whatever the data: a small difference must not look large.
+
+    Args:
+        axes: The axes of the figure.
+        step: Distance of the ticks, as a share.
+    """
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_locator(MultipleLocator(step))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))

@@ -88,7 +88,15 @@ def adaptive_outcome(state: StateResults, base: StateResults) -> str:
 
 
 def resistance(state: StateResults, base: StateResults) -> str:
-    """Compare two states by the adaptive FULL attack."""
+    """Compare two states by the adaptive FULL attack.
+
+    Args:
+        state: The state in question.
+        base: The one that it is held against.
+
+    Returns:
+        One sentence.
+    """
     new = state.success(*ADAPTIVE)
     old = base.success(*ADAPTIVE)
     if new is None or old is None:
@@ -141,7 +149,15 @@ def comparison_sentences(old: Rate, shares: Mapping[str, Rate | None], lower: st
 
 
 def coherence_caveat(state: StateResults, base: StateResults) -> str:
-    """A warning where the lower of two success rates comes with more broken text; otherwise nothing."""
+    """A warning where the lower of two success rates comes with more broken text; otherwise nothing.
+
+    Args:
+        state: The state in question.
+        base: The one that it is held against.
+
+    Returns:
+        A sentence after a space, or an empty text.
+    """
     new = state.incoherent(*ADAPTIVE)
     old = base.incoherent(*ADAPTIVE)
     if new is None or old is None:
@@ -199,7 +215,14 @@ def strongest_attack(states: Sequence[StateResults]) -> str:
 
 
 def random_control(states: Sequence[StateResults]) -> str:
-    """Whether the chosen neurons do more than random ones, state by state."""
+    """Whether the chosen neurons do more than random ones, state by state.
+
+    Args:
+        states: States of one run.
+
+    Returns:
+        Some sentences.
+    """
     groups: dict[str, list[str]] = {"higher": [], "unclear": [], "lower": []}
     sizes_match = True
     for state in states:
@@ -225,7 +248,14 @@ def random_control(states: Sequence[StateResults]) -> str:
 
 
 def over_refusal(states: Sequence[StateResults]) -> str:
-    """How often benign requests are refused with nothing pruned, against the first state."""
+    """How often benign requests are refused with nothing pruned, against the first state.
+
+    Args:
+        states: States of one run, the first of which the others are held against.
+
+    Returns:
+        Some sentences.
+    """
     base, *others = states
     old = base.over_refusal(*INTACT)
     if old is None:
@@ -238,7 +268,14 @@ def over_refusal(states: Sequence[StateResults]) -> str:
 
 
 def incoherence(states: Sequence[StateResults]) -> str:
-    """Share of broken text unpruned and under the adaptive FULL attack."""
+    """Share of broken text unpruned and under the adaptive FULL attack.
+
+    Args:
+        states: States of one run.
+
+    Returns:
+        One sentence.
+    """
     known = []
     for state in states:
         before = state.incoherent(*INTACT)
@@ -251,7 +288,14 @@ def incoherence(states: Sequence[StateResults]) -> str:
 
 
 def perplexity_sentence(states: Sequence[StateResults]) -> str:
-    """Perplexity with nothing pruned, state by state."""
+    """Perplexity with nothing pruned, state by state.
+
+    Args:
+        states: States of one run, the first of which the others are held against.
+
+    Returns:
+        One or two sentences.
+    """
     base, *others = states
     old = base.perplexity(*INTACT)
     if old is None:
@@ -336,7 +380,14 @@ def untried_attacks(results: RunResults) -> str:
 
 
 def limits(results: RunResults) -> list[str]:
-    """What the numbers of this report cannot show."""
+    """What the numbers of this report cannot show.
+
+    Args:
+        results: The results of a run.
+
+    Returns:
+        One text for each limit.
+    """
     sentences = [
         "The intervals hold for the choice of prompts only. They say nothing about other seeds, other decoding or "
         f"another training run: this is one run with seed {results.seed}.",
