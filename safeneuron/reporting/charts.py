@@ -37,10 +37,10 @@ def charts_of(results: RunResults, neurons: Mapping[str, Sequence[StrongNeuron]]
 
     Args:
         results: The results of a run.
-        neurons: The strongest neurons of each state; without them there is no chart of them.
+        neurons: The strongest neurons of each state; without them there is no such chart.
 
     Returns:
-        The charts by name: ``attack``, ``curve``, ``layers``, ``neurons``, ``training``.
+        The charts by name: some of ``attack``, ``curve``, ``layers``, ``neurons``, ``training``.
     """
     charts = {
         "attack": attack_chart(results),
