@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,8 @@ def test_pictures_are_seen_the_same(family, tmp_path):
     unsafe, safe = ([Prompt(one.text, image=tiny_vision.picture()) for one in some] for some in (UNSAFE, SAFE))
     plain, other = tiny_vision.model(family), tiny_vision.model(family)
     other.network = disk_offload(other.network, str(tmp_path), execution_device=torch.device("cpu"))
-    for look in (measure, measure_towers):
-        mine, its = (look(model, unsafe, safe, pooling="mean") for model in (plain, other))
+    for look in (partial(measure, settings=MeasurementSettings(pooling="mean")), measure_towers):
+        mine, its = (look(model, unsafe, safe) for model in (plain, other))
         assert torch.equal(mine.unsafe.mean, its.unsafe.mean)
     assert list(respond(plain, unsafe, max_new_tokens=3)) == list(respond(other, unsafe, max_new_tokens=3))
 
