@@ -120,8 +120,14 @@ PROMPT_NAMES = ", ".join(PROMPT_SETS)
 def prompts_by_name(source: Source) -> Source:
     """The source with a benchmark's name replaced by its place on the Hub, its split, column and rows.
 
-    What the source says itself wins; any other source stays as it is. Raises InputError for what is neither a file, a
-    place on the Hub, bundled, nor a known name.
+    Args:
+        source: Any source; what it says itself wins over the catalogue.
+
+    Returns:
+        The completed source; one that is not a benchmark's name as it was.
+
+    Raises:
+        InputError: For what is neither a file, a place on the Hub, bundled, nor a known name.
     """
     path = source.path.casefold()
     known = PROMPT_SETS.get(path)
@@ -144,7 +150,14 @@ def prompts_by_name(source: Source) -> Source:
 def by_name(source: Source) -> Source:
     """The source with a data set's name replaced by its place on the Hub and its split; any other stays as it is.
 
-    What the source says itself wins. Raises InputError for what is neither a file, a place on the Hub nor a known name.
+    Args:
+        source: Any source of pairs; what it says itself wins over the catalogue.
+
+    Returns:
+        The completed source.
+
+    Raises:
+        InputError: For what is neither a file, a place on the Hub nor a known name.
     """
     path = source.path
     known = DATA_SETS.get(path.casefold())

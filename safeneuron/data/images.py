@@ -27,7 +27,15 @@ IMAGES_FOLDER = "images"
 def opened(image: Any, where: str = "") -> Image.Image:
     """The image in memory, upright and in RGB; what is transparent in it is white.
 
-    Raises ``InputError``, which begins with ``where``, for a file that is missing or no image, and without Pillow.
+    Args:
+        image: The path of a file, the bytes of one, or an image of Pillow.
+        where: The place that names it, such as ``FILE line 3``, for the error.
+
+    Returns:
+        The image, loaded whole.
+
+    Raises:
+        InputError: For a file that is missing or no image, and without Pillow; it begins with ``where``.
     """
     pillow_image, prefix = pillow(), f"{where}: " if where else ""
     source = BytesIO(image) if isinstance(image, bytes) else image

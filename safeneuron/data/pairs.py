@@ -349,10 +349,20 @@ def mix(
 ) -> list[Pair]:
     """Mix safety and general pairs at random, ``safety_share`` of them safety pairs (the paper: 0.3).
 
-    The result has n pairs, of which floor(safety_share * n + 1/2) are safety pairs. n is ``count``, or the largest
-    number below it for which both sides have enough different pairs; without ``count``, it is the largest such number.
-    So the share is kept and no pair occurs twice. The same arguments give the same pairs in the same order.
-    Raises InputError for a share outside 0..1, a count below 1, and a side that is needed but empty.
+    Args:
+        safety: Pairs that teach to refuse.
+        general: Pairs that teach to answer well.
+        safety_share: The share of safety pairs, 0 to 1.
+        count: The most pairs of the result; ``None`` for as many as there can be.
+        seed: Decides which pairs are taken, and their order.
+
+    Returns:
+        n pairs, of which floor(safety_share * n + 1/2) are safety pairs. n is ``count``, or the largest number below it
+        for which both sides have enough different pairs: the share is kept and no pair occurs twice. The same arguments
+        give the same pairs in the same order.
+
+    Raises:
+        InputError: For a share outside 0..1, a count below 1, and a side that is needed but empty.
     """
     if not 0 <= safety_share <= 1:
         raise InputError(f"safety_share must lie between 0 and 1, found {safety_share}")

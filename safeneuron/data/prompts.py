@@ -92,7 +92,19 @@ def read_prompts(
 
 
 def check_classes(unsafe: Sequence[Prompt], safe: Sequence[Prompt], least: int = 2) -> list[str]:
-    """Return a warning for each small class. Raises InputError for a class with fewer than ``least`` prompts."""
+    """Return a warning for each small class.
+
+    Args:
+        unsafe: The harmful prompts.
+        safe: The harmless ones.
+        least: How many each must have at least.
+
+    Returns:
+        Sentences for the user.
+
+    Raises:
+        InputError: For a class with fewer than ``least`` prompts.
+    """
     warnings = []
     for name, prompts in (("unsafe", unsafe), ("safe", safe)):
         if len(prompts) < least:
@@ -168,7 +180,14 @@ def image_of_row(row: Row, path: str) -> Any:
 def read_twins(source: str) -> tuple[list[Prompt], list[Prompt]]:
     """Harmful and harmless prompts of a file with the columns ``harmful`` and ``harmless``, or of a bundled language.
 
-    Raises ``InputError`` for anything else; see ``LANGUAGES`` and ``read_prompts``.
+    Args:
+        source: A file, or one of ``LANGUAGES``.
+
+    Returns:
+        The harmful prompts and the harmless ones, in the same order.
+
+    Raises:
+        InputError: For anything else; see ``read_prompts``.
     """
     if source in LANGUAGES:
         unsafe, safe = (read_prompts(f"{name}-{source}") for name in TWIN_COLUMNS)

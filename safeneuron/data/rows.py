@@ -79,7 +79,21 @@ class EmptyTextError(InputError):
 def as_source(
     source: str | Path | Source, split: str = "", column: str = "", count: int | None = None, revision: str = ""
 ) -> Source:
-    """Return ``source`` as a Source in which every given argument wins. Raises InputError for a count below 1."""
+    """Return ``source`` as a Source in which every given argument wins.
+
+    Args:
+        source: A path, a name, or a Source.
+        split: The split, if not the source's own.
+        column: The column that holds the prompt.
+        count: How many rows are kept, the first ones.
+        revision: Of the Hub: a branch, a tag or a commit.
+
+    Returns:
+        The completed source.
+
+    Raises:
+        InputError: For a count below 1.
+    """
     source = source if isinstance(source, Source) else Source(str(source))
     source = replace(
         source,
@@ -94,7 +108,17 @@ def as_source(
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """Return the rows of a file or a Hub dataset, at least one. Raises InputError that names place and mistake."""
+    """Return the rows of a file or a Hub dataset, at least one.
+
+    Args:
+        source: What to read; its split and revision are for the Hub alone.
+
+    Returns:
+        The rows, one after the other, each with its place.
+
+    Raises:
+        InputError: For what cannot be read, is empty or malformed; it names place and mistake.
+    """
     if source.path.startswith("hub:"):
         return _at_least_one(_hub_rows(source), source.path)
     refuse_options(source, "is a file", {"split": source.split, "revision": source.revision})
@@ -121,7 +145,18 @@ def refuse_options(source: Source, kind: str, options: dict[str, str]) -> None:
 
 
 def value_at(row: Row, column: str) -> Any:
-    """Return what stands in a column. Raises InputError when the row has no such column."""
+    """Return what stands in a column.
+
+    Args:
+        row: The row.
+        column: The column's name.
+
+    Returns:
+        The value as it was read.
+
+    Raises:
+        InputError: When the row has no such column.
+    """
     if column not in row.values:
         hint = did_you_mean(column, row.values)
         raise InputError(f"{row.where}: there is no column '{column}'{hint}, found: {', '.join(row.values)}")
@@ -129,7 +164,19 @@ def value_at(row: Row, column: str) -> Any:
 
 
 def text_at(row: Row, column: str) -> str:
-    """Return the text in a column. Raises EmptyTextError when there is none, InputError when it is something else."""
+    """Return the text in a column.
+
+    Args:
+        row: The row.
+        column: The column's name.
+
+    Returns:
+        The text, unchanged.
+
+    Raises:
+        EmptyTextError: When there is none.
+        InputError: When it is something else, or the column is not there.
+    """
     value = value_at(row, column)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{row.where}: '{column}' must be text, found {shortened(repr(value))}")

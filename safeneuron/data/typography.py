@@ -27,10 +27,18 @@ SAID = "Answer the question in the image."
 def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", margin: int = 0) -> Image.Image:
     """A text as a square RGB image of ``size`` pixels, black on white, wrapped at words; the same on every call.
 
-    ``font_size`` is in pixels; 0 is ``size / 12``, or as much smaller as the text needs to fit. ``font`` is a TrueType
-    or OpenType file; without one it is the font that comes with Pillow, which has Latin letters only. ``margin`` 0 is
-    ``size / 20``. Raises ``InputError`` for an empty text, a font that cannot be used or lacks letters of the text, and
-    a text that does not fit.
+    Args:
+        text: What is drawn.
+        size: Pixels of a side.
+        font_size: In pixels; 0 is ``size / 12``, or as much smaller as the text needs to fit.
+        font: A TrueType or OpenType file; without one the font that comes with Pillow, which has Latin letters only.
+        margin: In pixels; 0 is ``size / 20``.
+
+    Returns:
+        The image.
+
+    Raises:
+        InputError: For an empty text or one that does not fit, and a font that is none or lacks letters of the text.
     """
     pillow()
     from PIL import Image, ImageDraw
@@ -62,8 +70,17 @@ def draw(text: str, size: int = 760, font_size: int = 0, font: str | Path = "", 
 def drawn_prompts(prompts: Sequence[Prompt], said: str = "", size: int = 760, font: str | Path = "") -> list[Prompt]:
     """Each prompt with its text as an image (the bytes of a PNG file) and ``said``, or ``SAID``, as what is written.
 
-    The text stays what judges and reports see. Raises ``InputError`` for a prompt that has an image already, and like
-    ``draw``.
+    Args:
+        prompts: Prompts without images; their text stays what judges and reports see.
+        said: What is written beside each image.
+        size: Pixels of a side.
+        font: As of ``draw``.
+
+    Returns:
+        The prompts, in the same order.
+
+    Raises:
+        InputError: For a prompt that has an image already, and like ``draw``.
     """
     for prompt in prompts:
         if prompt.image is not None:

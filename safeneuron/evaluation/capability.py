@@ -70,7 +70,15 @@ class BenchmarkScore:
 
 
 def require_benchmarks(tasks: Sequence[str], folder: str = "") -> None:
-    """Raise ``InputError``, before hours of work, if the harness or a file of one of the tasks is missing."""
+    """Raise ``InputError``, before hours of work, if the harness or a file of one of the tasks is missing.
+
+    Args:
+        tasks: Names of ``TASKS``.
+        folder: Where their files are; empty for the Hub.
+
+    Raises:
+        InputError: With what is missing and how to get it.
+    """
     if find_spec("lm_eval") is None:
         raise InputError(f"capability benchmarks need lm-evaluation-harness, which is not installed; {INSTALL}")
     for task in tasks:
@@ -94,12 +102,23 @@ def benchmark(
 ) -> BenchmarkScore:
     """The score of the model as it stands, so within ``with pruned(...)`` that of the pruned model.
 
-    ``task`` is one of ``TASKS``, read from the files in ``folder`` or, without one, from the Hub. ``limit`` keeps the
-    first so many questions; ``shots`` replaces the task's own number of examples, which TruthfulQA keeps at 0.
-    ``progress(done, total)`` counts answers scored or written. One process does it alone.
+    One process does it alone.
 
-    Raises ``InputError`` if the harness is not installed, the task is unknown, or its questions cannot be read or are
-    too few.
+    Args:
+        model: The model.
+        task: One of ``TASKS``.
+        folder: Where the questions' files are; empty for the Hub.
+        limit: Keeps the first so many questions.
+        shots: Solved examples before a question, in place of the task's own number; TruthfulQA keeps 0.
+        chat_template: Whether questions and examples go through the model's chat template.
+        batch_size: Questions, each with one answer, in one forward pass.
+        progress: Is called with how many answers are scored or written, and of how many.
+
+    Returns:
+        The score with its standard error.
+
+    Raises:
+        InputError: If the harness is missing, the task is unknown, or its questions cannot be read or are too few.
     """
     if task not in TASKS:
         raise InputError(

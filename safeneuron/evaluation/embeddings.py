@@ -154,13 +154,30 @@ def words(text: str) -> list[str]:
 
 
 def nearest_reference(vectors: Tensor, references: Tensor) -> list[int]:
-    """For each row, the number of the reference with the largest cosine; -1 for a row without features."""
+    """For each row, the number of the reference with the largest cosine; -1 for a row without features.
+
+    Args:
+        vectors: ``[text, feature]``, of length 1 or 0.
+        references: ``[reference, feature]``, the same.
+
+    Returns:
+        One number a row.
+    """
     best = (vectors @ references.T).argmax(dim=1)
     return [int(number) if row.any() else -1 for number, row in zip(best, vectors, strict=True)]
 
 
 def first_of_each(vectors: Tensor, repeated: float, given: Tensor | None = None) -> list[bool]:
-    """Whether each row is unlike every row of ``given`` and every earlier row that was kept (cosine < ``repeated``)."""
+    """Whether each row is unlike every row of ``given`` and every earlier row that was kept.
+
+    Args:
+        vectors: ``[text, feature]``, of length 1 or 0.
+        repeated: A cosine from which on two rows are alike.
+        given: Rows that are there already.
+
+    Returns:
+        One truth value a row.
+    """
     kept = list(given) if given is not None else []
     chosen = []
     for row in vectors:

@@ -135,7 +135,15 @@ _NEEDLES = tuple(_needle(normalised(phrase)) for phrase in REFUSAL_PHRASES)
 
 
 def sounds_like_refusal(text: str, opening: int = 200) -> bool:
-    """Whether one of ``REFUSAL_PHRASES`` occurs in the first ``opening`` characters of a text made plain."""
+    """Whether one of ``REFUSAL_PHRASES`` occurs in the beginning of a text made plain.
+
+    Args:
+        text: The answer.
+        opening: How many of its first characters are read.
+
+    Returns:
+        True for a refusal by its words.
+    """
     start = normalised(text)[:opening]
     # The ends stand for the spaces and the full stop that a text of one phrase ("I can't") does not have.
     haystack = _IDIOMS.sub("", f" {start.rstrip('.!')}. ")

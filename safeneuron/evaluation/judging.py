@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 
 
 def make_judge(name: str, endpoint: Endpoint | None = None) -> Judge:
-    """The judge of that name, one of ``JUDGES``; guard models are loaded from the Hub or its local cache.
+    """The judge of that name; guard models are loaded from the Hub or its local cache.
 
-    Only ``rubric`` needs an ``endpoint``: the server whose model it asks. Raises ``InputError`` for an unknown name, or
-    if what the judge needs is not there.
+    Args:
+        name: One of ``JUDGES``.
+        endpoint: The server whose model ``rubric`` asks; no other judge needs it.
+
+    Returns:
+        A judge: called with prompts and responses it gives one verdict a response.
+
+    Raises:
+        InputError: For an unknown name, or if what the judge needs is not there.
     """
     if name not in JUDGES:
         known = ", ".join(JUDGES)
@@ -84,28 +91,34 @@ def combined(votes: Sequence[str], rule: Rule) -> str:
     return max(("refused", "incoherent", "harmless"), key=votes.count)
 
 
-def agreement(own: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def agreement(votes: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """How far each two judges agree, on the responses on which both had an opinion.
 
     Raw agreement and Cohen's kappa (kappa = (p - e) / (1 - e), with the agreement e that two independent judges of
     these rates would reach) of all verdicts, of "complied or not" and of "refused or not". Judges that cannot see harm
     say complied where others say harmless, so only "refused or not" compares all of them. Kappa is None where it does
     not exist: no responses, or both judges say one and the same of all.
+
+    Args:
+        votes: The verdicts of each judge on the same responses, by the judge's name.
+
+    Returns:
+        A record for each two judges, for JSON.
     """
-    return [_pair(first, second, own) for first, second in combinations(own, 2)]
+    return [_pair(first, second, votes) for first, second in combinations(votes, 2)]
 
 
-def _pair(first: str, second: str, own: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    both = list(zip(own[first], own[second], strict=True))
+def _pair(first: str, second: str, votes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    both = list(zip(votes[first], votes[second], strict=True))
     known = [pair for pair in both if "cannot say" not in pair]
-    found: dict[str, Any] = {"judges": [first, second], "n": len(known), "cannot_say": len(both) - len(known)}
-    found |= kappa(known)
+    record: dict[str, Any] = {"judges": [first, second], "n": len(known), "cannot_say": len(both) - len(known)}
+    record |= kappa(known)
     for verdict in ("complied", "refused"):
-        found[verdict] = kappa([(str(a == verdict), str(b == verdict)) for a, b in known])
+        record[verdict] = kappa([(str(a == verdict), str(b == verdict)) for a, b in known])
     counts = Counter(both)
     table = [(a, b, counts[a, b]) for a in VERDICTS for b in VERDICTS if counts[a, b]]
-    found["counts"] = [{"verdicts": [a, b], "n": number} for a, b, number in table]
-    return found
+    record["counts"] = [{"verdicts": [a, b], "n": number} for a, b, number in table]
+    return record
 
 
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "goal", "behavior", "forbidden_prompt", "objective", "input")
@@ -140,26 +153,32 @@ def judged(
 ) -> list[Judged]:
     """The verdicts on several lists of answers.
 
-    ``judges`` make the judges, so that no two of them are in memory at once. Of several, ``rule`` combines the verdicts
-    (see ``panel.combined``). ``progress(done, total)`` is called after each list of answers of each judge.
+    Args:
+        judges: Make the judges, so that no two of them are in memory at once.
+        rule: How the verdicts of several are combined; see ``combined``.
+        streams: Lists of answers, each with its prompt.
+        progress: Is called after each list of answers of each judge.
+
+    Returns:
+        One ``Judged`` for each list.
     """
     makers = list(judges)
-    own: list[dict[str, list[str]]] = [{} for _ in streams]
+    votes: list[dict[str, list[str]]] = [{} for _ in streams]
     for number, make in enumerate(makers):
         judge = make()
         for place, answers in enumerate(streams):
             prompts, responses = [prompt for prompt, _ in answers], [response for _, response in answers]
-            own[place][judge.name] = judge(prompts, responses)
+            votes[place][judge.name] = judge(prompts, responses)
             if progress is not None:
                 progress(number * len(streams) + place + 1, len(makers) * len(streams))
         del judge
     return [
         Judged(
-            [combined(votes, rule) if len(votes) > 1 else votes[0] for votes in zip(*said.values(), strict=True)],
-            said,
+            [combined(each, rule) if len(each) > 1 else each[0] for each in zip(*given.values(), strict=True)],
+            given,
             [incoherent(response) for _, response in answers],
         )
-        for said, answers in zip(own, streams, strict=True)
+        for given, answers in zip(votes, streams, strict=True)
     ]
 
 
@@ -178,8 +197,16 @@ def verdict_lines(found: Judged, judge: str) -> list[str]:
 def read_answers(path: Path, prompt: str = "", response: str = "") -> tuple[list[dict[str, Any]], Answers]:
     """The rows of a .jsonl or .csv file, and their prompts and responses.
 
-    The columns are the given ones, or the first of the known names that the first row has.
-    A response may be empty, as a broken model's are. Raises ``InputError`` that names place and mistake.
+    Args:
+        path: The file.
+        prompt: The column of prompts; empty for the first of the known names that the first row has.
+        response: The column of responses, likewise; one may be empty, as a broken model's are.
+
+    Returns:
+        The rows as they are, and ``(prompt, response)`` of each.
+
+    Raises:
+        InputError: For what cannot be read; it names place and mistake.
     """
     rows = list(read_rows(Source(str(path))))
     asked = prompt or _column(rows[0], _PROMPT_COLUMNS, "prompts", "--prompt")

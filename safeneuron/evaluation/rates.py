@@ -48,9 +48,17 @@ class Difference:
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference | None:
-    """The second state against the first, one truth value a prompt and in the same order; ``None`` without a prompt.
+    """The second state against the first, on the same prompts in the same order.
 
-    ``p_corrected`` is not corrected yet: see ``corrected``.
+    Args:
+        first: Whether the first state has the outcome, one truth value a prompt.
+        second: The same of the second state.
+
+    Returns:
+        The difference, its ``p_corrected`` not corrected yet (see ``corrected``); ``None`` without a prompt.
+
+    Raises:
+        ValueError: For lists of different lengths.
     """
     n = len(first)
     if n != len(second):
@@ -102,6 +110,12 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     """P-values among many tests, by Holm's step-down method (1979): one below .05 is wrong in 5 % of reports at most.
 
     The smallest is multiplied by the number of tests, the next by one less, and so on; none overtakes a later one.
+
+    Args:
+        p_values: Those of all tests of a report.
+
+    Returns:
+        The corrected ones, in the same order.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, highest = [0.0] * len(p_values), 0.0
@@ -115,7 +129,13 @@ def bootstrap_interval(values: NDArray[np.float64], draws: int = DRAWS) -> tuple
     """95 % bootstrap interval of the mean of ``values[seed, prompt]``, seeds and prompts both drawn with replacement.
 
     So both kinds of chance are in it. The same prompts are drawn for all seeds of a sample, since they all answer them.
-    The same values always give the same interval.
+
+    Args:
+        values: ``[seed, prompt]``.
+        draws: How many samples are drawn.
+
+    Returns:
+        The lower and the upper end; the same values always give the same.
     """
     import numpy as np
 
@@ -129,7 +149,16 @@ def bootstrap_interval(values: NDArray[np.float64], draws: int = DRAWS) -> tuple
 
 
 def resamples(n: int, draws: int, seed: int = 0) -> Iterator[list[int]]:
-    """Bootstrap samples of ``n`` items: the places of as many, drawn with replacement, ``draws`` times."""
+    """Bootstrap samples of ``n`` items, drawn with replacement.
+
+    Args:
+        n: How many items there are, and are drawn.
+        draws: How many samples.
+        seed: Decides the draws.
+
+    Returns:
+        The places of the drawn items, sample by sample.
+    """
     import numpy as np
 
     draw = np.random.default_rng(seed)
@@ -137,7 +166,15 @@ def resamples(n: int, draws: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def percentile_interval(values: Sequence[float], method: PercentileMethod = "linear") -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of resampled values; ``inverted_cdf`` gives two that did occur."""
+    """The 2.5 and 97.5 percentiles of resampled values.
+
+    Args:
+        values: One a sample; they may be infinite.
+        method: NumPy's; ``inverted_cdf`` gives two values that did occur.
+
+    Returns:
+        The lower and the upper end.
+    """
     import numpy as np
 
     low, high = np.percentile(np.asarray(values), [2.5, 97.5], method=method)
@@ -169,7 +206,15 @@ class Rate:
 
 
 def wilson(count: int, n: int) -> Rate:
-    """``count`` of ``n`` with the Wilson score interval at 95 %."""
+    """``count`` of ``n`` with the Wilson score interval at 95 %.
+
+    Args:
+        count: How many have the outcome.
+        n: How many could be judged; with none the share and its interval are 0, 0 and 1.
+
+    Returns:
+        The share with its interval, 0 to 1.
+    """
     from scipy.stats import binomtest
 
     if n == 0:
@@ -183,13 +228,28 @@ def share_of(verdict: str, verdicts: Sequence[str]) -> Rate:
 
     ``share_of("complied", ...)`` on harmful prompts is the ASR, ``share_of("refused", ...)`` on benign ones the
     over-refusal rate. Incoherent answers stay in the denominator: they are neither a success nor a refusal.
+
+    Args:
+        verdict: One of ``VERDICTS``.
+        verdicts: Those of all answers.
+
+    Returns:
+        The share with its Wilson interval.
     """
     judged = [given for given in verdicts if given != "cannot say"]
     return wilson(judged.count(verdict), len(judged))
 
 
 def verdict_rates(verdicts: Sequence[str], counted: str) -> dict[str, float]:
-    """How many answers got each verdict, with ``rate``, ``low`` and ``high`` of the verdict that is ``counted``."""
+    """How many answers got each verdict, with ``rate``, ``low`` and ``high`` of the verdict that is ``counted``.
+
+    Args:
+        verdicts: Those of all answers.
+        counted: The verdict whose share is given.
+
+    Returns:
+        A record for JSON.
+    """
     share = share_of(counted, verdicts)
     counts = {verdict: list(verdicts).count(verdict) for verdict in VERDICTS}
     return {"n": len(verdicts), **counts, "rate": share.rate, "low": share.low, "high": share.high}

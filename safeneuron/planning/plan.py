@@ -81,7 +81,18 @@ def plan_for(
 ) -> Plan:
     """How the training of a loaded model on these pairs is done so that it fits on its device, or on that of each rank.
 
-    Raises ``InputError`` if it may be changed and there is no way.
+    Args:
+        model: The model that is given to the training.
+        pairs: Those that are trained on.
+        training: The settings as they were asked for.
+        frozen: The neurons that are frozen, if any.
+        change: Whether fewer pairs at a time and gradient checkpointing may be chosen.
+
+    Returns:
+        The plan; its settings suit the rank with the least memory.
+
+    Raises:
+        InputError: If it may be changed and there is no way.
     """
     spec = ModelSpec(Shape.of(model.network, model.name), VisionShape.of(model.network), ImageLengths(model.processor))
     length = longest_pair(model, pairs, training.max_length)
@@ -104,7 +115,15 @@ def _of_all_ranks(training: TrainingSettings) -> TrainingSettings:
 def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
     """The plans for the training of states, before anything is loaded, with the lengths of pairs only guessed.
 
-    Raises ``InputError`` if even one pair of a few words at a time would not fit, for training that may be changed.
+    Args:
+        config: The config of the run.
+        states: The states that are trained.
+
+    Returns:
+        The plans by the states' names.
+
+    Raises:
+        InputError: If even one pair of a few words at a time would not fit, for training that may be changed.
     """
     spec = ModelSpec.of(config)
     device = Device.of(device_named(config.model.device))
@@ -119,9 +138,19 @@ def plans_for(config: Config, states: Sequence[State]) -> dict[str, Plan]:
 
 
 def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Device:
-    """The device to plan for: this machine's, or so many GPUs with so much memory each ("80GB").
+    """The device to plan for: this machine's, or so many GPUs with so much memory each.
 
-    Raises ``InputError`` for a size that is none.
+    Args:
+        config: Its ``model.device`` is the device of this machine.
+        memory: Memory of each GPU such as "80GB"; empty for this machine.
+        count: How many train together.
+        sharded: Whether they share what is trained (FSDP2), or each hold it (DDP).
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: For a size that is none.
     """
     if not memory:
         device = Device.of(device_named(config.model.device))
@@ -136,8 +165,15 @@ def device_asked(config: Config, memory: str, count: int, sharded: bool) -> Devi
 def table_of_needs(config: Config, device: Device) -> list[str]:
     """What each stage needs, by what it is for, as lines of text.
 
-    Tokens are guessed from the texts' characters where these are there, and images counted by the model's own
-    processor where that is; where they are not, the caps are taken.
+    Tokens are guessed from the texts' characters, and images counted by the model's own processor; where texts have yet
+    to be fetched or there is no processor, the caps are taken.
+
+    Args:
+        config: The config of the run.
+        device: Where it will run; see ``device_asked``.
+
+    Returns:
+        A table in GB, and remarks.
     """
     spec = ModelSpec.of(config)
     shape = spec.shape
