@@ -99,15 +99,15 @@ def doctor_command(
     from safeneuron.models.loading import quiet
 
     quiet()
-    found = examine(model, weights=weights, device=device)
-    known = f", fingerprint {found.fingerprint}" if found.fingerprint else ""
-    console.out.print(f"{found.name} ({found.kind}): {found.neurons:,} neurons{known}")
+    diagnosis = examine(model, weights=weights, device=device)
+    known = f", fingerprint {diagnosis.fingerprint}" if diagnosis.fingerprint else ""
+    console.out.print(f"{diagnosis.name} ({diagnosis.kind}): {diagnosis.neurons:,} neurons{known}")
     table = Table("layers", "FFN", "neurons", "form")
     table.add_column("neuron j owns", no_wrap=True)
-    for row in found.rows:
+    for row in diagnosis.rows:
         table.add_row(row.layers, row.ffn, row.neurons, row.form, Text("\n".join(row.owns)))
     console.out.print(table)
-    print_lines(found.remarks)
+    print_lines(diagnosis.remarks)
 
 
 def plan_command(

@@ -111,7 +111,7 @@ class JudgeTable(SettingsTable):
 
     def settings(self) -> dict[str, Any]:
         """What decides the verdicts, and nothing else: how patiently a server is asked does not."""
-        found: dict[str, Any] = {"name": self.names[0] if len(self.names) == 1 else list(self.names)}
+        values: dict[str, Any] = {"name": self.names[0] if len(self.names) == 1 else list(self.names)}
         if len(self.names) > 1:
-            found["rule"] = self.rule
-        return found | ({"url": self.url, "model": self.model} if "rubric" in self.names else {})
+            values["rule"] = self.rule
+        return values | ({"url": self.url, "model": self.model} if "rubric" in self.names else {})

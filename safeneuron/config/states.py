@@ -26,7 +26,11 @@ BASE = State("", 0)
 
 
 def states_of(config: Config) -> list[State]:
-    """All states that a config leads to, each after those it is made from: T0, the main rounds, then the variants'."""
+    """All states that a config leads to, each after those it is made from: T0, the main rounds, then the variants'.
+
+    Args:
+        config: The settings of the run.
+    """
     chains = [("", config.align), *((name, config.variant(name)) for name in config.variants)]
     rounds = [State(variant, number) for variant, table in chains for number in range(1, table.rounds + 1)]
     return [BASE, *rounds]

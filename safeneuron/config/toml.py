@@ -23,8 +23,13 @@ def presets() -> list[str]:
 def read_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
     """The config in a TOML file, or the bundled one of that name, with ``table.key=value`` changes applied.
 
-    Raises ``InputError`` for a missing or malformed file, an unknown key (with the nearest known one) or a value out of
-    range.
+    Args:
+        name: The path of a file, which goes before a bundled config of its name.
+        changes: ``table.key=value``, the value as TOML or as plain text; the last one wins.
+
+    Raises:
+        InputError: For a missing or malformed file, an unknown key (with the nearest known one) or a value out of
+            range.
     """
     path = Path(name)
     if str(name) in presets() and not path.is_file():
@@ -43,7 +48,16 @@ def read_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
 
 
 def parse_config(text: str, origin: str, changes: Sequence[str] = ()) -> Config:
-    """The config in a TOML text; ``origin`` names it in errors."""
+    """The config in a TOML text.
+
+    Args:
+        text: The TOML.
+        origin: Names it in errors.
+        changes: As in ``read_config``.
+
+    Raises:
+        InputError: As ``read_config`` does.
+    """
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -57,7 +71,12 @@ def parse_config(text: str, origin: str, changes: Sequence[str] = ()) -> Config:
 
 
 def to_toml(config: Config, comments: bool = True) -> str:
-    """The complete config as TOML, each key with its meaning in a comment; keys without a value are commented out."""
+    """The complete config as TOML, each key with its meaning in a comment; keys without a value are commented out.
+
+    Args:
+        config: What is written.
+        comments: Whether the meanings are.
+    """
     lines = list(_table_lines(config, "", comments))
     return "\n".join(lines).strip() + "\n"
 
@@ -118,7 +137,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_value(name)} = {_value(item)}" for name, item in value.items()) + " }"
     if isinstance(value, BaseModel):
-        told = value.model_dump().items()
-        given = {name: item for name, item in told if item not in ("", None) and item is not False}
+        items = value.model_dump().items()
+        given = {name: item for name, item in items if item not in ("", None) and item is not False}
         return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in given.items()) + " }"
     return "[" + ", ".join(_value(item) for item in value) + "]"

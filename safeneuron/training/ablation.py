@@ -18,10 +18,15 @@ from safeneuron.neurons.neuron_set import NeuronSet
 
 @dataclass(frozen=True)
 class Ablation:
-    """Which neurons are zero in the policy, and in what share of the optimizer steps, evenly spread.
+    """Which neurons are zero in the policy, and in what share of the optimizer steps, evenly spread (Algorithm 1).
 
-    ``reference`` ablates them in the reference too, which is computed once, so only a share of 1 can have it.
-    Raises ``InputError`` for another share.
+    Args:
+        neurons: The neurons.
+        share: The share of the optimizer steps in which they are zero, from 0 to 1.
+        reference: Whether they are zero in the reference too, which is computed once, so only with a share of 1.
+
+    Raises:
+        InputError: For an ablated reference with another share.
     """
 
     neurons: NeuronSet
@@ -40,10 +45,15 @@ class Ablation:
 class Refresh:
     """How the running model is attacked while it is trained.
 
-    ``find`` returns the sets that an attacker would prune from the model as it is now, each holding the one before it:
-    those of one search, of a second search with the first set pruned, and so on. It is called before every
-    ``every``-th optimizer step. In each micro-batch one of these sets is drawn and is zero for ``share`` of the pairs;
-    ``kl_weight`` times KL(intact || ablated), the mean over those pairs' answer tokens, is added to the loss.
+    In each micro-batch one of the sets that were found is drawn and is zero for a share of the pairs;
+    ``kl_weight * KL(intact || ablated)``, the mean over those pairs' answer tokens, is added to the loss.
+
+    Args:
+        find: Gives the sets that an attacker would prune from the model as it is now, each holding the one before it:
+            those of one search, of a second search with the first set pruned, and so on.
+        every: The optimizer steps from one search to the next.
+        share: The share of the pairs of a micro-batch for which a set is zero, from 0 to 1.
+        kl_weight: The weight of the KL term beside DPO's loss.
     """
 
     find: Callable[[Model], Sequence[NeuronSet]]

@@ -126,9 +126,9 @@ class PreferenceTrainer(PartsTrainer):
 
     def kinds(self, inputs: Inputs) -> list[list[int]]:
         """The pairs without a picture, and those with one, as far as there are any."""
-        shown = [features is not None for features in inputs.get(PICTURES, [None] * pair_count(inputs))]
-        apart = [[pair for pair, one in enumerate(shown) if one == wanted] for wanted in (False, True)]
-        return [pairs for pairs in apart if pairs]
+        has_image = [features is not None for features in inputs.get(PICTURES, [None] * pair_count(inputs))]
+        kinds = [[pair for pair, image in enumerate(has_image) if image == wanted] for wanted in (False, True)]
+        return [pairs for pairs in kinds if pairs]
 
     def completed(self, part: Inputs) -> Inputs:
         """The part with its pictures as the model takes them, once for each row."""
@@ -178,12 +178,12 @@ class PreferenceTrainer(PartsTrainer):
             dataset = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
         reference: Any = self.ref_model or self.model
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        gathered: tuple[list[Tensor], list[Tensor]] = ([], [])
         for batch in self.accelerator.prepare(loader):
-            own = self.compute_ref_log_probs(reference, batch)
-            for logps, more in zip(found, self.accelerator.gather_for_metrics(tuple(own)), strict=True):
+            local = self.compute_ref_log_probs(reference, batch)
+            for logps, more in zip(gathered, self.accelerator.gather_for_metrics(tuple(local)), strict=True):
                 logps.append(more.cpu())
-        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), found, strict=True):
+        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), gathered, strict=True):
             dataset = dataset.add_column(column, torch.cat(values).numpy())
         return dataset
 

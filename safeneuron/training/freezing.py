@@ -4,7 +4,7 @@ A gradient mask alone does not freeze: decoupled weight decay and stale momentum
 does, but gradient clipping then counts gradients that will not be used. So both: the frozen slices' gradients are set
 to zero as soon as they are accumulated (before clipping), and the slices are put back after each optimizer step.
 Only the slices are stored and touched, never a mask of the size of the model. Where several processes share a
-parameter, each holds and restores its own part of the slices (``shards``).
+parameter, each holds and restores its own part of the slices (``runtime.sharding``).
 """
 
 from __future__ import annotations
@@ -37,16 +37,24 @@ class HasRunningModel(Protocol):
 
 
 class Freeze:
-    """The slices of some neurons, held at the values they had when this object was made.
+    """The slices of some neurons, held at the values they had when this object was made (Eq. 12).
 
     ``attach`` before training, ``detach`` after it; ``verify`` whenever a proof is wanted. Where processes share the
     model, all of them make this object, once the model has been wrapped or sharded, and all ask for ``changed``,
-    ``verify`` and ``digest``, which have one answer. Raises ``InputError`` for neurons of another model, for every
-    neuron of a layer unless ``whole_layers`` says that this is meant, and for FFN weights that are quantised, tied, or
-    sharded in a way that is not understood, and where processes were given different neurons.
+    ``verify`` and ``digest``, which have one answer.
 
     LoRA adapters of PEFT are held where they are without effect on these neurons: their slices are set to zero, which
-    changes nothing that the model computes (see ``adapters.adapter_slices``, also for what is refused).
+    changes nothing that the model computes (see ``lora.adapter_slices``, also for what is refused).
+
+    Args:
+        model: The model that will be trained.
+        neurons: What is frozen.
+        whole_layers: Whether every neuron of a layer may be frozen.
+
+    Raises:
+        InputError: For neurons of another model, for every neuron of a layer unless that is meant, for FFN weights that
+            are quantised, tied, or sharded in a way that is not understood, and where processes were given different
+            neurons.
     """
 
     def __init__(self, model: nn.Module | HasNetwork, neurons: NeuronSet, *, whole_layers: bool = False) -> None:
@@ -70,8 +78,11 @@ class Freeze:
     def attach(self, *optimizers: Any) -> None:
         """Mask gradients from now on, check that before every step of an optimizer, restore the slices after it.
 
-        An optimizer may be one of torch, or what accelerate or DeepSpeed made of it; ``InputError`` if it steps in a
-        way that cannot be followed.
+        Args:
+            optimizers: Optimizers of torch, or what accelerate or DeepSpeed made of them.
+
+        Raises:
+            InputError: If one steps in a way that cannot be followed.
         """
         steppers = [sharding.stepper(optimizer) for optimizer in optimizers]
         self._parts_now(self.network)
@@ -97,6 +108,9 @@ class Freeze:
         """Put the frozen values into a copy of the network, such as an average of its weights over the steps.
 
         Averaging values that never change rounds them, so that an average as it is has frozen neurons only nearly.
+
+        Args:
+            copy: A network of the same form, spread over devices in the same way.
         """
         for part, saved in zip(self._parts_now(network_of(copy)), self.saved, strict=True):
             part.restore(saved)
@@ -105,6 +119,9 @@ class Freeze:
         """Fail unless the frozen parameters are still the model's own and their frozen gradients are zero.
 
         A hook on a parameter that the trainer has replaced never fires, and would fail silently.
+
+        Raises:
+            RuntimeError: If they are not.
         """
         loose = [
             piece.name for piece in self.slices if self.network.get_parameter(piece.name) is not piece.parameter
@@ -123,7 +140,11 @@ class Freeze:
         return [piece.name for piece, moved in zip(self.slices, anywhere, strict=True) if moved]
 
     def verify(self) -> None:
-        """Raise ``RuntimeError`` if any frozen slice has changed by a single bit."""
+        """Prove that no frozen slice has changed by a single bit.
+
+        Raises:
+            RuntimeError: If one has.
+        """
         changed = self.changed()
         if changed:
             raise RuntimeError(f"{len(changed)} frozen slices have changed (first: {changed[0]})")
@@ -141,11 +162,11 @@ class Freeze:
 
     def _parts_in(self, network: nn.Module) -> list[sharding.Part]:
         """What is here of the slices, as the network is now, also where a parameter object is another one by now."""
-        found = []
+        parts = []
         for piece in self.slices:
             parameter = network.get_parameter(piece.name)
-            found += sharding.local_parts(piece.name, parameter, piece.dim, piece.index, piece.experts)
-        return found
+            parts += sharding.local_parts(piece.name, parameter, piece.dim, piece.index, piece.experts)
+        return parts
 
     def _parts_now(self, network: nn.Module) -> list[sharding.Part]:
         """The parts that were saved, as they are now; ``RuntimeError`` if the network is held in another way by now."""
@@ -163,10 +184,16 @@ class FreezeNeurons(TrainerCallback):
 
     The frozen slices keep the values they have when training begins, bit for bit, and a proof is made at every save and
     at the end. Checkpoints carry a digest of them: training that goes on from one proves first that they are still the
-    first ones. ``averages`` are callbacks that keep an averaged copy of the model, which is then made exact too.
-    Raises ``InputError`` as ``Freeze`` does and for a checkpoint of another training, ``RuntimeError`` when the trainer
-    does not let the neurons be frozen. After training that ended with an exception, ``close`` takes the hooks off the
-    model.
+    first ones. After training that ended with an exception, ``close`` takes the hooks off the model.
+
+    Args:
+        neurons: What is frozen.
+        whole_layers: Whether every neuron of a layer may be frozen.
+        averages: Callbacks that keep an averaged copy of the model, which is then made exact too.
+
+    Raises:
+        InputError: As ``Freeze`` does, and for a checkpoint of another training; once training begins.
+        RuntimeError: When the trainer does not let the neurons be frozen.
     """
 
     def __init__(
@@ -261,7 +288,19 @@ def frozen(
 ) -> Iterator[Freeze]:
     """Freeze neurons within the block, for a hand-written loop with one optimizer or more; verified at its end.
 
-    Raises ``InputError`` as ``Freeze`` does, ``RuntimeError`` when the loop does not let the neurons be frozen.
+    Args:
+        model: The model that the block trains.
+        neurons: What is frozen.
+        optimizer: The optimizer; all others that step follow as ``more``.
+        more: Further optimizers.
+        whole_layers: Whether every neuron of a layer may be frozen.
+
+    Returns:
+        A context manager that gives the ``Freeze``.
+
+    Raises:
+        InputError: As ``Freeze`` does.
+        RuntimeError: When the loop does not let the neurons be frozen, or a slice has changed at the end.
     """
     freeze = Freeze(model, neurons, whole_layers=whole_layers)
     freeze.attach(optimizer, *more)

@@ -88,7 +88,12 @@ def adapter_slices(model: nn.Module | HasNetwork, neurons: NeuronSet) -> list[Sl
 def lora_config(model: nn.Module | HasNetwork, training: TrainingSettings) -> Any:
     """The settings as a ``peft.LoraConfig``, for the linear layers of the model's FFNs, of its attention, or of both.
 
-    Raises ``InputError`` without PEFT.
+    Args:
+        model: The model that gets the adapters.
+        training: Says their rank, scale, dropout and targets.
+
+    Raises:
+        InputError: Without PEFT, or if no linear layer of the model is a target.
     """
     try:
         from peft import LoraConfig
@@ -126,12 +131,14 @@ def adapters_of(model: nn.Module | HasNetwork) -> list[Adapter]:
     Raises ``InputError`` for adapters whose change is not scaling * B A on linear layers.
     """
     network = network_of(model)
-    found = []
+    adapters = []
     for name, module in network.named_modules():
         if module._modules.get("base_layer") is not None:
             layer: Any = module
-            found += [one for key, one in _plain_adapters(network, name, layer) if key in layer.active_adapters]
-    return found
+            adapters += [
+                adapter for key, adapter in _plain_adapters(network, name, layer) if key in layer.active_adapters
+            ]
+    return adapters
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -139,8 +146,16 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     Unlike PEFT's own ``merge_and_unload`` it leaves every weight whose change is zero as it is, bit for bit, also where
     the base model is in 4 bits: what is returned then is a new network on the CPU, with the weights that the quantised
-    one computes with. The given model is used up, and the new one keeps its neurons' names. Raises ``InputError`` for
-    adapters that are not plain LoRA on linear layers.
+    one computes with. The given model is used up, and the new one keeps its neurons' names.
+
+    Args:
+        model: The ``peft.PeftModel``.
+
+    Returns:
+        The network without adapters.
+
+    Raises:
+        InputError: For a model without adapters, and for adapters that are not plain LoRA on linear layers.
     """
     network: Any = network_of(model)
     if network is model:

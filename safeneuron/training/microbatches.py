@@ -102,10 +102,10 @@ class PartsTrainer(DPOTrainer):
             return DPOTrainer.compute_ref_log_probs(self, model, part)  # type: ignore[no-untyped-call]
 
         halving, kinds = self._halving(), self.kinds(inputs)
-        found = [torch.stack(part) for kind in kinds for part in halving.over(kind, work)]
+        logps = [torch.stack(part) for kind in kinds for part in halving.over(kind, work)]
         self._set_at_once(halving)
         order = torch.tensor([pair for kind in kinds for pair in kind]).argsort()
-        chosen, rejected = torch.cat(found, dim=1)[:, order.to(found[0].device)]
+        chosen, rejected = torch.cat(logps, dim=1)[:, order.to(logps[0].device)]
         return chosen, rejected
 
     def _in_parts(self, model: nn.Module, whole: Inputs, num_items_in_batch: Any) -> Tensor:
@@ -198,9 +198,9 @@ def merged(logged: Sequence[tuple[int, Metrics]]) -> Metrics:
     Means over pairs are exact; means over tokens, which TRL only logs, are taken as if all pairs were equally long.
     """
     names = dict.fromkeys(name for _, metrics in logged for name in metrics)
-    found: Metrics = {}
+    metrics_of_all: Metrics = {}
     for name in names:
         values = [(size, value) for size, metrics in logged for value in metrics.get(name, [])]
         mean = sum(size * value for size, value in values) / sum(size for size, _ in values)
-        found[name] = [values[-1][1] if name == "num_tokens" else mean]
-    return found
+        metrics_of_all[name] = [values[-1][1] if name == "num_tokens" else mean]
+    return metrics_of_all

@@ -36,6 +36,7 @@ def on_policy_pairs(
     safe: Sequence[Prompt],
     neurons: NeuronSet,
     judge: Judge,
+    *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     seed: int = 0,
@@ -47,12 +48,27 @@ def on_policy_pairs(
     its safety ``neurons`` pruned: it is the red-team generator that the method defends against. Where that answer is
     incoherent or a refusal, the intact model's own answer takes its place, if it complies. For a benign prompt,
     chosen is the intact model's own answer and rejected is a refusal. Answers are cut at the end of a sentence. A
-    prompt without an answer that is coherent and no refusal gives no pair. The result has unsafe and safe pairs in
-    turn. All ranks get all pairs; each of them generates its share of the answers.
+    prompt without an answer that is coherent and no refusal gives no pair. Each rank generates its share of the
+    answers.
 
-    Raises ``InputError`` when no pair at all comes out.
+    Args:
+        model: The model that answers.
+        unsafe: Harmful prompts.
+        safe: Harmless prompts.
+        neurons: The safety neurons of the model.
+        judge: Tells answers that can be used from refusals.
+        max_new_tokens: The length of an answer in tokens.
+        batch_size: Answers generated side by side.
+        seed: Of the refusals that are chosen.
+        progress: Is told the answers that are there.
+
+    Returns:
+        Unsafe and safe pairs in turn; all ranks get all of them.
+
+    Raises:
+        InputError: When no pair at all comes out.
     """
-    asked = list(unsafe) + list(safe)
+    every = [*unsafe, *safe]
 
     def answers(prompts: Sequence[Prompt], done: int) -> list[str]:
         """Usable answers to the prompts; empty where the model refused or babbled."""
@@ -63,13 +79,13 @@ def on_policy_pairs(
                 texts[index] = whole_sentences(text)
             done += len(batch)
             if progress is not None:
-                progress(done, len(unsafe) + len(asked))
+                progress(done, len(unsafe) + len(every))
         verdicts = distributed.from_main(lambda: judge([prompt.text for prompt in prompts], texts))
         return [text if verdict in USABLE else "" for text, verdict in zip(texts, verdicts, strict=True)]
 
     with pruned(model, neurons):
         attacked = answers(unsafe, 0)
-    intact = answers(asked, len(unsafe))
+    intact = answers(every, len(unsafe))
     compliant = [first or second for first, second in zip(attacked, intact, strict=False)]
     unsafe_pairs = [
         Pair(_conversation(prompt), refusal(prompt, seed), answer, "on-policy:unsafe", prompt.image)
@@ -91,13 +107,22 @@ def on_policy_pairs(
 
 
 def refusal(prompt: Prompt, seed: int) -> str:
-    """A refusal of the prompt: a short opening, then reasons that fit its category; the same for the same seed."""
+    """A refusal of the prompt: a short opening, then reasons that fit its category.
+
+    Args:
+        prompt: What is refused.
+        seed: The refusal is the same for the same prompt and seed.
+    """
     draw = hashlib.sha256(f"opening\n{seed}\n{prompt.text}".encode()).digest()[0]
     return f"{LEADS[draw % len(LEADS)]} {fitting_refusal(prompt, seed)}"
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last sentence or line, if that keeps a third of it or more; else all of it."""
+    """The text up to the end of its last sentence or line, if that keeps a third of it or more; else all of it.
+
+    Args:
+        text: An answer that may have been cut at its greatest length.
+    """
     text = text.strip()
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
     # The number of a list item ("2.") ends no sentence.

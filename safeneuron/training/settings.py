@@ -83,7 +83,8 @@ class TrainingSettings:
     def micro_batch(self) -> int:
         """Pairs in one forward pass of this rank: as near to ``micro_batch_size`` as divides its share of a batch.
 
-        Raises ``InputError`` if the ranks cannot have equal shares.
+        Raises:
+            InputError: If the ranks cannot have equal shares.
         """
         share, left = divmod(self.batch_size, distributed.world())
         if left:
@@ -160,7 +161,15 @@ def is_sharded() -> bool:
 
 
 def require_trainable_settings(training: TrainingSettings, refresh: bool) -> None:
-    """Raise ``InputError`` if the ranks, as they were launched, cannot train so, with or without ``refresh``."""
+    """Make sure that the ranks, as they were launched, can train so.
+
+    Args:
+        training: The settings.
+        refresh: Whether neurons are found again while the model is trained.
+
+    Raises:
+        InputError: If they cannot: DeepSpeed, FSDP1, unequal shares of a batch, or ``refresh`` with FSDP2.
+    """
     training.micro_batch()
     if distributed.world() > 1 and _asked("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
@@ -184,7 +193,15 @@ def _asked(name: str) -> bool:
 
 
 class Watch(TrainerCallback):
-    """Report progress after each step, mark whole checkpoints, stop before training that diverged is saved."""
+    """Report progress after each step, mark whole checkpoints, stop before training that diverged is saved.
+
+    Args:
+        folder: Where the checkpoints are.
+        progress: Is told the steps that are done.
+
+    Raises:
+        InputError: While training, for a loss or gradient that is not finite.
+    """
 
     def __init__(self, folder: Path, progress: Progress | None) -> None:
         self.folder = folder
@@ -248,7 +265,11 @@ def last_checkpoint(folder: Path, sharded: bool = False) -> str | None:
 
 @contextmanager
 def model_restored(network: PreTrainedModel) -> Iterator[None]:
-    """Within the block a trainer may patch the model and its settings; afterwards both are as they were."""
+    """Within the block a trainer may patch the model and its settings; afterwards both are as they were.
+
+    Args:
+        network: The model, which may come out of the block with other weights.
+    """
     attributes, settings = set(vars(network)), dict(vars(network.config))
     generation = copy.deepcopy(network.generation_config)
     try:
