@@ -23,7 +23,7 @@ from safeneuron.selection.scores import criteria, effect_size
 ALWAYS = 0.95
 """A neuron is always in if at least this share of the resampled sets hold it."""
 FARTHEST = 100
-"""A sample size is extrapolated to so many times the prompts at hand, and not farther."""
+"""A sample size is extrapolated to so many times the prompts that there are, and not farther."""
 
 Find = Callable[[ActivationStats], NeuronSet]
 
@@ -115,7 +115,7 @@ def prompts_needed(curve: Sequence[tuple[int, float]], goal: float = 0.9) -> Nee
     """How many prompts give a mean Jaccard of ``goal``, from points (prompts, mean Jaccard of independent samples).
 
     Within the data the answer lies on the straight line between two points; beyond it, on 1 - J = a n**-b, fitted to
-    the logarithms. Where that would need more than ``FARTHEST`` times the prompts at hand, where the curve does not
+    the logarithms. Where that would need more than ``FARTHEST`` times the prompts that there are, where the curve does not
     rise, and with fewer than 3 points, the answer is "not reached".
     """
     points = sorted((size, value) for size, value in curve if not math.isnan(value))

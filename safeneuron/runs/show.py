@@ -219,7 +219,7 @@ def _neurons(path: Path) -> Iterator[str]:
     from safeneuron.neurons.neuron_set import VISION_SUFFIX, NeuronSet
 
     neurons = NeuronSet.load(path)
-    whose = "eyes of the model" if neurons.fingerprint.endswith(VISION_SUFFIX) else "model"
+    whose = "vision tower of the model" if neurons.fingerprint.endswith(VISION_SUFFIX) else "model"
     yield f"A neuron set: {neurons}, of the {whose} with fingerprint {neurons.fingerprint}."
     peak = max(range(len(neurons.counts)), key=neurons.counts.__getitem__)
     yield f"Most of them in layer {peak}: {neurons.counts[peak]} of {neurons.widths[peak]}."

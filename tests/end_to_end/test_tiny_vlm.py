@@ -166,7 +166,7 @@ def test_a_run_on_the_neurons_of_the_eyes(looked: Path, here: Path) -> None:
     assert any(change for change, prompt in zip(changed, asked, strict=True) if prompt.image)
     assert not any(change for change, prompt in zip(changed, asked, strict=True) if not prompt.image), "it saw nothing"
     assert "feed-forward networks of the vision tower and the projector" in (looked / "report/report.md").read_text()
-    assert "of the eyes of the model" in " ".join(explain(looked / "T0/select/neurons.json"))
+    assert "of the vision tower of the model" in " ".join(explain(looked / "T0/select/neurons.json"))
 
 
 def test_what_does_not_go_with_the_neurons_of_the_eyes(looked: Path, here: Path) -> None:
