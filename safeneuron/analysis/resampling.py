@@ -115,8 +115,8 @@ def prompts_needed(curve: Sequence[tuple[int, float]], goal: float = 0.9) -> Nee
     """How many prompts give a mean Jaccard of ``goal``, from points (prompts, mean Jaccard of independent samples).
 
     Within the data the answer lies on the straight line between two points; beyond it, on 1 - J = a n**-b, fitted to
-    the logarithms. Where that would need more than ``FARTHEST`` times the prompts that there are, where the curve does not
-    rise, and with fewer than 3 points, the answer is "not reached".
+    the logarithms. Where that would need more than ``FARTHEST`` times the prompts that there are, where the curve does
+    not rise, and with fewer than 3 points, the answer is "not reached".
     """
     points = sorted((size, value) for size, value in curve if not math.isnan(value))
     for (size, value), (larger, better) in zip([(0, 0.0), *points], points, strict=False):
