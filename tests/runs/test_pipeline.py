@@ -20,6 +20,12 @@ from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory
 from safeneuron.runtime.files import read_json, read_lines
 from tests.helpers.tiny_run import SMALL, STATES, Watch, execute, results, stages_in
 
+
+def rarely(value: object) -> object:
+    """One of several cases of which others are fast."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 OWN = ("ORI", "static-ES", "static-FULL", "random")
 
 
@@ -148,9 +154,7 @@ def moments_of(events: list[tuple[object, ...]]) -> list[int]:
 
 
 # The middle of training and the middle of answering are the fast ones.
-@pytest.mark.parametrize(
-    "place", [pytest.param(at, marks=[] if at in (3, 7) else pytest.mark.slow) for at in range(10)]
-)
+@pytest.mark.parametrize("place", [at if at in (3, 7) else rarely(at) for at in range(10)])
 def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_results(small, tmp_path, place):
     config, expected, events = small
     moments = moments_of(events)
@@ -185,7 +189,7 @@ def test_answers_continue_after_a_torn_line(small, tmp_path):
     assert results(tmp_path) == expected
 
 
-@pytest.mark.parametrize("save", [1, 3, 6])
+@pytest.mark.parametrize("save", [rarely(1), 3, rarely(6)])
 def test_training_killed_while_it_saves_continues_from_a_whole_checkpoint(small, tmp_path, monkeypatch, save):
     config, expected, _ = small
     write, calls = torch.save, []
@@ -207,6 +211,7 @@ def test_training_killed_while_it_saves_continues_from_a_whole_checkpoint(small,
     assert results(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_training_killed_after_its_last_step_trains_no_further(small, tmp_path, monkeypatch):
     config, expected, _ = small
 
@@ -222,7 +227,7 @@ def test_training_killed_after_its_last_step_trains_no_further(small, tmp_path, 
     assert results(tmp_path) == expected
 
 
-@pytest.mark.parametrize("stage", ["T1/align", "T0/attack", "T0/select", "report"])
+@pytest.mark.parametrize("stage", ["T1/align", rarely("T0/attack"), rarely("T0/select"), rarely("report")])
 def test_killed_between_the_work_and_its_marker(small, tmp_path, monkeypatch, stage):
     config, expected, _ = small
     finish = Stage.finish
@@ -240,7 +245,7 @@ def test_killed_between_the_work_and_its_marker(small, tmp_path, monkeypatch, st
     assert results(tmp_path) == expected
 
 
-@pytest.mark.parametrize("save_every", [1, 0])
+@pytest.mark.parametrize("save_every", [1, rarely(0)])
 def test_a_full_disk_while_a_model_is_saved_is_one_sentence_and_the_run_goes_on_later(small, tmp_path, save_every):
     config, expected, _ = small
     config = config.model_copy(update={"align": config.align.model_copy(update={"save_every": save_every})})

@@ -289,6 +289,7 @@ def test_ctrl_c_in_one_rank_ends_all_with_one_sentence(interrupted):
     assert len(read_lines(stream)) == 2, "one answer of each"
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were_stopped(interrupted, world, tmp_path):
     shutil.copytree(interrupted[0] / "run", tmp_path / "run")
     changes = [*SMALL, "align.rounds=0"]
@@ -305,6 +306,7 @@ def failed(interrupted, world):
     return folder, codes, errors
 
 
+@pytest.mark.slow
 def test_a_mistake_found_by_one_rank_while_training_ends_all_with_one_sentence(failed):
     folder, codes, errors = failed
     assert sentences(errors) == ["error: rank 1 has found a mistake"], errors
@@ -314,6 +316,7 @@ def test_a_mistake_found_by_one_rank_while_training_ends_all_with_one_sentence(f
     assert list((folder / "run" / "T1" / "align" / "checkpoints").glob("*/complete"))
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_and_end_as_one_would(failed, world, tmp_path):
     """Started by torchrun; the training goes on from the checkpoint, with its neurons frozen, and the proof holds."""
     folder = failed[0] / "run"

@@ -307,6 +307,7 @@ AUDIT = ("align.rounds=0", "variants={}", 'model.dtype="float32"', 'attack.selec
 SPREAD = ('model.device_map="auto"', "model.max_memory={cpu='90KB'}")
 
 
+@pytest.mark.slow
 def test_a_run_with_layers_on_disk_has_the_same_results_and_goes_on_as_the_same_run(tmp_path):
     config = write_world(tmp_path)
     for name, changes in (("plain", AUDIT), ("spread", (*AUDIT, *SPREAD))):

@@ -114,7 +114,12 @@ def trainer_for(row: Mapping[str, str], network: nn.Module, folder: Path, **chan
     return scale_loss(trainer, torch.amp.GradScaler("cpu")) if row["precision"] == "float16 autocast" else trainer
 
 
-@pytest.mark.parametrize("row", MATRIX, ids=lambda row: ", ".join(row.values()))
+# One row of each trainer is fast.
+FAST = list({row["trainer"]: row for row in MATRIX}.values())
+ROWS = [row if row in FAST else pytest.param(row, marks=pytest.mark.slow) for row in MATRIX]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join(row.values()))
 def test_frozen_stays_and_the_rest_moves(row, tmp_path):
     network = network_for(row)
     before = snapshot(network)
@@ -192,6 +197,7 @@ def test_optimizer_of_the_user_with_two_groups(trainable, tmp_path):
 # -- compiled models --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["compiled by the trainer", "compiled by the user"])
 def test_compiled_model(who, tmp_path):
     network = network_with_noise()
