@@ -68,6 +68,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_a_run_by_vllm_has_the_same_answers(vllm, finished_run, tmp_path):
     _, config, _ = finished_run
     changes = (

@@ -141,6 +141,7 @@ def test_measuring_does_not_wait_for_a_training_that_fits(tmp_path, monkeypatch)
     assert execute(config, tmp_path / "audit", changes=("align.rounds=0", "variants={}")).of("noted") == []
 
 
+@pytest.mark.slow
 def test_as_configured_is_done_as_configured(tmp_path, monkeypatch):
     config = write_world(tmp_path)
     machine_with(monkeypatch, 0.1)
@@ -149,6 +150,7 @@ def test_as_configured_is_done_as_configured(tmp_path, monkeypatch):
     assert (record["changed"], record["at_once"]) == (False, 0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_nothing_again_and_may_change_how_it_fits(tmp_path):
     config = write_world(tmp_path)
     execute(config, tmp_path / "run", changes=ONE_ROUND)

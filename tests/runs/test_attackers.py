@@ -109,6 +109,7 @@ def test_they_stand_in_the_results_and_the_report(attacked):
     assert "pruning in several rounds" in page, "that was not"
 
 
+@pytest.mark.slow
 def test_stopped_work_goes_on_to_the_same_results(attacked, tmp_path):
     folder, settings, watch = attacked
     begun = watch.events.index(("began", "T0/attack"))

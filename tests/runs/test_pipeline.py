@@ -18,13 +18,8 @@ from safeneuron.runs.pipeline import prepare
 from safeneuron.runs.run import Run, Stage
 from safeneuron.runtime.devices import peak_memory_mb, reset_peak_memory
 from safeneuron.runtime.files import read_json, read_lines
+from tests import rarely
 from tests.helpers.tiny_run import SMALL, STATES, Watch, execute, results, stages_in
-
-
-def rarely(value: object) -> object:
-    """One of several cases of which others are fast."""
-    return pytest.param(value, marks=pytest.mark.slow)
-
 
 OWN = ("ORI", "static-ES", "static-FULL", "random")
 

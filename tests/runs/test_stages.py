@@ -119,6 +119,7 @@ def test_on_policy_pairs_are_made_once_and_warnings_are_told_once(finished_run, 
     assert execute(config, tmp_path / "run", changes=changes).of("warned") == []
 
 
+@pytest.mark.slow
 def test_variants_train_what_they_say(finished_run, tmp_path):
     _, config, _ = finished_run
     changes = (
@@ -148,6 +149,7 @@ def test_variants_train_what_they_say(finished_run, tmp_path):
         assert not trained.any() or not torch.equal(after[trained], before[trained]), name
 
 
+@pytest.mark.slow
 def test_general_pairs_can_be_made_on_policy(finished_run, tmp_path, monkeypatch):
     """The safety pairs are read, pairs of the model's own answers to harmless prompts are mixed in."""
     _, config, _ = finished_run

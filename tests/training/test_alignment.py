@@ -24,6 +24,7 @@ from safeneuron.training.alignment import Alignment, align
 from safeneuron.training.dpo import dataset_of
 from safeneuron.training.freezing import Freeze
 from safeneuron.training.settings import COMPLETE, TrainingSettings
+from tests import rarely
 from tests.helpers import tiny
 from tests.helpers.frozen_checks import assert_only_frozen_stayed, frozen_entries, snapshot, some_neurons
 from tests.training.test_freezing import hooks_on
@@ -354,7 +355,7 @@ def assert_same_result(first: Alignment, second: Alignment) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [rarely(1), 4, rarely(7)])
 def test_interrupted_training_ends_as_if_it_had_not_been(step, straight, tmp_path):
     model, seen = tiny.model(), []
     with pytest.raises(KeyboardInterrupt):
