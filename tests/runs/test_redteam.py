@@ -19,7 +19,7 @@ from safeneuron.models.model import Sampling, generate
 from safeneuron.neurons.interventions import pruned
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.runs import redteam
-from safeneuron.runs.redteam import RedTeam, first_request, prepare_redteam, red_team, table
+from safeneuron.runs.redteam import RedTeam, RedTeamResults, first_request, prepare_redteam, red_team, table
 from safeneuron.runs.redteam_filters import KEPT, LOSSES
 from safeneuron.runs.run import Run
 from safeneuron.runtime.files import read_json, read_lines
@@ -102,7 +102,7 @@ def test_finished_work_is_not_made_again_and_another_judge_needs_no_samples(mode
     with pytest.raises(InputError, match=r"judge was 'every second' and is now 'other'.*--redo yield"):
         red_team(model, None, REQUESTS, Other(), tmp_path / "a", SETTINGS)
     prepare_redteam(Run.create(tmp_path / "a"), "yield")
-    assert red_team(model, None, REQUESTS, Other(), tmp_path / "a", SETTINGS)["judge"] == "other"
+    assert red_team(model, None, REQUESTS, Other(), tmp_path / "a", SETTINGS).judge == "other"
 
 
 @pytest.mark.parametrize("change", ["neurons", "seed", "requests"])
@@ -146,14 +146,11 @@ def test_the_yield_is_counted_and_what_was_kept_can_be_used(model, tmp_path):
     for kind in ("prompts", "answers"):
         fates = [record["fate"] for record in read_lines(folder / f"{kind}-fates.jsonl")]
         assert {fate: fates.count(fate) for fate in (*LOSSES, KEPT)} == {
-            fate: results[kind][fate] for fate in (*LOSSES, KEPT)
+            fate: vars(results)[kind].counts[fate] for fate in (*LOSSES, KEPT)
         }
         share = wilson(fates.count(KEPT), len(fates))
-        assert (results[kind]["rate"], results[kind]["low"], results[kind]["high"]) == (
-            share.rate,
-            share.low,
-            share.high,
-        )
+        assert vars(results)[kind].kept == share
+        assert read_json(folder / "results.json") == results.to_json()
         assert len(read_lines(folder / f"{kind}.jsonl")) == fates.count(KEPT)
     kept = [i for i, record in enumerate(read_lines(folder / "answers-fates.jsonl")) if record["fate"] == KEPT]
     assert kept
@@ -216,7 +213,7 @@ def test_the_command_prints_counts_and_no_text(world, tmp_path):
     done = command(world, tmp_path / "out")
     assert done.exit_code == 0, done.output
     results = read_json(tmp_path / "out" / "yield" / "results.json")
-    assert all(line in done.output for line in table(results))
+    assert all(line in done.output for line in table(RedTeamResults.load(tmp_path / "out")))
     assert (results["prompts"]["n"], results["answers"]["n"]) == (24, 4)
     for kind in ("prompts", "answers"):
         assert not any(len(r["text"]) > 3 and r["text"] in done.output for r in samples(tmp_path / "out", kind))
