@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan, prod
 from pathlib import Path
@@ -19,8 +20,8 @@ from safeneuron.planning.plan import aligned, time_words
 from safeneuron.runtime.files import read_json
 
 NOTE = "in proportion to weights, prompts, pairs, epochs and the longest answers; all else is as in that run"
-# What the time of each kind of stage is proportional to.
-WORK = {
+_FARTHEST = 30  # times as many weights, or as few: small models spend their time on other things
+WORK = {  # what the time of each kind of stage is proportional to
     "measure": ("weights", "prompts"), "select": ("weights",), "iterate": ("weights", "prompts", "searches"),
     "rivals": ("weights", "prompts"), "attack": ("weights", "tests", "tokens"), "judge": ("tests",),
     "capability": ("weights",), "pairs": ("weights", "pairs"), "align": ("weights", "pairs", "epochs"),
@@ -44,12 +45,10 @@ class TimeRecord:
 
     def ratios(self, config: Config, variant: str) -> dict[str, float]:
         """How many times as much work a config has as the run, by what it is counted in; NaN where unknown."""
-        ratios, before = {}, _sizes(self.config, variant)
+        before, ratios = _sizes(self.config, variant), dict.fromkeys(_sizes(config, variant), nan)
         for what, size in _sizes(config, variant).items():
-            try:
+            with suppress(InputError, ZeroDivisionError):
                 ratios[what] = 1.0 if size == before[what] else _number(size) / _number(before[what])
-            except (InputError, ZeroDivisionError):
-                ratios[what] = nan
         return ratios
 
     def forecast(self, state: State, kind: str, ratios: dict[str, float]) -> float:
@@ -67,9 +66,10 @@ def table_of_times(config: Config, record: TimeRecord) -> list[str]:
     wanted["iterate"] = states if "iterated" in attack.knowledge else []
     wanted["rivals"] = [one for one in states if "fine-tune" in attack.attempts or selectors_for(attack, one)]
     wanted["capability"], wanted["align"] = states if config.capability.enabled else [], states[1:]
-    wanted["pairs"] = states[: len(states) > 1]
+    wanted["pairs"], rows, total = states[: len(states) > 1], [["", "stages", "each", "in all"]], 0.0
     ratios = {variant: record.ratios(config, variant) for variant in {state.variant for state in states}}
-    rows, total = [["", "stages", "each", "in all"]], 0.0
+    if ratios[""]["weights"] > _FARTHEST or ratios[""]["weights"] < 1 / _FARTHEST:
+        return [f"time: unknown; {record.folder} is of a model of another size, give a run of one of about this size"]
     for kind in (kind for kind in WORK if wanted[kind]):
         seconds = [record.forecast(state, kind, ratios[state.variant]) for state in wanted[kind]]
         rows.append([kind, str(len(seconds)), time_words(mean(seconds)), time_words(sum(seconds))])

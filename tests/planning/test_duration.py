@@ -112,6 +112,15 @@ def test_a_real_run_forecasts_itself(tmp_path):
     assert rows(table_of_times(config, record))["measure"][0] == "2"
 
 
+def test_a_model_of_another_order_of_size_is_not_extrapolated(tmp_path):
+    path = write_world(tmp_path)
+    record = recorded(tmp_path / "run", read_config(path))
+    seventy_billion(tmp_path / "large")
+    (line,) = table_of_times(read_config(path, [f'model.name="{tmp_path / "large"}"']), record)
+    assert "unknown" in line
+    assert "size" in line
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="config"):
         TimeRecord.read(tmp_path)
