@@ -67,7 +67,9 @@ def rivals_stage(context: RunContext, state: State) -> StageSpec:
     inputs = ["data", *weights_stage(state), f"{state.name}/select"]
     if tunes:
         settings["judge"] = config.judge.settings()
-        settings["files"] = file_hashes({table.fine_tune_data: Path(table.fine_tune_data)})
+        # Without a file the path is empty, and that is the working directory, which holds the run itself.
+        given = {table.fine_tune_data: Path(table.fine_tune_data)} if table.fine_tune_data else {}
+        settings["files"] = file_hashes(given)
     return StageSpec(f"{state.name}/rivals", settings, inputs, partial(_find_rivals, context, state), together=True)
 
 

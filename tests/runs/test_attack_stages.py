@@ -43,6 +43,18 @@ def test_an_attack_is_made_from_what_it_prunes(finished_run):
     assert attack.inputs == ["data", "T0/select", "T0/iterate", "T0/rivals", "T0/measure"]
 
 
+def test_learning_from_own_answers_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    """It has no file of demonstrations, and an empty path is the folder in which the program runs, and the run is."""
+    monkeypatch.chdir(tmp_path)
+    settings = read_config("audit", ['attack.attempts=["fine-tune"]'])
+    context = RunContext(settings, Run(tmp_path / "run"), Watch())
+    (before,) = (spec.settings for spec in attack_stages(context, BASE) if spec.kind == "rivals")
+    (tmp_path / "run.log").write_text("more")
+    (after,) = (spec.settings for spec in attack_stages(context, BASE) if spec.kind == "rivals")
+    assert before == after
+    assert after["files"] == {}
+
+
 def test_what_a_judge_cannot_say_is_reported_apart(finished_run, tmp_path, monkeypatch):
     _, config, _ = finished_run
     monkeypatch.setattr("safeneuron.runs.inputs.make_judge", lambda *_: AnswersJudge())
