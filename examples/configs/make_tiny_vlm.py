@@ -39,8 +39,8 @@ def processor() -> hf.ProcessorMixin:
     words = hf.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", extra_special_tokens=names
     )
-    eyes = hf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
-    return processor_without_video(hf.Qwen2VLProcessor)(eyes, words, no_video(), chat_template=TEMPLATE)
+    images = hf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    return processor_without_video(hf.Qwen2VLProcessor)(images, words, no_video(), chat_template=TEMPLATE)
 
 
 def network(seed: int = 0) -> hf.PreTrainedModel:
@@ -52,9 +52,9 @@ def network(seed: int = 0) -> hf.PreTrainedModel:
         "bos_token_id": None, "pad_token_id": 3, "initializer_range": 0.1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
-    eyes = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    tower = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
     marks = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
-    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=eyes, **marks)).eval()
+    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=tower, **marks)).eval()
 
 
 def pairs() -> list[Pair]:

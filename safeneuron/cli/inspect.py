@@ -60,7 +60,8 @@ def analyse_command(
     from safeneuron.runs.run import Run
 
     quiet()
-    (config, opened), *others = [(read_config(str(folder / "config.toml"), []), Run.open(folder)) for folder in folders]
+    runs = [Run.open(folder) for folder in folders]
+    (config, opened), *others = [(read_config(str(run.folder / "config.toml"), []), run) for run in runs]
     bars = Bars()
     with opened.locked():
         effort = Effort(prompts=prompts, sets=sets)
