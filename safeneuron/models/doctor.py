@@ -163,7 +163,7 @@ def _remarks(network: nn.Module, layers: list[Layer], proof: Proof) -> Iterator[
         yield f"Routers have {count:,} parameters; align.freeze_routers says whether they are trained."
         yield (
             "An expert's statistics are over the prompts that were routed to it; the rival selectors SNIP, Wanda and "
-            "gradient x activation, and LoRA on stacked experts, are not available."
+            "gradient x gap, and LoRA on stacked experts, are not available."
         )
     silent = [layer.index for layer in layers if not layer.blocks]
     if silent:
