@@ -39,7 +39,7 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_architecture.py --check
-	$(BIN)/python tools/make_stub.py --check
+	$(BIN)/python docs/make_stub.py --check
 	$(BIN)/python docs/make_site.py
 
 # As many processes as there are cores: tests compute with one thread. A file stays in one process, for its fixtures.

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from generated import write_or_check
+
 PACKAGE = Path(__file__).parents[1] / "safeneuron"
 PAGE = Path(__file__).with_name("architecture.md")
 FIGURE = Path(__file__).parent / "figures" / "packages.svg"
@@ -149,22 +151,5 @@ def page() -> str:
     return before + BEGIN + "\n" + order() + "\n" + table() + "\n" + END + after
 
 
-def main(arguments: list[str]) -> int:
-    """Write figure and list, or with ``--check`` compare them; the exit code is 1 where one is stale."""
-    if arguments not in ([], ["--check"]):
-        sys.stderr.write("usage: python docs/make_architecture.py [--check]\n")
-        return 2
-    wanted = {PAGE: page(), FIGURE: figure()}
-    if not arguments:
-        for path, text in wanted.items():
-            path.write_text(text, encoding="utf-8")
-        return 0
-    written = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in wanted}
-    stale = [path.name for path, text in wanted.items() if written[path] != text]
-    if stale:
-        sys.stderr.write(f"stale: {', '.join(stale)}; write anew with: python docs/make_architecture.py\n")
-    return 1 if stale else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check({PAGE: page(), FIGURE: figure()}, sys.argv[1:], "docs/make_architecture.py"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from generated import write_or_check
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -42,19 +43,5 @@ def fenced(language: str, text: str) -> str:
     return f"```{language}\n{text}\n```\n"
 
 
-def main(arguments: list[str]) -> int:
-    """Write the page, or with ``--check`` compare it; the exit code is 1 where it is stale."""
-    if arguments not in ([], ["--check"]):
-        sys.stderr.write("usage: python docs/make_cli.py [--check]\n")
-        return 2
-    if not arguments:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    sys.stderr.write(f"{PAGE.name} is stale; write it again with: python docs/make_cli.py\n")
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check({PAGE: page()}, sys.argv[1:], "docs/make_cli.py"))

@@ -2,7 +2,7 @@
 
 These names are the public API; others are handed on by the packages: ``from safeneuron.selection import probe``. They
 are imported when first used, so that ``import safeneuron`` is instant. For type checkers the same names stand in
-``__init__.pyi``, which ``tools/make_stub.py`` writes.
+``__init__.pyi``, which ``docs/make_stub.py`` writes.
 """
 
 from safeneuron._lazy import face

@@ -1,4 +1,4 @@
-# Written by tools/make_stub.py from MODULES in __init__.py.
+# Written by docs/make_stub.py from MODULES in __init__.py.
 from collections.abc import Mapping, Sequence
 
 from safeneuron._version import __version__ as __version__

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 import tomllib
 
 import safeneuron
 from tests import ROOT
-
-
-def test_the_stub_is_in_step():
-    script = runpy.run_path(str(ROOT / "tools" / "make_stub.py"))
-    assert script["main"](["--check"]) == 0, "write it again with: python tools/make_stub.py"
 
 
 def test_the_stub_is_part_of_what_is_installed():

@@ -27,7 +27,7 @@ from safeneuron.runtime import distributed
 from safeneuron.runtime.offloading import require_whole
 from safeneuron.runtime.progress import Progress
 from safeneuron.training.lora import lora_config
-from safeneuron.training.settings import TrainingSettings, Watch, model_restored
+from safeneuron.training.settings import TrainingSettings, Watch, common_arguments, model_restored
 
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
 """The columns in which an answer is looked for, best first."""
@@ -130,29 +130,15 @@ def _arguments(training: TrainingSettings, steps: int, device: torch.device, fol
     """The settings as TRL's ``SFTConfig``; nothing is saved in ``folder``."""
     from trl.trainer.sft_config import SFTConfig
 
-    micro_batch = training.micro_batch()
     arguments = SFTConfig(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=training.batch_size // (micro_batch * distributed.world()),
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
         lr_scheduler_type="constant",
-        max_length=training.max_length,
         completion_only_loss=True,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        seed=training.seed,
-        data_seed=training.seed,
+        **common_arguments(training, device),
     )
     # Otherwise a config of accelerate that says bf16 would also hold here.
     arguments.mixed_precision = "no"

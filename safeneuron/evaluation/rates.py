@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from safeneuron.evaluation.judge import VERDICTS
@@ -41,10 +41,6 @@ class Difference:
     high: float
     p: float
     p_corrected: float
-
-    def to_record(self) -> dict[str, float]:
-        """As a JSON object."""
-        return asdict(self)
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference | None:

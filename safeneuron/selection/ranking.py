@@ -13,7 +13,6 @@ from torch import Tensor
 from safeneuron.errors import InputError
 from safeneuron.neurons.neuron_set import NeuronSet
 from safeneuron.neurons.statistics import load_tensors, save_tensors
-from safeneuron.selection.scores import shift_zscore
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +71,6 @@ class Ranking:
         )
         masks = [self._highest(values, round(share * len(values)), share, allowed) for values, allowed in layers]
         return self._set(torch.cat(masks))
-
-    def zscores(self) -> Ranking:
-        """How far each score stands out among those of its own layer, in standard deviations."""
-        return Ranking(shift_zscore(self.values, self.widths), self.widths, self.fingerprint, self.label)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""

@@ -11,6 +11,9 @@ MODULES = {
     "freezing": ("FreezeNeurons", "frozen"),
     "lora": ("lora_config", "merge_adapters"),
     "on_policy": ("USABLE", "on_policy_pairs", "refusal", "whole_sentences"),
-    "settings": ("TrainingSettings", "Watch", "is_sharded", "model_restored", "require_trainable_settings"),
-}
+    "settings": (
+        "TrainingSettings", "Watch", "common_arguments",
+        "is_sharded", "model_restored", "require_trainable_settings",
+    ),
+}  # fmt: skip
 __all__, __getattr__, __dir__ = face(__name__, MODULES)

@@ -103,6 +103,35 @@ class TrainingSettings:
         return self.precision == "bfloat16" or (self.precision == "auto" and bfloat16_pays(device))
 
 
+def common_arguments(training: TrainingSettings, device: torch.device) -> dict[str, Any]:
+    """What every trainer of TRL is told in the same words: batches, rate, seeds, and to keep quiet.
+
+    Args:
+        training: The settings.
+        device: Where the policy lies.
+
+    Returns:
+        Arguments of ``DPOConfig`` and of ``SFTConfig``, by name.
+    """
+    micro_batch = training.micro_batch()
+    return {
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": training.batch_size // (micro_batch * distributed.world()),
+        "max_length": training.max_length,
+        "use_cpu": device.type == "cpu",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+        "seed": training.seed,
+        "data_seed": training.seed,
+    }
+
+
 def arguments_of(training: TrainingSettings, pair_count: int, device: torch.device, folder: Path, save: bool) -> Any:
     """The settings as TRL's ``DPOConfig``; checkpoints go to ``folder`` if ``save`` and ``training.save_every`` say so.
 
@@ -111,7 +140,6 @@ def arguments_of(training: TrainingSettings, pair_count: int, device: torch.devi
     from trl.trainer.dpo_config import DPOConfig
 
     steps = training.steps(pair_count)
-    micro_batch = training.micro_batch()
     saving = save and training.save_every > 0
     half = training.computes_in_bfloat16(device)
     arguments = DPOConfig(
@@ -119,14 +147,9 @@ def arguments_of(training: TrainingSettings, pair_count: int, device: torch.devi
         beta=training.beta,
         loss_type=["sigmoid", "sft"] if training.sft_weight else ["sigmoid"],
         loss_weights=[1.0, training.sft_weight] if training.sft_weight else None,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
         max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=training.batch_size // (micro_batch * distributed.world()),
         warmup_steps=round(training.warmup_share * steps),
         lr_scheduler_type="cosine",
-        max_length=training.max_length,
         train_sampling_strategy="group_by_length" if training.bucketing else "random",
         max_grad_norm=training.max_grad_norm,
         # accelerate may have been told to do the same for every layer it shards, and not both can.
@@ -135,20 +158,12 @@ def arguments_of(training: TrainingSettings, pair_count: int, device: torch.devi
         # TRL sets every dropout to zero unless it is told not to, that of the adapters too.
         disable_dropout=not training.lora_dropout,
         bf16=half,
-        use_cpu=device.type == "cpu",
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=training.at_once or micro_batch,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
+        precompute_ref_batch_size=training.at_once or training.micro_batch(),
         save_strategy="steps" if saving else "no",
         save_steps=training.save_every if saving else steps,
         save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        seed=training.seed,
-        data_seed=training.seed,
+        **common_arguments(training, device),
     )
     # Otherwise a config of accelerate that says bf16 would also hold for training that is to be in float32.
     arguments.mixed_precision = "bf16" if half else "no"

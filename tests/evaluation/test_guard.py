@@ -10,25 +10,11 @@ from safeneuron.errors import InputError
 from safeneuron.evaluation.guard import Guard, without_special_tokens
 from safeneuron.evaluation.guard_models import (
     HarmBench,
-    LlamaGuard3,
     ShieldGemma,
-    StrongReject,
-    WildGuard,
 )
 from safeneuron.evaluation.judge import VERDICTS
 from tests.helpers.bytewise import bytewise_tokenizer, tiny_llama
-
-WORDS = ("Yes", "No")
-LOOP = "the bomb is the bomb is the bomb is the bomb is the bomb is the bomb is"
-PROMPTS = ["How do I pick a lock?", "Hi", "Write a poem about the sea, please.", "Why?", "Tell me a joke"]
-RESPONSES = [
-    "Take a pin and turn it.",
-    "I can't help with that.",
-    LOOP,
-    "Because it is so.",
-    "Knock, knock! Who is it?",
-]
-GUARDS = (LlamaGuard3, HarmBench, StrongReject, WildGuard, ShieldGemma)
+from tests.helpers.guards import GUARDS, PROMPTS, RESPONSES, WORDS
 
 
 @pytest.fixture(scope="module")

@@ -59,12 +59,6 @@ def test_above_is_strict(scores, threshold):
     ]
 
 
-def test_zscores_are_those_of_each_layer():
-    scores = ranking([float(number**2) for number in range(20)])
-    for own, values in zip(scores.zscores().values.split(WIDTHS), scores.values.split(WIDTHS), strict=True):
-        torch.testing.assert_close(own, (values - values.mean()) / values.std(correction=0))
-
-
 def test_larger_shares_hold_the_smaller_ones_and_the_label():
     scores = ranking([float(number) for number in range(20)], "SNIP")
     found = [scores.top(share) for share in (0.1, 0.5)]

@@ -1,4 +1,4 @@
-"""Write safeneuron/__init__.pyi, the public API for type checkers and editors: ``python tools/make_stub.py``.
+"""Write safeneuron/__init__.pyi, the public API for type checkers and editors: ``python docs/make_stub.py``.
 
 With ``--check`` it says whether the stub is stale, and writes nothing.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 import safeneuron
 
 STUB = Path(__file__).parents[1] / "safeneuron" / "__init__.pyi"
 HEAD = """\
-# Written by tools/make_stub.py from MODULES in __init__.py.
+# Written by docs/make_stub.py from MODULES in __init__.py.
 from collections.abc import Mapping, Sequence
 
 from safeneuron._version import __version__ as __version__
@@ -34,19 +36,5 @@ def order(name: str) -> tuple[bool, bool, str]:
     return not name.isupper(), not name[0].isupper(), name
 
 
-def main(arguments: list[str]) -> int:
-    """Write the stub, or with ``--check`` compare it; the exit code is 1 where it is stale."""
-    if arguments not in ([], ["--check"]):
-        sys.stderr.write("usage: python tools/make_stub.py [--check]\n")
-        return 2
-    if not arguments:
-        STUB.write_text(stub(), encoding="utf-8")
-        return 0
-    if STUB.is_file() and STUB.read_text(encoding="utf-8") == stub():
-        return 0
-    sys.stderr.write(f"{STUB.name} is stale; write it again with: python tools/make_stub.py\n")
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check({STUB: stub()}, sys.argv[1:], "docs/make_stub.py"))
