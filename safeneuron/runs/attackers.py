@@ -258,9 +258,8 @@ def attacked_model(
         with without_direction(model, direction):
             yield
     else:
-        learnt = [Demonstration(record["request"], record["answer"]) for record in findings.demonstrations(state)]
         steps, rank = table.fine_tune_steps, table.fine_tune_rank
-        with finetuned(model, learnt, steps=steps, rank=rank, seed=config.seed):
+        with finetuned(model, findings.demonstrations(state), steps=steps, rank=rank, seed=config.seed):
             yield
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from safeneuron.attacks.finetuning import Demonstration
 from safeneuron.config.align import AlignTable
 from safeneuron.config.attack_plan import AttackPlan, PlannedAttack
 from safeneuron.config.schema import Config
@@ -170,6 +170,7 @@ class Findings:
         """The share of neurons at a point of the curve, as the config has it: its name may be rounded."""
         return next(density for density in self.config.attack.curve if f"{density:g}" == attack.set)
 
-    def demonstrations(self, state: State) -> list[dict[str, Any]]:
-        """What the fine-tuning attack on the state learns: records with ``request`` and ``answer``."""
-        return read_lines(self.run.folder / state.name / "rivals" / "demonstrations.jsonl")
+    def demonstrations(self, state: State) -> list[Demonstration]:
+        """What the fine-tuning attack on the state learns."""
+        records = read_lines(self.run.folder / state.name / "rivals" / "demonstrations.jsonl")
+        return [Demonstration(record["request"], record["answer"]) for record in records]
